@@ -1,0 +1,43 @@
+"""keras_transfer: transfer learning on images with Keras 3.
+
+    import keras_transfer
+
+    run = keras_transfer.fit("photos/")
+    for prediction in keras_transfer.predict(run, ["new.jpg"]):
+        ...
+
+Reading order of the modules, each of which imports only those before it: errors,
+config, run, data, decode, augment, bases, efficientnet_lite, torch_checkpoint,
+weights, model, extract, features, head, evaluation, prediction, savedmodel,
+feature_extraction, terminal, cli.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+__all__ = ["evaluate", "export", "fit", "open_run", "predict"]
+
+if TYPE_CHECKING:
+    from keras_transfer.feature_extraction import fit
+    from keras_transfer.prediction import evaluate_run as evaluate
+    from keras_transfer.prediction import predict
+    from keras_transfer.run import open_run
+    from keras_transfer.savedmodel import export
+
+_LAZY = {
+    "evaluate": ("keras_transfer.prediction", "evaluate_run"),
+    "export": ("keras_transfer.savedmodel", "export"),
+    "fit": ("keras_transfer.feature_extraction", "fit"),
+    "open_run": ("keras_transfer.run", "open_run"),
+    "predict": ("keras_transfer.prediction", "predict"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a workflow, and with it TensorFlow, when it is first asked for."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _LAZY[name]
+    return getattr(import_module(module), attribute)

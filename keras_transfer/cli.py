@@ -1,0 +1,279 @@
+"""The `kt` command line: options -> Config -> one call -> printed result.
+
+Only a command that needs TensorFlow imports it, so `kt --help` and mistakes in usage
+answer at once.
+"""
+
+import csv
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from keras_transfer import __version__
+from keras_transfer.config import ClassWeight, HeadKind, Precision, choices, load_config
+from keras_transfer.errors import KerasTransferError, UsageError
+
+if TYPE_CHECKING:
+    from keras_transfer.prediction import Prediction
+
+
+class _Commands(click.Group):
+    """Commands whose errors are one line; a traceback is shown with --debug only."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except BrokenPipeError:
+            raise
+        except KeyboardInterrupt:
+            click.echo("Interrupted. Computed features are kept.", err=True)
+            ctx.exit(130)
+        except KerasTransferError as error:
+            if ctx.params["debug"]:
+                raise
+            failure = click.ClickException(str(error))
+            failure.exit_code = 2 if isinstance(error, UsageError) else 1
+            raise failure from None
+        except Exception as error:
+            if ctx.params["debug"]:
+                raise
+            raise click.ClickException(
+                f"Unexpected {type(error).__name__}: {error}. This is a fault of kt; "
+                "`kt --debug ...` shows where."
+            ) from None
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.version_option(__version__, prog_name="kt")
+def main(debug: bool) -> None:
+    """Transfer learning on images with Keras.
+
+    \b
+    kt fit photos/                                  train a classifier
+    kt predict saved_models/photos-... new/*.jpg    use it
+    """
+
+
+_PATH = click.Path(path_type=Path)
+
+
+@main.command()
+@click.argument("data", required=False)
+@click.option("--base", help="Pretrained base; `kt bases` lists them.")
+@click.option("--weights", help="imagenet, none or a file.")
+@click.option("--image-size", type=int, help="Side of the images in pixels.")
+@click.option("--head", "head__kind", type=click.Choice(choices(HeadKind)))
+@click.option("--epochs", "head__epochs", type=int, help="The most passes of the head.")
+@click.option(
+    "--class-weight", "head__class_weight", type=click.Choice(choices(ClassWeight))
+)
+@click.option("--augment", type=int, metavar="N", help="Augmented views an image.")
+@click.option("--precision", type=click.Choice(choices(Precision)))
+@click.option("--splits", "splits__file", type=_PATH, help="Keep a splits.csv.")
+@click.option("--max-skipped", type=float, help="Share of unusable images allowed.")
+@click.option("--name", help="Name of the run.")
+@click.option("--runs-dir", type=_PATH, help="Where runs are kept.")
+@click.option("--overwrite/--no-overwrite", default=None, help="Replace the run.")
+@click.option("--export/--no-export", default=None, help="Also make a SavedModel.")
+@click.option("--seed", type=int)
+@click.option("--data-dir", type=_PATH, help="Of tensorflow-datasets.")
+@click.option("--cache-dir", type=_PATH, help="Where features are kept.")
+@click.option("--config", "file", type=_PATH, help="YAML file of config keys.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE")
+def fit(file: Path | None, assignments: tuple[str, ...], **options: Any) -> None:
+    """Train a classifier on DATA with a frozen base, and evaluate it.
+
+    DATA is a folder of class folders, a folder of train/ val/ test/ folders, a CSV
+    file with columns path,label[,split][,group], tfds:NAME, or digits.
+
+    \b
+    kt fit photos/ --base MobileNetV2 --head mlp --set head.dropout=0.5
+    """
+    overrides = {key.replace("__", "."): value for key, value in options.items()}
+    config = load_config(file, overrides, assignments)
+    _import_tensorflow()
+    from keras_transfer import terminal
+    from keras_transfer.feature_extraction import fit as run_fit
+
+    with terminal.progress() as on_progress:
+        run = run_fit(config=config, on_progress=on_progress)
+    terminal.show_run(run)
+
+
+@main.command()
+@click.argument("run", type=_PATH)
+@click.argument("data", required=False)
+@click.option("--data-dir", type=_PATH, help="Of tensorflow-datasets.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def evaluate(run: Path, data: str | None, data_dir: Path | None, as_json: bool) -> None:
+    """Evaluate a RUN's model.keras on its test images, or on labelled DATA.
+
+    \b
+    kt evaluate saved_models/photos-efficientnet_lite0 --json
+    """
+    from keras_transfer.run import open_run
+
+    opened = open_run(run)
+    _import_tensorflow()
+    from keras_transfer import terminal
+    from keras_transfer.prediction import evaluate_run
+
+    evaluation, of, skipped = evaluate_run(opened, data, data_dir)
+    if as_json:
+        values = {"data": of, "skipped": skipped, **evaluation.model_dump()}
+        click.echo(json.dumps(values, ensure_ascii=False))
+    else:
+        terminal.show_evaluation(evaluation.model_dump(), of)
+        for path, reason in skipped.items():
+            click.echo(f"left out: {path}: {reason}", err=True)
+
+
+@main.command()
+@click.argument("run", type=_PATH)
+@click.argument("paths", nargs=-1, required=True, type=_PATH)
+@click.option("--recursive", is_flag=True, help="Search folders inside folders.")
+@click.option("--top", type=click.IntRange(min=1), default=1, metavar="K")
+@click.option("--format", "form", type=click.Choice(["csv", "jsonl"]), default="csv")
+def predict(
+    run: Path, paths: tuple[Path, ...], recursive: bool, top: int, form: str
+) -> None:
+    """Classify images: files, or folders of them, a row each as they are done.
+
+    \b
+    kt predict saved_models/photos-efficientnet_lite0 new/ --top 3 > result.csv
+    """
+    from keras_transfer.run import open_run
+
+    opened = open_run(run)
+    _import_tensorflow()
+    from keras_transfer.prediction import predict as run_predict
+
+    class_names = opened.class_names
+    predictions = run_predict(opened, paths, recursive)
+    write = _csv_rows if form == "csv" else _json_rows
+    if not write(predictions, class_names, min(top, len(class_names))):
+        raise KerasTransferError("None of the images could be classified.")
+
+
+@main.command()
+@click.argument("run", type=_PATH)
+def export(run: Path) -> None:
+    """Publish a RUN's model as a SavedModel for TensorFlow Serving.
+
+    \b
+    kt export saved_models/photos-efficientnet_lite0
+    """
+    from keras_transfer.run import open_run
+
+    opened = open_run(run)
+    _import_tensorflow()
+    from keras_transfer.savedmodel import export as run_export
+
+    click.echo(run_export(opened, on_note=lambda note: click.echo(note, err=True)))
+
+
+@main.command()
+def bases() -> None:
+    """List the pretrained bases, and whether their weights are on this machine."""
+    from keras_transfer import terminal
+
+    terminal.show_bases()
+
+
+@main.group()
+def cache() -> None:
+    """Look after the cached features."""
+
+
+_cache_dir = click.option("--cache-dir", type=_PATH, help="Where features are kept.")
+
+
+@cache.command("list")
+@_cache_dir
+def cache_list(cache_dir: Path | None) -> None:
+    """List what is cached."""
+    from keras_transfer import terminal
+    from keras_transfer.features import FeatureCache
+
+    terminal.show_cache(list(FeatureCache(cache_dir).list()))
+
+
+@cache.command("prune")
+@click.option("--unused-days", type=click.FloatRange(min=0), default=30.0)
+@_cache_dir
+def cache_prune(unused_days: float, cache_dir: Path | None) -> None:
+    """Delete features that were not used for some days; 0 deletes all.
+
+    \b
+    kt cache prune --unused-days 7
+    """
+    from keras_transfer.features import FeatureCache
+
+    deleted, freed = FeatureCache(cache_dir).prune(unused_days)
+    click.echo(f"{deleted} tables deleted, {freed / 1e6:.1f} MB freed.")
+
+
+@cache.command("path")
+@_cache_dir
+def cache_path(cache_dir: Path | None) -> None:
+    """Print where the cache is."""
+    from keras_transfer.features import FeatureCache
+
+    click.echo(FeatureCache(cache_dir).directory)
+
+
+def _import_tensorflow() -> None:
+    from keras_transfer.terminal import import_tensorflow
+
+    import_tensorflow()
+
+
+def _csv_rows(
+    predictions: Iterable["Prediction"], class_names: list[str], top: int
+) -> int:
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    ranks = range(1, top + 1)
+    writer.writerow(
+        ["path", "error", *(f"{c}_{k}" for k in ranks for c in ("class", "score"))]
+    )
+    classified = 0
+    for prediction in predictions:
+        best = _best(prediction, class_names, top)
+        cells = [cell for name, score in best for cell in (name, f"{score:.6f}")]
+        writer.writerow([prediction.source, prediction.error, *cells])
+        sys.stdout.flush()
+        classified += not prediction.error
+    return classified
+
+
+def _json_rows(
+    predictions: Iterable["Prediction"], class_names: list[str], top: int
+) -> int:
+    classified = 0
+    for prediction in predictions:
+        row: dict[str, Any] = {"path": prediction.source}
+        if prediction.error:
+            row["error"] = prediction.error
+        else:
+            row["predictions"] = [
+                {"class": name, "score": round(score, 6)}
+                for name, score in _best(prediction, class_names, top)
+            ]
+        click.echo(json.dumps(row, ensure_ascii=False))
+        classified += not prediction.error
+    return classified
+
+
+def _best(
+    prediction: "Prediction", class_names: list[str], top: int
+) -> Iterator[tuple[str, float]]:
+    if prediction.probabilities is not None:
+        for index in prediction.probabilities.argsort()[::-1][:top]:
+            yield class_names[index], float(prediction.probabilities[index])

@@ -1,0 +1,195 @@
+"""What the user chose: every default of the package lives here, once.
+
+A `Config` comes from three layers, the later winning: the defaults below, a YAML
+file, and the options given on the command line. Unknown keys are errors. The
+resolved config is saved in the run as `config.yaml` and can be used again as is.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from keras_transfer.errors import UsageError
+
+Precision = Literal["auto", "f32", "bf16"]
+HeadKind = Literal["linear", "mlp"]
+ClassWeight = Literal["balanced", "none"]
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SplitsConfig(_Section):
+    """How images are divided where the data do not say it themselves."""
+
+    val: Fraction = 0.1
+    """Share of the images that choose the L2 strength and stop the training."""
+    test: Fraction = 0.1
+    """Share of the images that only the final figures are computed on."""
+    file: Path | None = None
+    """A splits.csv whose assignment is kept; only images not in it are assigned."""
+
+    @model_validator(mode="after")
+    def _leaves_something_to_train_on(self) -> Self:
+        if self.val + self.test >= 1.0:
+            raise ValueError("val + test must be less than 1")
+        return self
+
+
+class HeadConfig(_Section):
+    """The new classifier on top of the base."""
+
+    kind: HeadKind = "linear"
+    hidden: tuple[Annotated[int, Field(ge=1)], ...] = (256,)
+    """Units of each hidden layer (mlp only)."""
+    dropout: Fraction = 0.3
+    """Dropout before each layer that follows a hidden layer (mlp only)."""
+    epochs: Annotated[int, Field(ge=1)] = 300
+    """The most passes over the features for one L2 strength; usually far fewer."""
+    patience: Annotated[int, Field(ge=1)] = 10
+    """Passes without a lower validation loss before an mlp stops."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """Adam's learning rate (mlp only; the linear head needs none)."""
+    l2: tuple[Annotated[float, Field(ge=0)], ...] | None = None
+    """L2 strengths to choose from; None is the head's own grid."""
+    class_weight: ClassWeight = "none"
+
+
+class Config(_Section):
+    """Everything that `kt fit` needs to know."""
+
+    data: str
+    """A folder, a CSV/TSV file, `tfds:NAME[:VERSION]` or `digits`."""
+    data_dir: Path | None = None
+    """Where tensorflow-datasets keeps prepared data sets."""
+    name: str | None = None
+    """The run's name; None is made of the data's and the base's."""
+    runs_dir: Path = Path("saved_models")
+    overwrite: bool = False
+    export: bool = False
+    """Also publish a SavedModel version directory in the run."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    base: str = "efficientnet_lite0"
+    weights: str = "imagenet"
+    """`imagenet`, `none` (random, seeded) or the path of a weights file."""
+    image_size: Annotated[int, Field(ge=16, le=2048)] | None = None
+    """Side of the square images the base sees; None is the base's own."""
+    precision: Precision = "auto"
+    """Arithmetic of the frozen base while features are computed."""
+    augment: Annotated[int, Field(ge=0, le=100)] = 0
+    """Augmented views cached of every training image, beside the plain one."""
+    max_skipped: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
+    """The share of unreadable images above which the run is an error."""
+    cache_dir: Path | None = None
+    """Where features are kept; None is the user's cache directory."""
+    splits: SplitsConfig = SplitsConfig()
+    head: HeadConfig = HeadConfig()
+
+
+def load_config(
+    file: Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    assignments: Iterable[str] = (),
+) -> Config:
+    """Builds the config from a YAML file, given values and `key=value` strings.
+
+    Args:
+        file: A YAML file of config keys.
+        overrides: Dotted keys to values; a value of None means "not given".
+        assignments: `key=value` strings, the value written as in YAML.
+
+    Raises:
+        UsageError: If the file cannot be read, a key is unknown (the nearest valid
+            key is named) or a value is not allowed.
+    """
+    values: dict[str, Any] = {} if file is None else _read_yaml(file)
+    for key, value in (overrides or {}).items():
+        if value is not None:
+            _assign(values, key, value)
+    for assignment in assignments:
+        key, separator, text = assignment.partition("=")
+        if not separator:
+            raise UsageError(
+                f"--set needs key=value. Received: {assignment!r}. "
+                "Example: --set head.dropout=0.5"
+            )
+        try:
+            _assign(values, key.strip(), yaml.safe_load(text))
+        except yaml.YAMLError:
+            raise UsageError(
+                f"The value of --set {key} is not valid YAML. Received: {text!r}."
+            ) from None
+    if "data" not in values:
+        raise UsageError("No data given. Name a folder, a CSV file, tfds:NAME, digits.")
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(_explain(error)) from None
+
+
+def to_yaml(config: Config) -> str:
+    """The config as YAML text that `load_config` reads back to an equal config."""
+    return yaml.safe_dump(
+        config.model_dump(mode="json"), sort_keys=False, allow_unicode=True
+    )
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(
+            f"The config file cannot be read. Received: {file} ({error.strerror})."
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", None)
+        where = "" if line is None else f" near line {line + 1}"
+        raise UsageError(f"{file} is not valid YAML{where}.") from None
+    if not isinstance(values, dict):
+        raise UsageError(
+            f"A config file holds `key: value` lines. Received: {file}, which does not."
+        )
+    return values
+
+
+def _assign(values: dict[str, Any], dotted_key: str, value: Any) -> None:
+    *sections, key = dotted_key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise UsageError(f"{section!r} is a value, not a section: {dotted_key}.")
+    values[key] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem that pydantic found, as one line."""
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"] if isinstance(part, (str, int)))
+    if problem["type"] == "extra_forbidden":
+        known = list(_dotted_keys(Config))
+        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+        return f"Unknown config key. Received: {key!r}. Did you mean {nearest!r}?"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"Config key {key!r}: {message}. Received: {problem['input']!r}."
+
+
+def _dotted_keys(section: type[_Section], prefix: str = "") -> Iterable[str]:
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(
+            field.annotation, _Section
+        ):
+            yield from _dotted_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def choices(literal: Any) -> tuple[str, ...]:
+    """The values a `Literal` type allows, for the command line's choices."""
+    return get_args(literal)

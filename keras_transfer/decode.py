@@ -1,0 +1,363 @@
+"""Encoded bytes -> pixels: one TensorFlow function for training and for serving.
+
+`decode_image` is traced into every exported SavedModel, so an image looks the same to
+the served model as it did in training, to the bit. It never trusts a header: the
+number of pixels is checked before a buffer of that size exists, and formats that
+TensorFlow's decoders get wrong are refused with a reason.
+
+Shrinking averages over areas: for a JPEG first in the DCT domain (decoding at 1/2, 1/4
+or 1/8 is several times cheaper than decoding whole), then `tf.image.resize` by area.
+Its antialiased bilinear, the usual alternative, is the slowest step of a pipeline.
+"""
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+import tensorflow as tf
+
+from keras_transfer.errors import DecodeError
+
+DECODER_VERSION = 1
+"""Changes whenever the pixels of any image change: cached features depend on it."""
+
+MAX_PIXELS = 178_956_970
+"""Images with more pixels are refused; the limit at which Pillow raises."""
+
+_REFUSED = "refused: "
+_HEADER_BYTES = 70
+_SCANS = (0xDA, 0xD9)  # start of scan, end of image: no more headers
+
+
+def decode_image(encoded: tf.Tensor, image_size: int) -> tf.Tensor:
+    """Decodes one image, turns it upright, and resizes it to a square.
+
+    The aspect ratio is not kept, as in `keras.utils.image_dataset_from_directory`.
+
+    Args:
+        encoded: string scalar: a JPEG (any color space; EXIF orientation is applied),
+            PNG (any bit depth and color type), GIF (first frame), 24 or 32 bit BMP or
+            still WebP file. Alpha is dropped.
+        image_size: Side of the result in pixels.
+
+    Returns:
+        uint8 `[image_size, image_size, 3]` RGB pixels, 0 to 255.
+
+    Raises:
+        tf.errors.InvalidArgumentError: When run, if the image is refused or damaged.
+    """
+    header = _integers(encoded, _HEADER_BYTES)
+    decoders = {
+        b"\xff\xd8\xff": _decode_jpeg,
+        b"\x89PNG\r\n\x1a\n": _decode_png,
+        b"GIF8": _decode_gif,
+        b"BM": _decode_bmp,
+        b"RIFF": _decode_webp,
+    }
+    kind = tf.constant(len(decoders))
+    for index, magic in enumerate(decoders):
+        kind = tf.where(_starts_with(header, magic), index, kind)
+    return tf.ensure_shape(
+        tf.switch_case(
+            kind,
+            [
+                lambda decode=decode: decode(encoded, header, image_size)
+                for decode in decoders.values()
+            ]
+            + [lambda: _refuse_unknown(encoded, header, image_size)],
+        ),
+        (image_size, image_size, 3),
+    )
+
+
+def make_decoder(image_size: int) -> Callable[[bytes], np.ndarray]:
+    """`decode_image` as a Python function that may be called from many threads.
+
+    Returns:
+        A function from encoded bytes to uint8 `[image_size, image_size, 3]`. It
+        raises `DecodeError`, whose message is the reason, for an unusable image.
+    """
+    graph = tf.function(
+        lambda encoded: decode_image(encoded, image_size), autograph=False
+    )
+    decode_bytes = graph.get_concrete_function(tf.TensorSpec((), tf.string))
+
+    def decode(encoded: bytes) -> np.ndarray:
+        try:
+            return decode_bytes(tf.constant(encoded)).numpy()
+        except tf.errors.OpError as error:
+            raise DecodeError(_reason(encoded, error)) from None
+
+    return decode
+
+
+def _decode_jpeg(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> tf.Tensor:
+    del header
+    height, width = tf.unstack(tf.image.extract_jpeg_shape(encoded)[:2])
+    encoded = _within_pixel_limit(encoded, height, width)
+    fitting = tf.minimum(height, width) // image_size
+
+    def decode_scaled(ratio: int) -> tf.Tensor:
+        return tf.io.decode_jpeg(
+            encoded, channels=3, ratio=ratio, dct_method="INTEGER_ACCURATE"
+        )
+
+    ratios = (1, 2, 4, 8)
+    index = tf.reduce_sum(tf.cast(fitting >= tf.constant(ratios[1:]), tf.int32))
+    image = tf.switch_case(index, [lambda r=r: decode_scaled(r) for r in ratios])
+    # Turning the small square is the same as turning the photo, and much cheaper.
+    return _upright(_resize(image, image_size), _exif_orientation(encoded))
+
+
+def _decode_png(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> tf.Tensor:
+    height, width = _big_endian(header[20:24]), _big_endian(header[16:20])
+    encoded = _within_pixel_limit(encoded, height, width)
+    return _resize(tf.io.decode_png(encoded, channels=3), image_size)
+
+
+def _decode_gif(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> tf.Tensor:
+    height, width = _little_endian(header[8:10]), _little_endian(header[6:8])
+    encoded = _within_pixel_limit(encoded, height, width)
+    first_frame = _without_later_frames(encoded, header)
+    return _resize(tf.io.decode_gif(first_frame)[0], image_size)
+
+
+def _decode_bmp(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> tf.Tensor:
+    width = _little_endian(header[18:22])
+    height = tf.abs(tf.bitcast(_little_endian(header[22:26]), tf.int32))
+    bits = _little_endian(header[28:30])
+    compression = _little_endian(header[30:34])
+    red_mask = _little_endian(header[54:58])
+    plain = (compression == 0) | ((compression == 3) & (red_mask == 0xFF0000))
+    encoded = _require(
+        encoded,
+        ((bits == 24) | (bits == 32)) & plain,
+        "a BMP with a palette, 16 bits or compression; only 24 and 32 bit BMP",
+    )
+    encoded = _within_pixel_limit(encoded, height, width)
+    return _resize(tf.io.decode_bmp(encoded)[..., :3], image_size)
+
+
+def _decode_webp(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> tf.Tensor:
+    lossy = _starts_with(header[12:], b"VP8 ")
+    lossless = _starts_with(header[12:], b"VP8L")
+    extended = _starts_with(header[12:], b"VP8X")
+    encoded = _require(
+        encoded,
+        _starts_with(header[8:], b"WEBP") & (lossy | lossless | extended),
+        "not an image: a RIFF file without WebP inside",
+    )
+    animated = extended & (tf.bitwise.bitwise_and(header[20], 0x02) != 0)
+    encoded = _require(encoded, ~animated, "an animated WebP; only still WebP")
+    packed = _little_endian(header[21:25])  # VP8L: two 14-bit fields
+    width = tf.where(
+        extended,
+        _little_endian(header[24:27]) + 1,
+        tf.where(lossless, packed % 2**14 + 1, _little_endian(header[26:28]) % 2**14),
+    )
+    height = tf.where(
+        extended,
+        _little_endian(header[27:30]) + 1,
+        tf.where(
+            lossless,
+            packed // 2**14 % 2**14 + 1,
+            _little_endian(header[28:30]) % 2**14,
+        ),
+    )
+    encoded = _within_pixel_limit(encoded, height, width)
+    # With channels=3 TensorFlow refuses a WebP that has alpha.
+    frames = tf.io.decode_image(encoded, channels=0, expand_animations=True)
+    return _resize(tf.ensure_shape(frames, [None] * 4)[0, ..., :3], image_size)
+
+
+def _refuse_unknown(
+    encoded: tf.Tensor, header: tf.Tensor, image_size: int
+) -> tf.Tensor:
+    tiff = _starts_with(header, b"II*\0") | _starts_with(header, b"MM\0*")
+    avif = _starts_with(header[4:], b"ftyp")
+    empty = tf.strings.length(encoded) == 0
+    reason = tf.where(empty, "an empty file", "not an image")
+    reason = tf.where(tiff, "a TIFF; convert it to JPEG or PNG", reason)
+    reason = tf.where(avif, "an AVIF or HEIC; convert it to JPEG or PNG", reason)
+    with tf.control_dependencies([_require(encoded, tf.constant(False), reason)]):
+        return tf.zeros((image_size, image_size, 3), tf.uint8)
+
+
+def _resize(image: tf.Tensor, image_size: int) -> tf.Tensor:
+    """Shrinks by averaging areas, enlarges bilinearly, each side on its own."""
+    image = tf.ensure_shape(image, (None, None, 3))
+    size = tf.minimum(tf.shape(image)[:2], image_size)
+    image = tf.image.resize(image, size, method="area")
+    image = tf.image.resize(image, (image_size, image_size), method="bilinear")
+    return tf.cast(tf.round(image), tf.uint8)
+
+
+def _upright(image: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
+    """Undoes an EXIF orientation (1 to 8) of a square image."""
+
+    def is_any(*values: int) -> tf.Tensor:
+        return tf.reduce_any(orientation == tf.constant(values))
+
+    def turn() -> tf.Tensor:
+        turned = tf.where(is_any(5, 6, 7, 8), tf.transpose(image, (1, 0, 2)), image)
+        turned = tf.where(is_any(2, 3, 6, 7), turned[:, ::-1], turned)
+        return tf.where(is_any(3, 4, 7, 8), turned[::-1], turned)
+
+    return tf.cond(orientation > 1, turn, lambda: image)
+
+
+def _exif_orientation(encoded: tf.Tensor) -> tf.Tensor:
+    """int32 1 to 8 of a JPEG; 1 where it says nothing or nothing valid.
+
+    Walks the segments up to the first scan. Source: JPEG annex B, EXIF 2.32.
+    """
+    length = tf.strings.length(encoded)
+
+    def is_open(position: tf.Tensor, marker: tf.Tensor) -> tf.Tensor:
+        is_scan = tf.reduce_any(marker == tf.constant(_SCANS))
+        return (position + 10 < length) & (marker != _EXIF) & ~is_scan
+
+    def advance(position: tf.Tensor, marker: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        del marker
+        segment = _integers(tf.strings.substr(encoded, position, 10), 10)
+        is_exif = (segment[1] == 0xE1) & _starts_with(segment[4:], b"Exif\0")
+        marker = tf.where(is_exif, _EXIF, segment[1])
+        size = 2 + _big_endian(segment[2:4])
+        # A segment starts with 0xFF; anything else is damage, and ends the walk.
+        is_segment = segment[0] == 0xFF
+        return (
+            tf.where(is_exif, position, tf.where(is_segment, position + size, length)),
+            marker,
+        )
+
+    position, marker = tf.while_loop(
+        is_open, advance, (tf.constant(2), tf.constant(0)), parallel_iterations=1
+    )
+    return tf.cond(
+        marker == _EXIF,
+        lambda: _tiff_orientation(
+            tf.strings.substr(encoded, position + 10, tf.minimum(65_536, length))
+        ),
+        lambda: tf.constant(1),
+    )
+
+
+_EXIF = 0x1E1  # our own mark for "APP1 that holds EXIF"; no marker has nine bits
+
+
+def _tiff_orientation(tiff: tf.Tensor) -> tf.Tensor:
+    """int32 value of tag 0x0112 in the first directory of a TIFF block."""
+    data = tf.cast(tf.io.decode_raw(tiff, tf.uint8), tf.int32)
+    size = tf.size(data)
+    little = _starts_with(tf.pad(data, ((0, 4),)), b"II")
+    data = tf.pad(data, ((0, 16),))
+
+    def integer(offset: tf.Tensor | int, count: int) -> tf.Tensor:
+        field = data[offset : offset + count]
+        return tf.where(little, _little_endian(field), _big_endian(field))
+
+    directory = tf.clip_by_value(integer(4, 4), 0, size)
+    count = tf.clip_by_value(integer(directory, 2), 0, (size - directory) // 12)
+    entries = tf.reshape(data[directory + 2 : directory + 2 + 12 * count], (count, 12))
+    low = tf.cast(tf.where(little, 0, 1), tf.int32)
+    tags = tf.gather(entries, low, axis=1) + 256 * tf.gather(entries, 1 - low, axis=1)
+    values = tf.gather(entries, 8 + low, axis=1)
+    found = tf.boolean_mask(values, tags == 0x0112)
+    value = tf.concat([found, [1]], axis=0)[0]
+    return tf.where((value >= 1) & (value <= 8), value, 1)
+
+
+def _without_later_frames(encoded: tf.Tensor, header: tf.Tensor) -> tf.Tensor:
+    """A GIF cut off after its first image, which bounds what decoding it can cost.
+
+    Source: GIF89a specification. A file without a whole image stays as it is, for
+    the decoder to refuse.
+    """
+    length = tf.strings.length(encoded)
+
+    def byte(position: tf.Tensor) -> tf.Tensor:
+        return _integers(tf.strings.substr(encoded, position, 1), 1)[0]
+
+    def table_size(flags: tf.Tensor) -> tf.Tensor:
+        size = 3 * tf.bitwise.left_shift(2, tf.bitwise.bitwise_and(flags, 7))
+        return tf.where(flags >= 0x80, size, 0)
+
+    def after_blocks(position: tf.Tensor) -> tf.Tensor:
+        end = tf.while_loop(
+            lambda at: (at < length) & (byte(tf.minimum(at, length - 1)) > 0),
+            lambda at: (at + 1 + byte(at),),
+            (position,),
+            parallel_iterations=1,
+        )
+        return end[0] + 1
+
+    def advance(position: tf.Tensor, done: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        del done
+        is_image = byte(position) == 0x2C
+        flags = byte(tf.minimum(position + 9, length - 1))
+        start = tf.where(is_image, position + 11 + table_size(flags), position + 2)
+        return after_blocks(start), is_image
+
+    end, done = tf.while_loop(
+        lambda position, done: (position < length) & ~done,
+        advance,
+        (13 + table_size(header[10]), tf.constant(False)),
+        parallel_iterations=1,
+    )
+    return tf.cond(
+        done & (end < length),
+        lambda: tf.strings.substr(encoded, 0, end) + b";",
+        lambda: encoded,
+    )
+
+
+def _within_pixel_limit(
+    encoded: tf.Tensor, height: tf.Tensor, width: tf.Tensor
+) -> tf.Tensor:
+    # In float: the product of two hostile 32-bit numbers does not overflow there.
+    pixels = tf.cast(height, tf.float64) * tf.cast(width, tf.float64)
+    valid = (height > 0) & (width > 0) & (pixels <= MAX_PIXELS)
+    size = tf.strings.join([tf.as_string(width), "x", tf.as_string(height)])
+    reason = tf.strings.join([size, f" pixels; at most {MAX_PIXELS:,} are decoded"])
+    return _require(encoded, valid, reason)
+
+
+def _require(
+    encoded: tf.Tensor, condition: tf.Tensor, reason: str | tf.Tensor
+) -> tf.Tensor:
+    """`encoded`, but only to be had where the condition holds.
+
+    An assertion alone would not do: decoders have no side effects, so TensorFlow
+    may run them before it.
+    """
+    message = tf.strings.join([_REFUSED, reason])
+    with tf.control_dependencies([tf.debugging.Assert(condition, [message])]):
+        return tf.identity(encoded)
+
+
+def _integers(encoded: tf.Tensor, count: int) -> tf.Tensor:
+    """int32 `[count]`: the first bytes, zeros where there are fewer."""
+    data = tf.io.decode_raw(encoded, tf.uint8, fixed_length=count)
+    return tf.cast(data, tf.int32)
+
+
+def _starts_with(data: tf.Tensor, magic: bytes) -> tf.Tensor:
+    return tf.reduce_all(data[: len(magic)] == tf.constant(list(magic)))
+
+
+def _little_endian(data: tf.Tensor) -> tf.Tensor:
+    return _big_endian(data[::-1])
+
+
+def _big_endian(data: tf.Tensor) -> tf.Tensor:
+    shifts = 8 * tf.range(tf.size(data) - 1, -1, -1)
+    return tf.reduce_sum(tf.bitwise.left_shift(data, shifts))
+
+
+def _reason(encoded: bytes, error: tf.errors.OpError) -> str:
+    refused = re.search(_REFUSED + r"(.*?)\]", error.message, re.DOTALL)
+    if refused:
+        return refused[1]
+    if isinstance(error, tf.errors.ResourceExhaustedError):
+        return "not enough memory to decode it"
+    return f"damaged or truncated ({len(encoded):,} bytes)"

@@ -1,0 +1,473 @@
+"""The workflow of `kt fit`: feature extraction with a frozen base."""
+
+import csv
+import functools
+import io
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import keras
+import numpy as np
+
+from keras_transfer.augment import AUGMENT_VERSION, make_augmenter
+from keras_transfer.bases import get_base
+from keras_transfer.config import Config, Precision, load_config, to_yaml
+from keras_transfer.data import Splits, Table
+from keras_transfer.data import load as load_data
+from keras_transfer.decode import DECODER_VERSION, make_decoder
+from keras_transfer.errors import DecodeError, KerasTransferError
+from keras_transfer.evaluation import evaluate
+from keras_transfer.extract import Extractor
+from keras_transfer.features import (
+    Extraction,
+    FeatureCache,
+    Features,
+    FeatureSpec,
+    FeatureTable,
+    extract_features,
+)
+from keras_transfer.head import (
+    TrainedHead,
+    class_weights,
+    label_features,
+    predict_head,
+    train_head,
+)
+from keras_transfer.model import POOL, attach_head, build_base, weights_digest
+from keras_transfer.prediction import Predictor
+from keras_transfer.run import (
+    CONFIG,
+    HISTORY,
+    LABELS,
+    MANIFEST,
+    METRICS,
+    MODEL,
+    SKIPPED,
+    SPLITS,
+    Manifest,
+    Run,
+    building,
+    host,
+    now,
+    run_path,
+    versions,
+    write_atomic,
+)
+from keras_transfer.savedmodel import export_model
+
+PARITY_IMAGES = 64
+PARITY_AGREEMENT = 0.99
+PARITY_TOLERANCE = {"f32": 1e-3, "bf16": 0.05}
+"""How far model.keras may be from the cached features' predictions, in probability."""
+
+_SAMPLE_IMAGES = 16
+
+OnProgress = Callable[[str, int, int], object]
+"""Called with (what is being done, how much is done, of how much)."""
+
+
+def fit(
+    data: str | None = None,
+    *,
+    config: Config | str | Path | None = None,
+    on_progress: OnProgress = lambda *_: None,
+    **options: Any,
+) -> Run:
+    """Trains a new head on a frozen base's features, and evaluates the classifier.
+
+    Args:
+        data: A folder of class folders, a CSV/TSV file, `tfds:NAME` or `digits`.
+        config: A `Config`, or a YAML file of config keys.
+        on_progress: Told how the work goes on.
+        **options: Config keys that override the config's: `base="MobileNetV2"`,
+            `head={"kind": "mlp"}`.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        UsageError: If an option, the data or the run's name is not usable.
+        KerasTransferError: If the data or the weights are not good enough to train.
+    """
+    if isinstance(config, Config):
+        options = config.model_dump() | options
+        config = None
+    if data is not None:
+        options["data"] = data
+    file = None if config is None else Path(config)
+    return _fit(load_config(file, options), on_progress)
+
+
+def _fit(config: Config, on_progress: OnProgress) -> Run:
+    started = time.perf_counter()
+    config, run_dir = _resolve(config)
+
+    # Who trains, who validates, who tests
+    splits = load_data(config.data, config.splits, config.seed, config.data_dir)
+
+    # The frozen base; every image goes through it once
+    row = get_base(config.base)
+    base = build_base(row, config.weights, _image_size(config), config.seed)
+    digest = weights_digest(base)
+    notes: list[str] = []
+    for precision, engine in _ATTEMPTS[config.precision]:
+        features = _frozen_features(
+            config, base, digest, splits, precision, engine, on_progress
+        )
+        notes += features.notes
+        usable = _usable(config, splits, features.extraction)
+
+        # A new head on the features
+        head_started = time.perf_counter()
+        head = _train(config, usable, features, on_progress)
+        head_seconds = time.perf_counter() - head_started
+
+        # One model of both, which must say what the features said
+        model_started = time.perf_counter()
+        model = attach_head(base, head.model)
+        sample = _sample(usable, _image_size(config))
+        parity, expected = _compare(model, head, features, sample)
+        if parity["agrees"]:
+            break
+        notes.append(
+            f"{features.precision} was given up: on {parity['images']} images the "
+            f"Keras model agrees on {parity['top1_agreement']:.1%} of the classes "
+            f"and differs by up to {parity['max_probability_difference']:.2g}"
+        )
+    else:
+        raise KerasTransferError(
+            "The stitched Keras model does not agree with the features its head was "
+            f"trained on: {notes[-1]}. Please report this."
+        )
+
+    # Figures of what the head never saw, and everything on disk at once
+    evaluations = {
+        name: evaluate(
+            table.targets,
+            predict_head(head.model, features.rows(table.sources)),
+            usable.class_names,
+        )
+        for name, table in usable.items()
+        if name != "train" and len(table)
+    }
+    with building(run_dir) as staging:
+        model.save(staging / MODEL)
+        run = Run(staging)
+        for name, text in {
+            CONFIG: to_yaml(config),
+            LABELS: "".join(f"{label}\n" for label in usable.class_names),
+            SPLITS: usable.to_csv(),
+            SKIPPED: _csv(("path", "reason"), features.extraction.skipped.items()),
+            HISTORY: _csv(
+                ("phase", *head.history[0]),
+                (("fit", *epoch.values()) for epoch in head.history),
+            ),
+            METRICS: _json(
+                {"fit": {k: v.model_dump() for k, v in evaluations.items()}}
+            ),
+        }.items():
+            write_atomic(staging / name, text)
+        if config.export:
+            export_model(run, model, [encoded for _, encoded, _ in sample], expected)
+        finished = time.perf_counter()
+        manifest = Manifest(
+            created=now(),
+            data=config.data,
+            data_fingerprint=usable.fingerprint(features.extraction.digests),
+            class_counts=usable.class_counts(),
+            skipped=len(features.extraction.skipped),
+            multi_label=usable.multi_label,
+            base=row.name,
+            weights=config.weights,
+            weights_digest=digest,
+            image_size=_image_size(config),
+            decoder_version=DECODER_VERSION,
+            engine=features.engine,
+            precision=features.precision,
+            notes=[*usable.warnings, *_doubts(usable, features.extraction), *notes],
+            parity=parity,
+            l2=head.l2,
+            seed=config.seed,
+            versions=versions(),
+            host=host(),
+            timings={
+                "decode": features.extraction.decode_seconds,
+                "forward": features.forward_seconds,
+                "features": features.seconds,
+                "head": head_seconds,
+                "model": finished - model_started,
+                "total": finished - started,
+            },
+            images_decoded=features.extraction.decoded,
+            images_forwarded=features.forwarded,
+        )
+        write_atomic(staging / MANIFEST, manifest.model_dump_json(indent=1))
+    return Run(run_dir)
+
+
+_Engine = Literal["openvino", "keras"] | None
+
+_ATTEMPTS: dict[str, list[tuple[Precision, _Engine]]] = {
+    "auto": [("auto", None), ("f32", None), ("f32", "keras")],
+    "bf16": [("bf16", None), ("f32", None), ("f32", "keras")],
+    "f32": [("f32", None), ("f32", "keras")],
+}
+"""How features are computed; a later way only if the model disagrees with them."""
+
+
+@dataclass(frozen=True)
+class _FrozenFeatures:
+    """The features of all images, plain and augmented, and how they were made."""
+
+    tables: Sequence[FeatureTable]
+    extraction: Extraction
+    precision: str
+    engine: str
+    notes: Sequence[str]
+    seconds: float
+    forward_seconds: float
+    forwarded: int
+
+    def rows(self, sources: Sequence[str], view: int = 0) -> Features:
+        digests = [self.extraction.digests[source] for source in sources]
+        return self.tables[view].features(digests)
+
+
+def _frozen_features(
+    config: Config,
+    base: keras.Model,
+    digest: str,
+    splits: Splits,
+    precision: Precision,
+    engine: _Engine,
+    on_progress: OnProgress,
+) -> _FrozenFeatures:
+    started = time.perf_counter()
+    image_size = _image_size(config)
+    cache = FeatureCache(config.cache_dir)
+    decode = make_decoder(image_size)
+    make_extractor = functools.cache(
+        lambda: Extractor(base, precision, _pixels(splits, decode, precision), engine)
+    )
+
+    def spec(precision: str, view: int) -> FeatureSpec:
+        return FeatureSpec(
+            base=base.name,
+            weights_digest=digest,
+            image_size=image_size,
+            split_point=POOL,
+            # Only asked for when OpenVINO's float32 was found to disagree.
+            precision="f32-keras" if engine == "keras" else precision,
+            decoder_version=DECODER_VERSION,
+            view=view,
+            augmentation=f"{AUGMENT_VERSION}:{config.seed}" if view else "",
+        )
+
+    chosen: str = precision
+    if precision == "auto":
+        cached = {p: cache.rows(spec(p, 0)) for p in ("f32", "bf16")}
+        if any(cached.values()):
+            chosen = max(cached, key=lambda p: cached[p])
+        else:
+            chosen = make_extractor().precision
+    tables = [cache.table(spec(chosen, view)) for view in range(config.augment + 1)]
+    sources = [source for _, table in splits.items() for source in table.sources]
+    seen = 0
+
+    def on_image() -> None:
+        nonlocal seen
+        seen += 1
+        on_progress("features", seen, len(sources))
+
+    extraction = extract_features(
+        sources,
+        splits.read,
+        decode,
+        make_extractor,
+        tables,
+        make_augmenter(image_size, config.seed) if config.augment else None,
+        set(splits.train.sources),
+        on_image,
+    )
+    extractor = make_extractor() if make_extractor.cache_info().currsize else None
+    return _FrozenFeatures(
+        tables=tables,
+        extraction=extraction,
+        precision=chosen,
+        engine=extractor.engine if extractor else "cache",
+        notes=extractor.notes if extractor else (),
+        seconds=time.perf_counter() - started,
+        forward_seconds=extractor.seconds if extractor else 0.0,
+        forwarded=extractor.images if extractor else 0,
+    )
+
+
+def _pixels(
+    splits: Splits, decode: Callable[[bytes], np.ndarray], precision: Precision
+) -> np.ndarray | None:
+    """A few real images to measure precision on, if it is to be measured."""
+    if precision != "auto":
+        return None
+    pixels = []
+    for _, encoded in splits.read(_spread(splits.train.sources, 2 * _SAMPLE_IMAGES)):
+        if isinstance(encoded, bytes) and len(pixels) < _SAMPLE_IMAGES:
+            try:
+                pixels.append(decode(encoded))
+            except DecodeError:
+                continue
+    if not pixels:
+        raise KerasTransferError(
+            f"None of the first images can be decoded, such as "
+            f"{splits.train.sources[0]}. Expected JPEG, PNG, GIF, BMP or WebP files."
+        )
+    return np.stack(pixels)
+
+
+def _usable(config: Config, splits: Splits, extraction: Extraction) -> Splits:
+    """The splits without the images that could not be used."""
+    skipped = extraction.skipped
+    total = len(skipped) + len(extraction.digests)
+    if len(skipped) > config.max_skipped * total:
+        path, reason = next(iter(skipped.items()))
+        raise KerasTransferError(
+            f"{len(skipped)} of {total} images cannot be used, more than "
+            f"{config.max_skipped:.0%}. The first is {path}: {reason}. Mend them, or "
+            "allow more with --max-skipped."
+        )
+    usable = splits.keep(extraction.digests)
+    if not usable.multi_label and len(np.unique(usable.train.targets)) < 2:
+        raise KerasTransferError(
+            "Fewer than two classes have a usable training image. Received: "
+            f"{len(usable.train)} usable training images."
+        )
+    return usable
+
+
+def _train(
+    config: Config, splits: Splits, features: _FrozenFeatures, on_progress: OnProgress
+) -> TrainedHead:
+    num_classes = len(splits.class_names)
+    weights = class_weights(
+        splits.train.targets, num_classes, config.head.class_weight == "balanced"
+    )
+    views = range(len(features.tables))
+    done = 0
+
+    def on_strength() -> None:
+        nonlocal done
+        done += 1
+        on_progress("head", done, 0)
+
+    return train_head(
+        config.head,
+        label_features(
+            [features.rows(splits.train.sources, view) for view in views],
+            splits.train.targets,
+            num_classes,
+            weights,
+        ),
+        label_features(
+            [features.rows(splits.val.sources)],
+            splits.val.targets,
+            num_classes,
+            weights,
+        ),
+        config.seed,
+        on_strength,
+    )
+
+
+def _sample(splits: Splits, image_size: int) -> list[tuple[str, bytes, np.ndarray]]:
+    """(source, bytes, pixels) of some validation images, decoded anew."""
+    table = next(t for t in (splits.val, splits.test, splits.train) if len(t))
+    decode = make_decoder(image_size)
+    return [
+        (source, encoded, decode(encoded))
+        for source, encoded in splits.read(_spread(table.sources, PARITY_IMAGES))
+        if isinstance(encoded, bytes)
+    ]
+
+
+def _compare(
+    model: keras.Model,
+    head: TrainedHead,
+    features: _FrozenFeatures,
+    sample: Sequence[tuple[str, bytes, np.ndarray]],
+) -> tuple[dict[str, float], np.ndarray]:
+    """(parity for the manifest, the model's own probabilities of the sample)."""
+    actual = Predictor(model)([pixels for _, _, pixels in sample])
+    rows = features.rows([source for source, _, _ in sample])
+    from_features = predict_head(head.model, rows)
+    agreement = float((actual.argmax(1) == from_features.argmax(1)).mean())
+    difference = float(np.abs(actual - from_features).max())
+    tolerance = PARITY_TOLERANCE[features.precision]
+    return {
+        "images": len(sample),
+        "top1_agreement": agreement,
+        "max_probability_difference": difference,
+        "tolerance": tolerance,
+        "agrees": agreement >= PARITY_AGREEMENT and difference <= tolerance,
+    }, actual
+
+
+def _doubts(splits: Splits, extraction: Extraction) -> list[str]:
+    """What in the data makes figures look better or worse than they are."""
+    doubts = splits.absent_classes()
+    train = {extraction.digests[source] for source in splits.train.sources}
+    for name in ("val", "test"):
+        table: Table = getattr(splits, name)
+        copies = sum(extraction.digests[source] in train for source in table.sources)
+        if copies:
+            doubts.append(
+                f"{copies} of {len(table)} {name} images are byte for byte in train "
+                "too: their figures flatter."
+            )
+    return doubts
+
+
+def _resolve(config: Config) -> tuple[Config, Path]:
+    """The config with every None that depends on others filled in, and the run."""
+    base = get_base(config.base)
+    path = Path(config.data).expanduser()
+    named = ":" in config.data or not path.exists()
+    stem = config.data.replace(":", "-").removeprefix("tfds-") if named else path.stem
+    plain_stem = "".join(c if c.isalnum() or c in "_.-" else "_" for c in stem)
+    name = config.name or f"{plain_stem.strip('.-') or 'run'}-{base.name}"
+    run_dir = run_path(config.runs_dir, name, config.overwrite)
+    resolved = config.model_copy(
+        update={
+            "data": config.data if named else str(path.resolve()),
+            "base": base.name,
+            "image_size": config.image_size or base.image_size,
+            "name": name,
+            "overwrite": False,
+        }
+    )
+    return resolved, run_dir
+
+
+def _image_size(config: Config) -> int:
+    assert config.image_size is not None
+    return config.image_size
+
+
+def _spread(sources: Sequence[str], count: int) -> list[str]:
+    """At most `count` sources, evenly spread over all."""
+    picks = np.linspace(0, len(sources) - 1, min(count, len(sources))).astype(int)
+    return [sources[i] for i in picks]
+
+
+def _csv(header: Sequence[str], rows: Any) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"

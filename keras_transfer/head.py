@@ -1,0 +1,368 @@
+"""Cached features -> a trained head.
+
+A linear head is a convex problem: L-BFGS on all features takes it to its optimum, with
+no learning rate to choose, and gives the same bits every time. Its L2 strength is
+chosen on the validation split along a path from strong to weak, each solution starting
+the next (Friedman et al. 2010, glmnet). An mlp is trained with Adam by Keras's `fit`.
+"""
+
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import keras
+import numpy as np
+import scipy.optimize
+import scipy.special
+import threadpoolctl
+
+from keras_transfer.config import HeadConfig
+from keras_transfer.data import map_ahead, one_hot
+from keras_transfer.features import Features
+from keras_transfer.model import build_head, dense_layers
+
+LINEAR_L2 = tuple(10.0**exponent for exponent in np.arange(1, -5.5, -0.5).tolist())
+"""Strengths tried for a linear head, on features scaled to unit variance overall."""
+
+MLP_L2 = (1e-3, 1e-4, 1e-5)
+
+_PATIENCE = 3  # weaker strengths tried after the best so far
+_CHUNK = 4096  # rows of features in memory at once, where they do not all fit
+_IN_MEMORY_BYTES = 2**30
+_MLP_BATCH = 256
+_EPSILON = 1e-7
+
+
+@dataclass
+class TrainedHead:
+    """A head and how it came about.
+
+    Attributes:
+        model: From float32 `[N, D]` features to float32 `[N, num_classes]`
+            probabilities.
+        l2: The strength that was chosen.
+        history: A dict a row of `history.csv`: l2, epoch, loss, val_loss.
+    """
+
+    model: keras.Model
+    l2: float
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class LabelledFeatures:
+    """Features of the images of one split, in one or more views.
+
+    Attributes:
+        views: Each `[N, D]`, the plain images first.
+        targets: As in `data.Table`.
+        num_classes: Number of classes.
+        class_weights: float32 `[2, num_classes]`: what an absent and a present class
+            count in the loss.
+    """
+
+    views: Sequence[Features | np.ndarray]
+    targets: np.ndarray
+    num_classes: int
+    class_weights: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.views) * len(self.targets)
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image may show several classes, or none."""
+        return self.targets.ndim == 2
+
+    def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """(features, targets, loss weights), each float32 with a row an image."""
+        for view in self.views:
+            for start in range(0, len(self.targets), _CHUNK):
+                rows = slice(start, start + _CHUNK)
+                yield (view[rows], *self.labels(rows))
+
+    def labels(self, rows: slice | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """float32 (targets, loss weights), both `[n, num_classes]`."""
+        targets = one_hot(self.targets[rows], self.num_classes)
+        absent, present = self.class_weights
+        if self.multi_label:
+            return targets, np.where(targets > 0, present, absent)
+        weights = present[self.targets[rows]][:, None]
+        return targets, np.broadcast_to(weights, targets.shape)
+
+
+def label_features(
+    views: Sequence[Features],
+    targets: np.ndarray,
+    num_classes: int,
+    class_weights: np.ndarray,
+) -> LabelledFeatures:
+    """Brings features and targets together; small ones are read into memory."""
+    fits = sum(view.nbytes for view in views) <= _IN_MEMORY_BYTES
+    arrays = [view[:] if fits else view for view in views]
+    return LabelledFeatures(arrays, targets, num_classes, class_weights)
+
+
+def class_weights(targets: np.ndarray, num_classes: int, balanced: bool) -> np.ndarray:
+    """float32 `[2, num_classes]` weights of an absent and of a present class.
+
+    Balanced: every class has the same total weight, and the mean weight is 1 (King &
+    Zeng 2001, as in scikit-learn). Of multi-label data that holds for presence and
+    absence of each class.
+    """
+    if not balanced:
+        return np.ones((2, num_classes), np.float32)
+    counts = one_hot(targets, num_classes).sum(0)
+    if targets.ndim == 1:
+        weights = len(targets) / (num_classes * np.maximum(counts, 1))
+        return np.stack([weights, weights]).astype(np.float32)
+    both = np.stack([len(targets) - counts, counts])
+    return (len(targets) / (2 * np.maximum(both, 1))).astype(np.float32)
+
+
+def train_head(
+    config: HeadConfig,
+    train: LabelledFeatures,
+    val: LabelledFeatures,
+    seed: int,
+    on_strength: Callable[[], object] = lambda: None,
+) -> TrainedHead:
+    """Trains a head to convergence with the L2 strength that suits validation best.
+
+    Without validation images the middle of the grid is taken.
+
+    Args:
+        config: Kind, sizes, and the most epochs.
+        train: What is learned from.
+        val: What chooses the strength, and stops an mlp.
+        seed: Of an mlp's first weights and its order of images.
+        on_strength: Called once an L2 strength, as work goes on.
+    """
+    grid = config.l2 or (LINEAR_L2 if config.kind == "linear" else MLP_L2)
+    if not len(val):
+        grid = (sorted(grid)[len(grid) // 2],)
+    train_one = _linear_trainer(train) if config.kind == "linear" else _train_mlp
+    num_features = train.views[0].shape[1]
+
+    best: TrainedHead | None = None
+    best_loss, since_best = math.inf, 0
+    history: list[dict[str, float]] = []
+    for l2 in sorted(grid, reverse=True):
+        keras.utils.set_random_seed(seed)
+        head = build_head(config, num_features, train.num_classes, train.multi_label)
+        rows = train_one(head, train, val, l2, config, seed)
+        on_strength()
+        history += [{"l2": l2, **row} for row in rows]
+        val_loss = log_loss(head, val) if len(val) else 0.0
+        if val_loss < best_loss:
+            best, best_loss, since_best = TrainedHead(head, l2), val_loss, 0
+        else:
+            since_best += 1
+        if since_best == _PATIENCE:
+            break
+    assert best is not None
+    best.history = history
+    return best
+
+
+def predict_head(head: keras.Model, features: Features | np.ndarray) -> np.ndarray:
+    """float32 `[N, num_classes]` probabilities of `[N, D]` features."""
+    parts = [np.zeros((0, head.output_shape[-1]), np.float32)]
+    for start in range(0, len(features), _CHUNK):
+        parts.append(np.asarray(head(features[start : start + _CHUNK], training=False)))
+    return np.concatenate(parts)
+
+
+def log_loss(head: keras.Model, data: LabelledFeatures) -> float:
+    """Mean cross-entropy, weighted by class; multi-label: summed over classes."""
+    total = 0.0
+    for features, targets, weights in data.chunks():
+        probabilities = np.asarray(head(features, training=False), np.float64)
+        clipped = np.clip(probabilities, _EPSILON, 1 - _EPSILON)
+        log_likelihood = targets * np.log(clipped)
+        if data.multi_label:
+            log_likelihood += (1 - targets) * np.log(1 - clipped)
+        total -= float((weights * log_likelihood).sum())
+    return total / max(len(data), 1)
+
+
+_Trainer = Callable[
+    [keras.Model, LabelledFeatures, LabelledFeatures, float, HeadConfig, int],
+    list[dict[str, float]],
+]
+
+
+def _linear_trainer(data: LabelledFeatures) -> _Trainer:
+    """A function that solves for one strength, starting at its last solution."""
+    mean, scale = _mean_and_scale(data)
+    shape = (len(mean), data.num_classes)
+    solution = np.zeros((shape[0] + 1, shape[1]))
+
+    def raw(parameters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Kernel and bias on features as they are, from those on scaled features."""
+        parameters = parameters.reshape(shape[0] + 1, shape[1])
+        kernel = parameters[:-1] / scale
+        return kernel.astype(np.float32), (parameters[-1] - mean @ kernel).astype(
+            np.float32
+        )
+
+    def objective(flat: np.ndarray, l2: float) -> tuple[float, np.ndarray]:
+        kernel, bias = raw(flat)
+
+        def part(
+            chunk: tuple[np.ndarray, np.ndarray, np.ndarray],
+        ) -> tuple[float, np.ndarray, np.ndarray]:
+            features, targets, weights = chunk
+            logits = features @ kernel + bias
+            if data.multi_label:
+                # log(1 + exp(x)) - t x, and its derivative
+                losses = np.logaddexp(0, logits) - targets * logits
+                residual = weights * (scipy.special.expit(logits) - targets)
+            else:
+                log_probability = scipy.special.log_softmax(logits, axis=1)
+                losses = -targets * log_probability
+                residual = weights * (np.exp(log_probability) - targets)
+            loss = float((weights * losses).sum(dtype=np.float64))
+            return loss, features.T @ residual, residual.sum(0, dtype=np.float64)
+
+        loss, gradient, gradient_bias = 0.0, np.zeros(shape), np.zeros(shape[1])
+        # Summed in the order of the chunks, so that threads change no bit.
+        for part_loss, part_gradient, part_bias in _in_threads(part, data.chunks()):
+            loss += part_loss
+            gradient += part_gradient
+            gradient_bias += part_bias
+        gradient = (gradient - np.outer(mean, gradient_bias)) / scale
+        weights_only = flat.reshape(-1, shape[1])[:-1]
+        loss = loss / len(data) + l2 / 2 * float((weights_only**2).sum())
+        gradient = gradient / len(data) + l2 * weights_only
+        return loss, np.vstack([gradient, gradient_bias / len(data)]).ravel()
+
+    def train(
+        head: keras.Model,
+        train: LabelledFeatures,
+        val: LabelledFeatures,
+        l2: float,
+        config: HeadConfig,
+        seed: int,
+    ) -> list[dict[str, float]]:
+        del train, seed
+        nonlocal solution
+        # On matrices this thin, BLAS threads wait for each other most of the time.
+        with threadpoolctl.threadpool_limits(1, user_api="blas"):
+            result = scipy.optimize.minimize(
+                objective,
+                solution.ravel(),
+                args=(l2,),
+                jac=True,
+                method="L-BFGS-B",
+                options={"maxiter": config.epochs, "gtol": 1e-5, "ftol": 1e-8},
+            )
+        solution = result.x
+        head.set_weights(list(raw(solution)))
+        val_loss = log_loss(head, val)
+        return [{"epoch": result.nit, "loss": float(result.fun), "val_loss": val_loss}]
+
+    return train
+
+
+def _train_mlp(
+    head: keras.Model,
+    train: LabelledFeatures,
+    val: LabelledFeatures,
+    l2: float,
+    config: HeadConfig,
+    seed: int,
+) -> list[dict[str, float]]:
+    """Adam with early stopping; the epoch with the lowest validation loss is kept."""
+    mean, scale = _mean_and_scale(train)
+
+    def loss(targets_and_weights, probabilities):
+        targets, weights = keras.ops.split(targets_and_weights, 2, axis=-1)
+        clipped = keras.ops.clip(probabilities, _EPSILON, 1 - _EPSILON)
+        log_likelihood = targets * keras.ops.log(clipped)
+        if train.multi_label:
+            log_likelihood += (1 - targets) * keras.ops.log(1 - clipped)
+        return -keras.ops.sum(weights * log_likelihood, axis=-1)
+
+    for layer in dense_layers(head):
+        layer.kernel_regularizer = keras.regularizers.L2(l2)
+    head.compile(keras.optimizers.Adam(config.learning_rate), loss, jit_compile=False)
+    stop = keras.callbacks.EarlyStopping(
+        "val_loss" if len(val) else "loss",
+        patience=config.patience,
+        restore_best_weights=True,
+    )
+    log = head.fit(
+        _Batches(train, mean, scale, seed),
+        validation_data=_Batches(val, mean, scale, None) if len(val) else None,
+        epochs=config.epochs,
+        callbacks=[stop],
+        verbose=0,
+    )
+    for layer in dense_layers(head):
+        layer.kernel_regularizer = None
+    # The first layer takes over the scaling: the head is used on plain features.
+    first = dense_layers(head)[0]
+    kernel, bias = first.get_weights()
+    first.set_weights([kernel / scale, bias - mean @ kernel / scale])
+    return [
+        {"epoch": epoch + 1}
+        | {name: values[epoch] for name, values in log.history.items()}
+        for epoch in log.epoch
+    ]
+
+
+class _Batches(keras.utils.PyDataset):
+    """Batches of scaled features for Keras's `fit`, shuffled anew each epoch."""
+
+    def __init__(
+        self, data: LabelledFeatures, mean: np.ndarray, scale: float, seed: int | None
+    ):
+        super().__init__()
+        self._data, self._mean, self._scale = data, mean.astype(np.float32), scale
+        self._rng = None if seed is None else np.random.default_rng(seed)
+        self._order = np.arange(len(data))
+        self.on_epoch_end()
+
+    def __len__(self) -> int:
+        return math.ceil(len(self._order) / _MLP_BATCH)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        order = np.sort(self._order[index * _MLP_BATCH : (index + 1) * _MLP_BATCH])
+        view, rows = np.divmod(order, len(self._data.targets))
+        features = np.concatenate(
+            [self._data.views[v][rows[view == v]] for v in np.unique(view)]
+        )
+        scaled = (features - self._mean) / np.float32(self._scale)
+        return scaled, np.concatenate(self._data.labels(rows), axis=1)
+
+    def on_epoch_end(self) -> None:
+        if self._rng is not None:
+            self._rng.shuffle(self._order)
+
+
+def _in_threads(function: Callable, chunks: Iterable) -> Iterator:
+    """`map` in order; a single chunk stays in this thread."""
+    iterator = iter(chunks)
+    first = list(itertools.islice(iterator, 2))
+    if len(first) < 2:
+        return map(function, first)
+    items = itertools.chain(first, iterator)
+    return map_ahead(function, items, threads=os.cpu_count() or 1)
+
+
+def _mean_and_scale(data: LabelledFeatures) -> tuple[np.ndarray, float]:
+    """float64 `[D]` mean of each feature, and one standard deviation for all.
+
+    One for all, because to divide each feature by its own would blow up those that
+    hardly vary, and with them the rounding differences between engines.
+    """
+    mean = sum(chunk.sum(0, dtype=np.float64) for chunk, _, _ in data.chunks())
+    mean = np.asarray(mean) / len(data)
+    square = sum(
+        float(np.square(chunk - mean.astype(np.float32)).sum(dtype=np.float64))
+        for chunk, _, _ in data.chunks()
+    )
+    return mean, max(math.sqrt(square / (len(data) * len(mean))), 1e-12)

@@ -1,0 +1,206 @@
+"""A run's model on images: predictions as a stream, and evaluation."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_transfer import data
+from keras_transfer.decode import make_decoder
+from keras_transfer.errors import DecodeError, KerasTransferError, UsageError
+from keras_transfer.evaluation import Evaluation, evaluate
+from keras_transfer.run import Run, open_run
+
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a run's model says of one image.
+
+    Attributes:
+        source: The image's path, or its id in the data.
+        probabilities: float32 `[num_classes]`; None if the image is unusable.
+        error: Why it is unusable, or "".
+    """
+
+    source: str
+    probabilities: np.ndarray | None
+    error: str = ""
+
+
+class Predictor:
+    """Probabilities of pixel batches, computed by Keras in float32."""
+
+    def __init__(self, model: keras.Model):
+        self._function = tf.function(
+            lambda pixels: model(tf.cast(pixels, tf.float32), training=False),
+            input_signature=[tf.TensorSpec((None, *model.input_shape[1:]), tf.uint8)],
+            autograph=False,
+        )
+
+    def __call__(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
+        """float32 `[n, num_classes]` of n uint8 `[H, W, 3]` images."""
+        return self._function(tf.constant(np.stack(pixels))).numpy()
+
+
+def load_model(run: Run) -> keras.Model:
+    """Loads `model.keras`, from [0, 255] RGB pixels to probabilities.
+
+    Raises:
+        KerasTransferError: If the file is missing or damaged.
+    """
+    try:
+        return keras.saving.load_model(run.model_path, compile=False)
+    except Exception as error:  # zip, HDF5 and JSON each raise their own types
+        cause = str(error).strip().splitlines()
+        raise KerasTransferError(
+            f"{run.model_path} cannot be loaded ({cause[0] if cause else error!r}). "
+            "Train the run again."
+        ) from None
+
+
+def predict(
+    run: str | Path | Run, paths: Iterable[str | Path], recursive: bool = False
+) -> Iterator[Prediction]:
+    """Predicts images as they are read, in order, with bounded memory.
+
+    Args:
+        run: A run or its directory.
+        paths: Image files, and folders of them.
+        recursive: Whether folders inside folders are searched too.
+
+    Yields:
+        A prediction an image; of an unusable one it holds the reason.
+
+    Raises:
+        UsageError: If there is no such run or path.
+    """
+    run = open_run(run)
+    sources = list(_image_files(paths, recursive))
+    model = load_model(run)
+    yield from predict_sources(
+        model, sources, lambda names: data.read_files(names, Path())
+    )
+
+
+def predict_sources(
+    model: keras.Model, sources: Sequence[str], read: data.Reader
+) -> Iterator[Prediction]:
+    """Predicts what a reader yields; see `predict`."""
+    predictor = Predictor(model)
+    decode = make_decoder(model.input_shape[1])
+
+    def decoded(
+        item: tuple[str, bytes | OSError],
+    ) -> tuple[str, np.ndarray | None, str]:
+        source, encoded = item
+        if isinstance(encoded, OSError):
+            return source, None, f"cannot be read: {encoded.strerror}"
+        try:
+            return source, decode(encoded), ""
+        except DecodeError as error:
+            return source, None, str(error)
+
+    def flush() -> Iterator[Prediction]:
+        usable = [pixels for _, pixels, _ in batch if pixels is not None]
+        rows = iter(predictor(usable)) if usable else iter(())
+        for source, pixels, error in batch:
+            yield Prediction(source, None if pixels is None else next(rows), error)
+
+    batch: list[tuple[str, np.ndarray | None, str]] = []
+    for item in data.map_ahead(decoded, read(sources), threads=2):
+        batch.append(item)
+        if len(batch) == _BATCH:
+            yield from flush()
+            batch = []
+    yield from flush()
+
+
+def evaluate_run(
+    run: str | Path | Run,
+    source: str | None = None,
+    data_dir: Path | None = None,
+    on_image: Callable[[], object] = lambda: None,
+) -> tuple[Evaluation, str, dict[str, str]]:
+    """Evaluates a run's model.keras on its test split, or on other labelled images.
+
+    Args:
+        run: A run or its directory.
+        source: Labelled images as for `fit`, all of them used; None for the run's
+            test split (validation split, if it has no test split).
+        data_dir: Where tensorflow-datasets keeps prepared data.
+        on_image: Called once an image, as work goes on.
+
+    Returns:
+        (figures, what they are of, reason of each image left out).
+
+    Raises:
+        UsageError: If there is no such run or data, or a label is none of the run's.
+    """
+    run = open_run(run)
+    if source is None:
+        name, table, read = held_out_images(run)
+    else:
+        table, read = data.load_all(
+            source, run.class_names, run.manifest.multi_label, data_dir
+        )
+        name = source
+    by_source = {}
+    skipped = {}
+    for prediction in predict_sources(load_model(run), table.sources, read):
+        on_image()
+        if prediction.probabilities is None:
+            skipped[prediction.source] = prediction.error
+        else:
+            by_source[prediction.source] = prediction.probabilities
+    if not by_source:
+        raise KerasTransferError(f"None of the {len(table)} images can be read.")
+    table = table.keep(by_source)
+    probabilities = np.stack([by_source[source] for source in table.sources])
+    return evaluate(table.targets, probabilities, run.class_names), name, skipped
+
+
+def held_out_images(run: Run) -> tuple[str, data.Table, data.Reader]:
+    """The images a run was not trained on: (split name, table, reader).
+
+    Raises:
+        KerasTransferError: If the data are gone, or the run held no image back.
+    """
+    config = run.config
+    splits = data.load(
+        config.data,
+        config.splits.model_copy(update={"file": run.splits_path}),
+        config.seed,
+        config.data_dir,
+    )
+    used = {row["path"] for _, row in data.read_table(run.splits_path)}
+    for name in ("test", "val"):
+        table = getattr(splits, name).keep(used)
+        if len(table):
+            return name, table, splits.read
+    raise KerasTransferError(
+        f"The run has no held-out images. Received: {run.run_dir}. Name labelled "
+        "images: kt evaluate RUN DATA."
+    )
+
+
+def _image_files(paths: Iterable[str | Path], recursive: bool) -> Iterator[str]:
+    for path in map(Path, paths):
+        if path.is_dir():
+            found = [
+                str(image)
+                for image in data.find_images(path)
+                if recursive or image.parent == path
+            ]
+            if not found:
+                raise UsageError(
+                    f"There are no images. Received: {path}. "
+                    + ("" if recursive else "Search folders inside with --recursive.")
+                )
+            yield from found
+        else:
+            yield str(path)

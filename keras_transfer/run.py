@@ -1,0 +1,257 @@
+"""The run directory: its file names, how they are written, how it is found again.
+
+`saved_models/<run>/` is also a TensorFlow Serving model base path: `kt export` adds
+integer-named version directories, and Serving ignores every other file. A run is
+built in a hidden sibling directory and renamed when it is complete, so whoever lists
+`saved_models/` sees a whole run or none.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from keras_transfer.config import Config, load_config
+from keras_transfer.errors import KerasTransferError, UsageError
+
+CONFIG = "config.yaml"
+HISTORY = "history.csv"
+LABELS = "labels.txt"
+MANIFEST = "manifest.json"
+METRICS = "metrics.json"
+MODEL = "model.keras"
+SKIPPED = "skipped.csv"
+SPLITS = "splits.csv"
+
+_PACKAGES = (
+    "keras-transfer",
+    "keras",
+    "tensorflow",
+    "openvino",
+    "scikit-learn",
+    "scipy",
+    "numpy",
+)
+
+
+class Manifest(BaseModel):
+    """What `manifest.json` says: where a run's model came from, to the byte."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: int = 1
+    created: str
+    """UTC time at which the run was completed, ISO 8601."""
+    data: str
+    """The DATA argument; folders and files as absolute paths."""
+    data_fingerprint: str
+    """SHA-256 over every usable image's split, name, bytes and labels."""
+    class_counts: dict[str, dict[str, int]]
+    """split -> class name -> number of usable images."""
+    skipped: int
+    """Images that could not be read or decoded; `skipped.csv` lists them."""
+    multi_label: bool
+    base: str
+    weights: str
+    weights_digest: str
+    """SHA-256 over the shapes and values of the frozen base's weights."""
+    image_size: int
+    """Side of the square images that the model takes, in pixels."""
+    decoder_version: int
+    engine: str
+    """What ran the frozen base: `openvino` or `keras`; `cache` if it did not run."""
+    precision: str
+    """Arithmetic of the features the head was trained on: `f32` or `bf16`."""
+    notes: list[str]
+    """What was decided on the way, each with its measurement."""
+    l2: float
+    """The head's L2 strength, chosen on the validation split."""
+    parity: dict[str, float]
+    """model.keras against the cached features: `images`, `top1_agreement` (0 to 1),
+    `max_probability_difference`, `tolerance`, `agrees`."""
+    seed: int
+    versions: dict[str, str]
+    host: dict[str, str | int]
+    timings: dict[str, float]
+    """Seconds: `decode` and `forward` are summed over threads and overlap;
+    `features` is their wall time; `head`, `model` and `total` are wall times."""
+    images_decoded: int
+    images_forwarded: int
+
+
+class Run:
+    """A finished run on disk.
+
+    Attributes:
+        run_dir: The directory, `saved_models/<run>`.
+    """
+
+    def __init__(self, run_dir: Path):
+        self.run_dir = run_dir
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.run_dir)!r})"
+
+    @property
+    def name(self) -> str:
+        """The directory's name."""
+        return self.run_dir.name
+
+    @property
+    def config(self) -> Config:
+        """What the user chose, resolved."""
+        return load_config(self.run_dir / CONFIG)
+
+    @property
+    def class_names(self) -> list[str]:
+        """The classes, in the order of the model's outputs."""
+        return (self.run_dir / LABELS).read_text(encoding="utf-8").splitlines()
+
+    @property
+    def manifest(self) -> Manifest:
+        """Where the model came from."""
+        try:
+            return Manifest.model_validate_json((self.run_dir / MANIFEST).read_bytes())
+        except (OSError, ValidationError) as error:
+            raise KerasTransferError(
+                f"{self.run_dir / MANIFEST} cannot be read: "
+                f"{str(error).splitlines()[0]}. Train the run again."
+            ) from None
+
+    @property
+    def metrics(self) -> dict[str, dict]:
+        """For each phase and split, what `evaluation.Evaluation` documents."""
+        return json.loads((self.run_dir / METRICS).read_text(encoding="utf-8"))
+
+    @property
+    def model_path(self) -> Path:
+        """The Keras model, from [0, 255] RGB pixels to probabilities."""
+        return self.run_dir / MODEL
+
+    @property
+    def splits_path(self) -> Path:
+        """Which image was used for what: path,label,split,group."""
+        return self.run_dir / SPLITS
+
+
+def open_run(run: str | Path | Run) -> Run:
+    """Opens a run by its directory, or by its name under `saved_models/`.
+
+    Raises:
+        UsageError: If there is no run.
+    """
+    if isinstance(run, Run):
+        return run
+    for run_dir in (Path(run), Path("saved_models") / run):
+        if (run_dir / MANIFEST).is_file():
+            return Run(run_dir)
+    raise UsageError(
+        f"There is no run here. Received: {run}. A run is a directory that `kt fit` "
+        f"made, such as saved_models/NAME."
+    )
+
+
+def run_path(runs_dir: Path, name: str, overwrite: bool) -> Path:
+    """The directory a new run will get, checked before any work is done.
+
+    Raises:
+        UsageError: If the name is not usable, or taken and not to be overwritten.
+    """
+    if not re.fullmatch(r"[\w][\w.+-]*", name) or name.isdigit():
+        raise UsageError(
+            "A run's name is made of letters, digits and _.+-, starts with a letter, "
+            f"digit or _ and is not only digits. Received: {name!r}. Choose one with "
+            "--name."
+        )
+    run_dir = runs_dir / name
+    if run_dir.exists() and not overwrite:
+        raise UsageError(
+            f"The run exists already. Received: {run_dir}. Choose another name with "
+            "--name, or replace it with --overwrite."
+        )
+    if run_dir.exists() and not (run_dir / MANIFEST).is_file():
+        raise UsageError(
+            f"--overwrite replaces only runs of kt, and this is something else. "
+            f"Received: {run_dir}. Choose another name with --name."
+        )
+    return run_dir
+
+
+@contextlib.contextmanager
+def building(run_dir: Path) -> Iterator[Path]:
+    """A hidden directory to build a run in; it becomes `run_dir` on success only."""
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=run_dir.parent, prefix=f".{run_dir.name}."))
+    try:
+        yield staging
+        staging.chmod(0o755)  # mkdtemp's 0700 would lock TensorFlow Serving out
+        _sync(staging)
+        if run_dir.exists():
+            replaced = Path(tempfile.mkdtemp(dir=run_dir.parent, prefix=".replaced."))
+            run_dir.rename(replaced / run_dir.name)
+            staging.rename(run_dir)
+            shutil.rmtree(replaced)
+        else:
+            staging.rename(run_dir)
+        _sync(run_dir.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Writes a file so that it is there whole or not at all."""
+    data = content.encode() if isinstance(content, str) else content
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def now() -> str:
+    """The time now in UTC, ISO 8601 to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def host() -> dict[str, str | int]:
+    """The machine: system, processor architecture and usable CPU cores."""
+    return {
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "cpu_cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1,
+    }
+
+
+def _sync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

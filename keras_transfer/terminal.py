@@ -1,0 +1,173 @@
+"""What `kt` shows: progress bars and tables, and no noise from below."""
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+
+from keras_transfer.bases import BASES, weights_path
+from keras_transfer.run import Run
+
+_MOST_CLASSES = 30
+
+console = Console()
+messages = Console(stderr=True)
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Bars on a terminal, nothing elsewhere; yields what to tell them."""
+    columns = (
+        TextColumn("{task.description:>10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    tasks = {}
+    with Progress(*columns, console=messages, disable=not messages.is_terminal) as bars:
+
+        def update(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bars.add_task(phase, total=total or None)
+            bars.update(tasks[phase], completed=done)
+
+        yield update
+
+
+@contextlib.contextmanager
+def quiet_stderr() -> Iterator[None]:
+    """Holds back what C++ libraries write to stderr; shown only if the block fails."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as noise:
+        kept = os.dup(2)
+        os.dup2(noise.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            os.dup2(kept, 2)
+            noise.seek(0)
+            sys.stderr.write(noise.read().decode(errors="replace"))
+            raise
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def import_tensorflow() -> None:
+    """Imports TensorFlow without its start-up messages."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+    with quiet_stderr():
+        import tensorflow  # noqa: F401
+
+
+def show_run(run: Run) -> None:
+    """The result of `kt fit`."""
+    manifest, metrics = run.manifest, run.metrics
+    splits = metrics[list(metrics)[-1]]
+    name = "test" if "test" in splits else "val"
+    if name in splits:
+        show_evaluation(splits[name], name)
+    for note in manifest.notes:
+        console.print(f"[dim]- {note}[/dim]", highlight=False)
+    if manifest.skipped:
+        console.print(
+            f"- {manifest.skipped} images were left out: {run.run_dir / 'skipped.csv'}",
+            highlight=False,
+        )
+    seconds = manifest.timings
+    console.print(
+        f"Time: features {seconds['features']:.1f} s ("
+        f"{manifest.images_decoded:,} images decoded in {seconds['decode']:.1f} s and "
+        f"{manifest.images_forwarded:,} run in {seconds['forward']:.1f} s of threads, "
+        f"overlapping), head {seconds['head']:.1f} s, "
+        f"model {seconds['model']:.1f} s, total {seconds['total']:.1f} s.",
+        highlight=False,
+    )
+    console.print(f"Run: {run.run_dir}", highlight=False)
+    console.print(f"Next: kt predict {run.run_dir} IMAGE...", highlight=False)
+
+
+def show_evaluation(evaluation: dict, of: str) -> None:
+    """A table of figures and one of classes."""
+    console.print(f"{evaluation['images']:,} {of} images", highlight=False)
+    figures = Table(box=None, show_header=False, pad_edge=False)
+    for key in ("accuracy", "balanced_accuracy", "macro_f1", "log_loss"):
+        figures.add_row(key.replace("_", " "), f"{evaluation[key]:.4f}")
+    if evaluation["mean_average_precision"] is not None:
+        value = evaluation["mean_average_precision"]
+        figures.add_row("mean average precision", f"{value:.4f}")
+    console.print(figures)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("class")
+    for column in ("precision", "recall", "F1", "images"):
+        table.add_column(column, justify="right")
+    classes = evaluation["classes"]
+    worst = sorted(classes, key=lambda name: classes[name]["f1"])[:_MOST_CLASSES]
+    for name in (name for name in classes if name in set(worst)):
+        row = classes[name]
+        table.add_row(
+            name,
+            *(f"{row[key]:.3f}" for key in ("precision", "recall", "f1")),
+            f"{row['support']:,}",
+        )
+    console.print(table)
+    if len(classes) > len(worst):
+        console.print(f"(the {len(worst)} worst of {len(classes)} classes)")
+
+
+def show_bases() -> None:
+    """The table of bases."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("base")
+    table.add_column("parameters", justify="right")
+    table.add_column("image size", justify="right")
+    table.add_column("input scaling")
+    table.add_column("ImageNet weights")
+    for base in BASES:
+        if weights_path(base).is_file():
+            where = "here"
+        elif base.weights_package:
+            where = "package not installed"
+        else:
+            where = "to download"
+        table.add_row(
+            base.name,
+            f"{base.parameters:,}",
+            str(base.image_size),
+            base.scaling.name,
+            where,
+        )
+    console.print(table, highlight=False)
+
+
+def show_cache(tables: list[dict]) -> None:
+    """The table of cached features."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("base", "split point", "image size", "precision", "view"):
+        table.add_column(column)
+    for column in ("images", "MB", "days unused"):
+        table.add_column(column, justify="right")
+    for row in tables:
+        table.add_row(
+            row["base"],
+            row["split_point"],
+            str(row["image_size"]),
+            row["precision"],
+            str(row["view"]),
+            f"{row['images']:,}",
+            f"{row['bytes'] / 1e6:.1f}",
+            f"{row['days_unused']:.1f}",
+        )
+    console.print(table, highlight=False)

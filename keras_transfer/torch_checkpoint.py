@@ -1,0 +1,187 @@
+"""Reads the tensors of a torch checkpoint without torch and without running its code.
+
+A checkpoint is a pickle, and a pickle is a program. Here the program may only name the
+few things that a state dict is made of; anything else ends the reading. Both formats
+are read: the zip archive (torch >= 1.6) and the older sequence of pickles.
+"""
+
+import io
+import pickle
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from keras_transfer.errors import WeightsError
+
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+
+_DTYPES = {
+    "DoubleStorage": "<f8",
+    "FloatStorage": "<f4",
+    "HalfStorage": "<f2",
+    "LongStorage": "<i8",
+    "IntStorage": "<i4",
+    "ShortStorage": "<i2",
+    "CharStorage": "<i1",
+    "ByteStorage": "<u1",
+    "BoolStorage": "?",
+}
+
+
+def read_torch_checkpoint(path: Path) -> dict[str, np.ndarray]:
+    """The named tensors of a checkpoint file.
+
+    A `state_dict` key at the top, as training scripts add it, is looked into.
+
+    Returns:
+        Names such as `features.0.weight` to arrays in the dtype they are stored in.
+
+    Raises:
+        WeightsError: If the file is damaged, holds something other than tensors, or
+            its pickle asks for anything but tensors.
+    """
+    try:
+        with path.open("rb") as file:
+            if zipfile.is_zipfile(file):
+                checkpoint = _read_zip(file)
+            else:
+                file.seek(0)
+                checkpoint = _read_legacy(file)
+    except WeightsError:
+        raise
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror}.") from None
+    except Exception as error:  # whatever a damaged pickle or archive makes fail
+        raise WeightsError(
+            f"{path} is no torch checkpoint, or a damaged one "
+            f"({type(error).__name__}: {error})."
+        ) from None
+    if isinstance(checkpoint, Mapping) and "state_dict" in checkpoint:
+        checkpoint = checkpoint["state_dict"]
+    if not isinstance(checkpoint, Mapping):
+        raise WeightsError(f"{path} holds no named tensors.")
+    return {
+        name: value.array()
+        for name, value in checkpoint.items()
+        if isinstance(value, _Tensor)
+    }
+
+
+class _StorageType(NamedTuple):
+    dtype: str
+
+
+class _Storage:
+    """A flat buffer; in the legacy format it is filled after the pickle is read."""
+
+    def __init__(self, dtype: str, size: int):
+        self.dtype = np.dtype(dtype)
+        self.size = size
+        self.data = b""
+
+
+class _Tensor(NamedTuple):
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def array(self) -> np.ndarray:
+        flat = np.frombuffer(self.storage.data, self.storage.dtype)
+        if not all(n > 0 for n in self.shape):
+            return np.zeros(self.shape, flat.dtype)
+        last = self.offset + sum(
+            (n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True)
+        )
+        if min(self.offset, *self.strides, 0) < 0 or last >= flat.size:
+            raise WeightsError("A tensor of the checkpoint reaches outside its data.")
+        return np.lib.stride_tricks.as_strided(
+            flat[self.offset :],
+            self.shape,
+            [stride * flat.itemsize for stride in self.strides],
+        ).copy()
+
+
+def _rebuild_tensor(
+    storage: _Storage, offset: int, shape: tuple, strides: tuple, *_: Any
+) -> _Tensor:
+    if not isinstance(storage, _Storage):
+        raise WeightsError("A tensor of the checkpoint has no storage.")
+    return _Tensor(storage, int(offset), tuple(shape), tuple(strides))
+
+
+def _rebuild_parameter(tensor: _Tensor, *_: Any) -> _Tensor:
+    return tensor
+
+
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("torch", "Size"): tuple,
+} | {("torch", name): _StorageType(dtype) for name, dtype in _DTYPES.items()}
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: BinaryIO, storages: dict[str, _Storage]):
+        super().__init__(file, encoding="latin1")
+        self._storages = storages
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _ALLOWED[module, name]
+        except KeyError:
+            raise WeightsError(
+                f"The checkpoint asks for {module}.{name}, which tensors do not need. "
+                "Save a state_dict, not a whole model."
+            ) from None
+
+    def persistent_load(self, reference: Any) -> _Storage:
+        kind, storage_type, key, _, size, *view = reference
+        if kind != "storage" or not isinstance(storage_type, _StorageType):
+            raise WeightsError("The checkpoint refers to something other than tensors.")
+        if any(part is not None for part in view):
+            raise WeightsError("The checkpoint's tensors are views of views.")
+        if key not in self._storages:
+            self._storages[key] = _Storage(storage_type.dtype, size)
+        return self._storages[key]
+
+
+def _read_zip(file: BinaryIO) -> Any:
+    with zipfile.ZipFile(file) as archive:
+        names = archive.namelist()
+        root = next(n for n in names if n.endswith("data.pkl"))[: -len("data.pkl")]
+        byte_order = f"{root}byteorder"
+        if byte_order in names and archive.read(byte_order) != b"little":
+            raise WeightsError("The checkpoint is big-endian.")
+        storages: dict[str, _Storage] = {}
+        pickled = io.BytesIO(archive.read(f"{root}data.pkl"))
+        checkpoint = _Unpickler(pickled, storages).load()
+        for key, storage in storages.items():
+            storage.data = archive.read(f"{root}data/{key}")
+    return checkpoint
+
+
+def _read_legacy(file: BinaryIO) -> Any:
+    """Magic number, protocol, system, the object, storage keys, then raw storages."""
+    storages: dict[str, _Storage] = {}
+    if _Unpickler(file, {}).load() != _LEGACY_MAGIC:
+        raise WeightsError(
+            "The file is no torch checkpoint: its first number is wrong."
+        )
+    _Unpickler(file, {}).load()
+    if not _Unpickler(file, {}).load().get("little_endian"):
+        raise WeightsError("The checkpoint is big-endian.")
+    checkpoint = _Unpickler(file, storages).load()
+    for key in _Unpickler(file, {}).load():
+        storage = storages[key]
+        size = int.from_bytes(file.read(8), "little")
+        storage.data = file.read(size * storage.dtype.itemsize)
+        if size != storage.size or len(storage.data) != size * storage.dtype.itemsize:
+            raise WeightsError("The checkpoint is cut off.")
+    return checkpoint
