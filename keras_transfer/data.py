@@ -276,15 +276,19 @@ def read_files(
 
 
 def map_ahead(
-    function: Callable[[_T], _R], items: Iterable[_T], threads: int
+    function: Callable[[_T], _R],
+    items: Iterable[_T],
+    threads: int,
+    ahead: int | None = None,
 ) -> Iterator[_R]:
-    """`map` in threads, in order, never more than a few items ahead of the consumer."""
+    """`map` in threads, in order, never more than `ahead` items before the consumer."""
+    limit = 4 * threads if ahead is None else ahead
     with ThreadPoolExecutor(threads) as pool:
         pending: deque = deque()
         try:
             for item in items:
                 pending.append(pool.submit(function, item))
-                if len(pending) > 4 * threads:
+                if len(pending) > limit:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()

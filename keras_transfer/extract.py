@@ -24,6 +24,8 @@ image's features do not depend on how many images came with it."""
 MAX_BF16_ERROR = 0.01
 """How far bfloat16 features may be from float32 ones (relative L2 norm) for `auto`."""
 
+Engine = Literal["openvino", "keras"]
+
 _Tag = TypeVar("_Tag")
 
 
@@ -43,7 +45,7 @@ class Extractor:
         model: keras.Model,
         precision: Precision = "f32",
         sample: np.ndarray | None = None,
-        engine: Literal["openvino", "keras"] | None = None,
+        engine: Engine | None = None,
     ):
         """Prepares a model for prediction.
 
@@ -176,10 +178,12 @@ class Extractor:
         outputs, seconds = {}, {}
         for precision in ("f32", "bf16"):
             self._compiled = self._compile(precision)
-            self.predict(sample)  # the first requests are slower
-            start = time.perf_counter()
-            outputs[precision] = self.predict(sample)
-            seconds[precision] = time.perf_counter() - start
+            times = []
+            for _ in range(2):  # the first is slower
+                start = time.perf_counter()
+                outputs[precision] = self.predict(sample)
+                times.append(time.perf_counter() - start)
+            seconds[precision] = min(times)
         self.seconds, self.images = 0.0, 0
         error = float(
             np.linalg.norm(outputs["bf16"] - outputs["f32"])

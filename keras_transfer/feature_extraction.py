@@ -1,14 +1,14 @@
 """The workflow of `kt fit`: feature extraction with a frozen base."""
 
 import csv
-import functools
 import io
+import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import keras
 import numpy as np
@@ -19,15 +19,14 @@ from keras_transfer.config import Config, Precision, load_config, to_yaml
 from keras_transfer.data import Splits, Table
 from keras_transfer.data import load as load_data
 from keras_transfer.decode import DECODER_VERSION, make_decoder
-from keras_transfer.errors import DecodeError, KerasTransferError
+from keras_transfer.errors import KerasTransferError
 from keras_transfer.evaluation import evaluate
-from keras_transfer.extract import Extractor
+from keras_transfer.extract import Engine, Extractor
 from keras_transfer.features import (
     Extraction,
     FeatureCache,
     Features,
     FeatureSpec,
-    FeatureTable,
     extract_features,
 )
 from keras_transfer.head import (
@@ -64,7 +63,7 @@ PARITY_AGREEMENT = 0.99
 PARITY_TOLERANCE = {"f32": 1e-3, "bf16": 0.05}
 """How far model.keras may be from the cached features' predictions, in probability."""
 
-_SAMPLE_IMAGES = 16
+_WAITING_BYTES = 2**26
 
 OnProgress = Callable[[str, int, int], object]
 """Called with (what is being done, how much is done, of how much)."""
@@ -118,8 +117,9 @@ def _fit(config: Config, on_progress: OnProgress) -> Run:
         features = _frozen_features(
             config, base, digest, splits, precision, engine, on_progress
         )
-        notes += features.notes
-        usable = _usable(config, splits, features.extraction)
+        extraction, extractor = features.extraction, features.extraction.extractor
+        notes += extractor.notes if extractor else []
+        usable = _usable(config, splits, extraction)
 
         # A new head on the features
         head_started = time.perf_counter()
@@ -161,7 +161,7 @@ def _fit(config: Config, on_progress: OnProgress) -> Run:
             CONFIG: to_yaml(config),
             LABELS: "".join(f"{label}\n" for label in usable.class_names),
             SPLITS: usable.to_csv(),
-            SKIPPED: _csv(("path", "reason"), features.extraction.skipped.items()),
+            SKIPPED: _csv(("path", "reason"), extraction.skipped.items()),
             HISTORY: _csv(
                 ("phase", *head.history[0]),
                 (("fit", *epoch.values()) for epoch in head.history),
@@ -177,41 +177,39 @@ def _fit(config: Config, on_progress: OnProgress) -> Run:
         manifest = Manifest(
             created=now(),
             data=config.data,
-            data_fingerprint=usable.fingerprint(features.extraction.digests),
+            data_fingerprint=usable.fingerprint(extraction.digests),
             class_counts=usable.class_counts(),
-            skipped=len(features.extraction.skipped),
+            skipped=len(extraction.skipped),
             multi_label=usable.multi_label,
             base=row.name,
             weights=config.weights,
             weights_digest=digest,
             image_size=_image_size(config),
             decoder_version=DECODER_VERSION,
-            engine=features.engine,
+            engine=extractor.engine if extractor else "cache",
             precision=features.precision,
-            notes=[*usable.warnings, *_doubts(usable, features.extraction), *notes],
+            notes=[*usable.warnings, *_doubts(usable, extraction), *notes],
             parity=parity,
             l2=head.l2,
             seed=config.seed,
             versions=versions(),
             host=host(),
             timings={
-                "decode": features.extraction.decode_seconds,
-                "forward": features.forward_seconds,
+                "decode": extraction.decode_seconds,
+                "forward": extractor.seconds if extractor else 0.0,
                 "features": features.seconds,
                 "head": head_seconds,
                 "model": finished - model_started,
                 "total": finished - started,
             },
-            images_decoded=features.extraction.decoded,
-            images_forwarded=features.forwarded,
+            images_decoded=extraction.decoded,
+            images_forwarded=extractor.images if extractor else 0,
         )
         write_atomic(staging / MANIFEST, manifest.model_dump_json(indent=1))
     return Run(run_dir)
 
 
-_Engine = Literal["openvino", "keras"] | None
-
-_ATTEMPTS: dict[str, list[tuple[Precision, _Engine]]] = {
+_ATTEMPTS: dict[str, list[tuple[Precision, Engine | None]]] = {
     "auto": [("auto", None), ("f32", None), ("f32", "keras")],
     "bf16": [("bf16", None), ("f32", None), ("f32", "keras")],
     "f32": [("f32", None), ("f32", "keras")],
@@ -221,20 +219,15 @@ _ATTEMPTS: dict[str, list[tuple[Precision, _Engine]]] = {
 
 @dataclass(frozen=True)
 class _FrozenFeatures:
-    """The features of all images, plain and augmented, and how they were made."""
+    """The features of all images, plain and augmented, and what they cost."""
 
-    tables: Sequence[FeatureTable]
     extraction: Extraction
     precision: str
-    engine: str
-    notes: Sequence[str]
     seconds: float
-    forward_seconds: float
-    forwarded: int
 
     def rows(self, sources: Sequence[str], view: int = 0) -> Features:
         digests = [self.extraction.digests[source] for source in sources]
-        return self.tables[view].features(digests)
+        return self.extraction.tables[view].features(digests)
 
 
 def _frozen_features(
@@ -243,16 +236,12 @@ def _frozen_features(
     digest: str,
     splits: Splits,
     precision: Precision,
-    engine: _Engine,
+    engine: Engine | None,
     on_progress: OnProgress,
 ) -> _FrozenFeatures:
     started = time.perf_counter()
     image_size = _image_size(config)
     cache = FeatureCache(config.cache_dir)
-    decode = make_decoder(image_size)
-    make_extractor = functools.cache(
-        lambda: Extractor(base, precision, _pixels(splits, decode, precision), engine)
-    )
 
     def spec(precision: str, view: int) -> FeatureSpec:
         return FeatureSpec(
@@ -267,64 +256,29 @@ def _frozen_features(
             augmentation=f"{AUGMENT_VERSION}:{config.seed}" if view else "",
         )
 
-    chosen: str = precision
-    if precision == "auto":
-        cached = {p: cache.rows(spec(p, 0)) for p in ("f32", "bf16")}
-        if any(cached.values()):
-            chosen = max(cached, key=lambda p: cached[p])
-        else:
-            chosen = make_extractor().precision
-    tables = [cache.table(spec(chosen, view)) for view in range(config.augment + 1)]
+    cached: str | None = precision
+    if precision == "auto":  # what was measured before stands
+        rows = {name: cache.rows(spec(name, view=0)) for name in ("f32", "bf16")}
+        cached = max(rows, key=lambda name: rows[name]) if any(rows.values()) else None
     sources = [source for _, table in splits.items() for source in table.sources]
-    seen = 0
-
-    def on_image() -> None:
-        nonlocal seen
-        seen += 1
-        on_progress("features", seen, len(sources))
-
+    seen = itertools.count(1)
     extraction = extract_features(
         sources,
         splits.read,
-        decode,
-        make_extractor,
-        tables,
+        make_decoder(image_size),
+        lambda sample: Extractor(base, cached or "auto", sample, engine),
+        lambda name: [cache.table(spec(name, v)) for v in range(config.augment + 1)],
+        cached,
         make_augmenter(image_size, config.seed) if config.augment else None,
-        set(splits.train.sources),
-        on_image,
+        dict.fromkeys(splits.train.sources, config.augment),
+        lambda: on_progress("features", next(seen), len(sources)),
+        decoded_ahead=_WAITING_BYTES // (3 * image_size**2),
     )
-    extractor = make_extractor() if make_extractor.cache_info().currsize else None
     return _FrozenFeatures(
-        tables=tables,
-        extraction=extraction,
-        precision=chosen,
-        engine=extractor.engine if extractor else "cache",
-        notes=extractor.notes if extractor else (),
-        seconds=time.perf_counter() - started,
-        forward_seconds=extractor.seconds if extractor else 0.0,
-        forwarded=extractor.images if extractor else 0,
+        extraction,
+        cached or (extraction.extractor.precision if extraction.extractor else "f32"),
+        time.perf_counter() - started,
     )
-
-
-def _pixels(
-    splits: Splits, decode: Callable[[bytes], np.ndarray], precision: Precision
-) -> np.ndarray | None:
-    """A few real images to measure precision on, if it is to be measured."""
-    if precision != "auto":
-        return None
-    pixels = []
-    for _, encoded in splits.read(_spread(splits.train.sources, 2 * _SAMPLE_IMAGES)):
-        if isinstance(encoded, bytes) and len(pixels) < _SAMPLE_IMAGES:
-            try:
-                pixels.append(decode(encoded))
-            except DecodeError:
-                continue
-    if not pixels:
-        raise KerasTransferError(
-            f"None of the first images can be decoded, such as "
-            f"{splits.train.sources[0]}. Expected JPEG, PNG, GIF, BMP or WebP files."
-        )
-    return np.stack(pixels)
 
 
 def _usable(config: Config, splits: Splits, extraction: Extraction) -> Splits:
@@ -354,7 +308,6 @@ def _train(
     weights = class_weights(
         splits.train.targets, num_classes, config.head.class_weight == "balanced"
     )
-    views = range(len(features.tables))
     done = 0
 
     def on_strength() -> None:
@@ -365,7 +318,10 @@ def _train(
     return train_head(
         config.head,
         label_features(
-            [features.rows(splits.train.sources, view) for view in views],
+            [
+                features.rows(splits.train.sources, view)
+                for view in range(config.augment + 1)
+            ],
             splits.train.targets,
             num_classes,
             weights,

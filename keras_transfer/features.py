@@ -16,7 +16,7 @@ import shutil
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -253,12 +253,16 @@ class Extraction:
     """What happened while features were computed.
 
     Attributes:
+        tables: Of the plain images, then of views 1, 2, ...
+        extractor: What ran the base; None if nothing was missing.
         digests: SHA-256 of the bytes of each image that has features.
         skipped: Why each image that has none could not be used.
         decoded: Number of images decoded.
         decode_seconds: Time spent decoding, summed over threads.
     """
 
+    tables: Sequence[FeatureTable] = ()
+    extractor: Extractor | None = None
     digests: dict[str, bytes] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     decoded: int = 0
@@ -269,13 +273,15 @@ def extract_features(
     sources: Sequence[str],
     read: Reader,
     decode: Callable[[bytes], np.ndarray],
-    make_extractor: Callable[[], Extractor],
-    tables: Sequence[FeatureTable],
+    make_extractor: Callable[[np.ndarray], Extractor],
+    make_tables: Callable[[str], Sequence[FeatureTable]],
+    precision: str | None,
     augment: Callable[[np.ndarray, bytes, int], np.ndarray] | None = None,
-    augmented: Set[str] = frozenset(),
+    views: Mapping[str, int] | None = None,
     on_image: Callable[[], object] = lambda: None,
+    decoded_ahead: int = 256,
 ) -> Extraction:
-    """Fills the tables with the features of all images that are not in them yet.
+    """Computes the features of all images that are not in the cache yet.
 
     Every image is read, so that its bytes are known; only the missing ones are decoded
     and go through the base, decoding in threads while the base runs. What is finished
@@ -285,15 +291,20 @@ def extract_features(
         sources: The images.
         read: Yields their encoded bytes.
         decode: From encoded bytes to pixels; raises `DecodeError`.
-        make_extractor: Called once, and only if something is missing.
-        tables: Of the plain images, then of views 1, 2, ...
-        augment: Makes views; needed if there is more than one table.
-        augmented: The images that have views.
+        make_extractor: Called with the pixels of the first batch, and only if something
+            is missing.
+        make_tables: From a precision to the tables of the plain images and of views.
+        precision: Of the tables to look into; None if nothing is cached and the
+            extractor is to decide.
+        augment: Makes views.
+        views: How many augmented views an image has, where it has any.
         on_image: Called once an image, as work goes on.
+        decoded_ahead: How many decoded images may wait, the first of them while the
+            extractor is being made.
     """
-    extraction = Extraction()
+    extraction = Extraction(tables=make_tables(precision) if precision else ())
     unusable: dict[bytes, str] = {}
-    started: set[bytes] = set()
+    started: set[tuple[bytes, int]] = set()
 
     def missing() -> Iterator[tuple[bytes, list[int], bytes]]:
         for source, encoded in read(sources):
@@ -303,32 +314,37 @@ def extract_features(
                 continue
             digest = hashlib.sha256(encoded).digest()
             extraction.digests[source] = digest
-            num_tables = len(tables) if source in augmented else 1
-            views = [k for k in range(num_tables) if digest not in tables[k]]
-            if views and digest not in started:
-                started.add(digest)
-                yield digest, views, encoded
+            wanted = [
+                view
+                for view in range(1 + (views or {}).get(source, 0))
+                if (digest, view) not in started
+                and not (precision and digest in extraction.tables[view])
+            ]
+            if wanted:
+                started.update((digest, view) for view in wanted)
+                yield digest, wanted, encoded
 
     def decoded(
         item: tuple[bytes, list[int], bytes],
     ) -> tuple[bytes, list[int], np.ndarray | DecodeError, float]:
-        digest, views, encoded = item
+        digest, wanted, encoded = item
         start = time.perf_counter()
         try:
             result: np.ndarray | DecodeError = decode(encoded)
         except DecodeError as error:
             result = error
-        return digest, views, result, time.perf_counter() - start
+        return digest, wanted, result, time.perf_counter() - start
 
     def pixels() -> Iterator[tuple[tuple[int, bytes], np.ndarray]]:
-        items = map_ahead(decoded, missing(), threads=os.cpu_count() or 1)
-        for digest, views, image, seconds in items:
+        threads = os.cpu_count() or 1
+        items = map_ahead(decoded, missing(), threads, decoded_ahead)
+        for digest, wanted, image, seconds in items:
             extraction.decode_seconds += seconds
             if isinstance(image, DecodeError):
                 unusable[digest] = str(image)
                 continue
             extraction.decoded += 1
-            for view in views:
+            for view in wanted:
                 if view and augment:
                     yield (view, digest), augment(image, digest, view)
                 else:
@@ -336,15 +352,17 @@ def extract_features(
 
     batches = _batches(pixels())
     first = next(batches, None)
-    try:
-        if first is not None:
-            stream = itertools.chain([first], batches)
-            for tags, outputs in make_extractor().run(stream):
+    if first is not None:
+        extractor = make_extractor(first[1])
+        extraction.extractor = extractor
+        extraction.tables = extraction.tables or make_tables(extractor.precision)
+        try:
+            for tags, outputs in extractor.run(itertools.chain([first], batches)):
                 for (view, digest), row in zip(tags, outputs, strict=True):
-                    tables[view].add(digest, row)
-    finally:
-        for table in tables:
-            table.flush()
+                    extraction.tables[view].add(digest, row)
+        finally:
+            for table in extraction.tables:
+                table.flush()
     for source, digest in list(extraction.digests.items()):
         if digest in unusable:
             extraction.skipped[source] = unusable[digest]

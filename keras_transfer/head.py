@@ -143,28 +143,26 @@ def train_head(
     grid = config.l2 or (LINEAR_L2 if config.kind == "linear" else MLP_L2)
     if not len(val):
         grid = (sorted(grid)[len(grid) // 2],)
-    train_one = _linear_trainer(train) if config.kind == "linear" else _train_mlp
-    num_features = train.views[0].shape[1]
-
-    best: TrainedHead | None = None
-    best_loss, since_best = math.inf, 0
+    train_one = (_linear_trainer if config.kind == "linear" else _mlp_trainer)(
+        config, train, val, seed
+    )
+    best_weights: list[np.ndarray] = []
+    best_l2, best_loss, since_best = 0.0, math.inf, 0
     history: list[dict[str, float]] = []
     for l2 in sorted(grid, reverse=True):
-        keras.utils.set_random_seed(seed)
-        head = build_head(config, num_features, train.num_classes, train.multi_label)
-        rows = train_one(head, train, val, l2, config, seed)
-        on_strength()
+        weights, rows = train_one(l2)
         history += [{"l2": l2, **row} for row in rows]
-        val_loss = log_loss(head, val) if len(val) else 0.0
-        if val_loss < best_loss:
-            best, best_loss, since_best = TrainedHead(head, l2), val_loss, 0
+        on_strength()
+        loss = min(row["val_loss"] if len(val) else row["loss"] for row in rows)
+        if loss < best_loss:
+            best_weights, best_l2, best_loss, since_best = weights, l2, loss, 0
         else:
             since_best += 1
         if since_best == _PATIENCE:
             break
-    assert best is not None
-    best.history = history
-    return best
+    head = _new_head(config, train)
+    head.set_weights(best_weights)
+    return TrainedHead(head, best_l2, history)
 
 
 def predict_head(head: keras.Model, features: Features | np.ndarray) -> np.ndarray:
@@ -175,29 +173,23 @@ def predict_head(head: keras.Model, features: Features | np.ndarray) -> np.ndarr
     return np.concatenate(parts)
 
 
-def log_loss(head: keras.Model, data: LabelledFeatures) -> float:
-    """Mean cross-entropy, weighted by class; multi-label: summed over classes."""
-    total = 0.0
-    for features, targets, weights in data.chunks():
-        probabilities = np.asarray(head(features, training=False), np.float64)
-        clipped = np.clip(probabilities, _EPSILON, 1 - _EPSILON)
-        log_likelihood = targets * np.log(clipped)
-        if data.multi_label:
-            log_likelihood += (1 - targets) * np.log(1 - clipped)
-        total -= float((weights * log_likelihood).sum())
-    return total / max(len(data), 1)
+_TrainOne = Callable[[float], tuple[list[np.ndarray], list[dict[str, float]]]]
+"""From an L2 strength to the head's weights and the rows of the history."""
 
 
-_Trainer = Callable[
-    [keras.Model, LabelledFeatures, LabelledFeatures, float, HeadConfig, int],
-    list[dict[str, float]],
-]
+def _new_head(config: HeadConfig, train: LabelledFeatures) -> keras.Model:
+    return build_head(
+        config, train.views[0].shape[1], train.num_classes, train.multi_label
+    )
 
 
-def _linear_trainer(data: LabelledFeatures) -> _Trainer:
-    """A function that solves for one strength, starting at its last solution."""
-    mean, scale = _mean_and_scale(data)
-    shape = (len(mean), data.num_classes)
+def _linear_trainer(
+    config: HeadConfig, train: LabelledFeatures, val: LabelledFeatures, seed: int
+) -> _TrainOne:
+    """Solves for one strength, starting at the solution of the last."""
+    del seed  # nothing is random
+    mean, scale = _mean_and_scale(train)
+    shape = (len(mean), train.num_classes)
     solution = np.zeros((shape[0] + 1, shape[1]))
 
     def raw(parameters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -208,8 +200,11 @@ def _linear_trainer(data: LabelledFeatures) -> _Trainer:
             np.float32
         )
 
-    def objective(flat: np.ndarray, l2: float) -> tuple[float, np.ndarray]:
-        kernel, bias = raw(flat)
+    def cross_entropy(
+        parameters: np.ndarray, data: LabelledFeatures
+    ) -> tuple[float, np.ndarray, np.ndarray]:
+        """Mean loss, and its gradients by the raw kernel and bias."""
+        kernel, bias = raw(parameters)
 
         def part(
             chunk: tuple[np.ndarray, np.ndarray, np.ndarray],
@@ -233,21 +228,17 @@ def _linear_trainer(data: LabelledFeatures) -> _Trainer:
             loss += part_loss
             gradient += part_gradient
             gradient_bias += part_bias
-        gradient = (gradient - np.outer(mean, gradient_bias)) / scale
-        weights_only = flat.reshape(-1, shape[1])[:-1]
-        loss = loss / len(data) + l2 / 2 * float((weights_only**2).sum())
-        gradient = gradient / len(data) + l2 * weights_only
-        return loss, np.vstack([gradient, gradient_bias / len(data)]).ravel()
+        count = max(len(data), 1)
+        return loss / count, gradient / count, gradient_bias / count
 
-    def train(
-        head: keras.Model,
-        train: LabelledFeatures,
-        val: LabelledFeatures,
-        l2: float,
-        config: HeadConfig,
-        seed: int,
-    ) -> list[dict[str, float]]:
-        del train, seed
+    def objective(flat: np.ndarray, l2: float) -> tuple[float, np.ndarray]:
+        loss, gradient, gradient_bias = cross_entropy(flat, train)
+        gradient = (gradient - np.outer(mean, gradient_bias)) / scale
+        kernel = flat.reshape(-1, shape[1])[:-1]
+        loss += l2 / 2 * float((kernel**2).sum())
+        return loss, np.vstack([gradient + l2 * kernel, gradient_bias]).ravel()
+
+    def train_one(l2: float) -> tuple[list[np.ndarray], list[dict[str, float]]]:
         nonlocal solution
         # On matrices this thin, BLAS threads wait for each other most of the time.
         with threadpoolctl.threadpool_limits(1, user_api="blas"):
@@ -259,26 +250,21 @@ def _linear_trainer(data: LabelledFeatures) -> _Trainer:
                 method="L-BFGS-B",
                 options={"maxiter": config.epochs, "gtol": 1e-5, "ftol": 1e-8},
             )
-        solution = result.x
-        head.set_weights(list(raw(solution)))
-        val_loss = log_loss(head, val)
-        return [{"epoch": result.nit, "loss": float(result.fun), "val_loss": val_loss}]
+            solution = result.x
+            val_loss, _, _ = cross_entropy(solution, val)
+        row = {"epoch": result.nit, "loss": float(result.fun), "val_loss": val_loss}
+        return list(raw(solution)), [row]
 
-    return train
+    return train_one
 
 
-def _train_mlp(
-    head: keras.Model,
-    train: LabelledFeatures,
-    val: LabelledFeatures,
-    l2: float,
-    config: HeadConfig,
-    seed: int,
-) -> list[dict[str, float]]:
+def _mlp_trainer(
+    config: HeadConfig, train: LabelledFeatures, val: LabelledFeatures, seed: int
+) -> _TrainOne:
     """Adam with early stopping; the epoch with the lowest validation loss is kept."""
     mean, scale = _mean_and_scale(train)
 
-    def loss(targets_and_weights, probabilities):
+    def cross_entropy(targets_and_weights, probabilities):
         targets, weights = keras.ops.split(targets_and_weights, 2, axis=-1)
         clipped = keras.ops.clip(probabilities, _EPSILON, 1 - _EPSILON)
         log_likelihood = targets * keras.ops.log(clipped)
@@ -286,32 +272,42 @@ def _train_mlp(
             log_likelihood += (1 - targets) * keras.ops.log(1 - clipped)
         return -keras.ops.sum(weights * log_likelihood, axis=-1)
 
-    for layer in dense_layers(head):
-        layer.kernel_regularizer = keras.regularizers.L2(l2)
-    head.compile(keras.optimizers.Adam(config.learning_rate), loss, jit_compile=False)
-    stop = keras.callbacks.EarlyStopping(
-        "val_loss" if len(val) else "loss",
-        patience=config.patience,
-        restore_best_weights=True,
-    )
-    log = head.fit(
-        _Batches(train, mean, scale, seed),
-        validation_data=_Batches(val, mean, scale, None) if len(val) else None,
-        epochs=config.epochs,
-        callbacks=[stop],
-        verbose=0,
-    )
-    for layer in dense_layers(head):
-        layer.kernel_regularizer = None
-    # The first layer takes over the scaling: the head is used on plain features.
-    first = dense_layers(head)[0]
-    kernel, bias = first.get_weights()
-    first.set_weights([kernel / scale, bias - mean @ kernel / scale])
-    return [
-        {"epoch": epoch + 1}
-        | {name: values[epoch] for name, values in log.history.items()}
-        for epoch in log.epoch
-    ]
+    def train_one(l2: float) -> tuple[list[np.ndarray], list[dict[str, float]]]:
+        keras.utils.set_random_seed(seed)
+        head = _new_head(config, train)
+        for layer in dense_layers(head):
+            layer.kernel_regularizer = keras.regularizers.L2(l2)
+        adam = keras.optimizers.Adam(config.learning_rate)
+        # The metric is the loss without the L2 term, to compare strengths by.
+        head.compile(
+            adam, cross_entropy, metrics=[cross_entropy], jit_compile=False
+        )
+        stop = keras.callbacks.EarlyStopping(
+            "val_cross_entropy" if len(val) else "cross_entropy",
+            mode="min",
+            patience=config.patience,
+            restore_best_weights=True,
+        )
+        log = head.fit(
+            _Batches(train, mean, scale, seed),
+            validation_data=_Batches(val, mean, scale, None) if len(val) else None,
+            epochs=config.epochs,
+            callbacks=[stop],
+            verbose=0,
+        )
+        # The first layer takes over the scaling: the head is used on plain features.
+        kernel, bias, *others = head.get_weights()
+        weights = [kernel / scale, bias - mean @ kernel / scale, *others]
+        losses = log.history["cross_entropy"]
+        val_losses = log.history.get("val_cross_entropy", [0.0] * len(losses))
+        return weights, [
+            {"epoch": epoch + 1, "loss": loss, "val_loss": val_loss}
+            for epoch, (loss, val_loss) in enumerate(
+                zip(losses, val_losses, strict=True)
+            )
+        ]
+
+    return train_one
 
 
 class _Batches(keras.utils.PyDataset):

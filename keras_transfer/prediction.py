@@ -14,7 +14,7 @@ from keras_transfer.errors import DecodeError, KerasTransferError, UsageError
 from keras_transfer.evaluation import Evaluation, evaluate
 from keras_transfer.run import Run, open_run
 
-_BATCH = 32
+_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,9 @@ class Predictor:
 
     def __call__(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
         """float32 `[n, num_classes]` of n uint8 `[H, W, 3]` images."""
-        return self._function(tf.constant(np.stack(pixels))).numpy()
+        starts = range(0, len(pixels), _BATCH)
+        batches = (np.stack(pixels[start : start + _BATCH]) for start in starts)
+        return np.concatenate([self._function(tf.constant(b)) for b in batches])
 
 
 def load_model(run: Run) -> keras.Model:
