@@ -8,7 +8,7 @@
 
 Reading order of the modules, each of which imports only those before it: errors,
 config, run, data, decode, augment, bases, efficientnet_lite, torch_checkpoint,
-weights, model, extract, features, head, evaluation, prediction, savedmodel,
+weights, model, features, extract, head, evaluation, prediction, savedmodel,
 feature_extraction, terminal, cli.
 """
 

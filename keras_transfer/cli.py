@@ -37,9 +37,8 @@ class _Commands(click.Group):
         except KerasTransferError as error:
             if ctx.params["debug"]:
                 raise
-            failure = click.ClickException(str(error))
-            failure.exit_code = 2 if isinstance(error, UsageError) else 1
-            raise failure from None
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(2 if isinstance(error, UsageError) else 1)
         except Exception as error:
             if ctx.params["debug"]:
                 raise

@@ -13,7 +13,7 @@ import unicodedata
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -127,12 +127,11 @@ class Splits:
     def keep(self, sources: Iterable[str]) -> "Splits":
         """The same splits with only the images named."""
         kept = set(sources)
-        return Splits(
-            *(table.keep(kept) for _, table in self.items()),
-            self.class_names,
-            self.multi_label,
-            self.read,
-            self.warnings,
+        return replace(
+            self,
+            train=self.train.keep(kept),
+            val=self.val.keep(kept),
+            test=self.test.keep(kept),
         )
 
     def to_csv(self) -> str:
@@ -639,26 +638,26 @@ def _assign_splits(listing: _Listing, config: SplitsConfig, seed: int) -> None:
 
 def _to_splits(listing: _Listing, class_names: tuple[str, ...]) -> Splits:
     targets = _targets(listing.labels, class_names, listing.multi_label)
-    tables = []
+    tables = {}
     for split in SPLIT_NAMES:
         rows = [i for i, name in enumerate(listing.splits) if name == split]
-        tables.append(
-            Table(
-                tuple(listing.sources[i] for i in rows),
-                targets[rows],
-                tuple(listing.groups[i] for i in rows),
-            )
+        tables[split] = Table(
+            tuple(listing.sources[i] for i in rows),
+            targets[rows],
+            tuple(listing.groups[i] for i in rows),
         )
-    if not len(tables[0]):
+    if not len(tables["train"]):
         raise KerasTransferError(
             "No image is in the train split: nothing to learn from."
         )
     return Splits(
-        *tables,
-        class_names,
-        listing.multi_label,
-        listing.read,
-        tuple(listing.warnings),
+        train=tables["train"],
+        val=tables["val"],
+        test=tables["test"],
+        class_names=class_names,
+        multi_label=listing.multi_label,
+        read=listing.read,
+        warnings=tuple(listing.warnings),
     )
 
 

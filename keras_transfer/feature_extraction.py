@@ -21,14 +21,8 @@ from keras_transfer.data import load as load_data
 from keras_transfer.decode import DECODER_VERSION, make_decoder
 from keras_transfer.errors import KerasTransferError
 from keras_transfer.evaluation import evaluate
-from keras_transfer.extract import Engine, Extractor
-from keras_transfer.features import (
-    Extraction,
-    FeatureCache,
-    Features,
-    FeatureSpec,
-    extract_features,
-)
+from keras_transfer.extract import Engine, Extraction, Extractor, extract_features
+from keras_transfer.features import FeatureCache, Features, FeatureSpec
 from keras_transfer.head import (
     TrainedHead,
     class_weights,
@@ -256,10 +250,10 @@ def _frozen_features(
             augmentation=f"{AUGMENT_VERSION}:{config.seed}" if view else "",
         )
 
-    cached: str | None = precision
+    cached: Precision | None = precision
     if precision == "auto":  # what was measured before stands
-        rows = {name: cache.rows(spec(name, view=0)) for name in ("f32", "bf16")}
-        cached = max(rows, key=lambda name: rows[name]) if any(rows.values()) else None
+        f32, bf16 = (cache.rows(spec(name, view=0)) for name in ("f32", "bf16"))
+        cached = None if not f32 + bf16 else "f32" if f32 >= bf16 else "bf16"
     sources = [source for _, table in splits.items() for source in table.sources]
     seen = itertools.count(1)
     extraction = extract_features(

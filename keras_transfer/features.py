@@ -9,22 +9,19 @@ and write one folder, and what was damaged on disk is noticed and computed again
 """
 
 import hashlib
-import itertools
 import json
 import os
 import shutil
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from keras_transfer.data import Reader, map_ahead
-from keras_transfer.errors import DecodeError, KerasTransferError
-from keras_transfer.extract import BATCH_SIZE, Extractor
+from keras_transfer.errors import KerasTransferError
 from keras_transfer.run import write_atomic
 
 _SHARD_BYTES = 32 * 2**20
@@ -212,7 +209,7 @@ class FeatureCache:
         return sum(sizes) // _INDEX.itemsize
 
     def list(self) -> Iterator[dict]:
-        """A dict a table: its spec, `images`, `bytes` and `last_used` (POSIX time)."""
+        """A dict a table: its spec, `images`, `bytes` and `days_unused`."""
         for spec_path in sorted(self.directory.glob("*/spec.json")):
             folder = spec_path.parent
             spec = FeatureSpec(**json.loads(spec_path.read_text()))
@@ -220,7 +217,7 @@ class FeatureCache:
             yield asdict(spec) | {
                 "images": self.rows(spec),
                 "bytes": size,
-                "last_used": folder.stat().st_mtime,
+                "days_unused": (time.time() - folder.stat().st_mtime) / 86_400,
             }
 
     def prune(self, unused_days: float) -> tuple[int, int]:
@@ -246,133 +243,3 @@ def default_directory() -> Path:
     if os.name == "nt" and "LOCALAPPDATA" in os.environ:
         return Path(os.environ["LOCALAPPDATA"]) / "keras_transfer"
     return Path.home() / ".cache" / "keras_transfer"
-
-
-@dataclass
-class Extraction:
-    """What happened while features were computed.
-
-    Attributes:
-        tables: Of the plain images, then of views 1, 2, ...
-        extractor: What ran the base; None if nothing was missing.
-        digests: SHA-256 of the bytes of each image that has features.
-        skipped: Why each image that has none could not be used.
-        decoded: Number of images decoded.
-        decode_seconds: Time spent decoding, summed over threads.
-    """
-
-    tables: Sequence[FeatureTable] = ()
-    extractor: Extractor | None = None
-    digests: dict[str, bytes] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
-    decoded: int = 0
-    decode_seconds: float = 0.0
-
-
-def extract_features(
-    sources: Sequence[str],
-    read: Reader,
-    decode: Callable[[bytes], np.ndarray],
-    make_extractor: Callable[[np.ndarray], Extractor],
-    make_tables: Callable[[str], Sequence[FeatureTable]],
-    precision: str | None,
-    augment: Callable[[np.ndarray, bytes, int], np.ndarray] | None = None,
-    views: Mapping[str, int] | None = None,
-    on_image: Callable[[], object] = lambda: None,
-    decoded_ahead: int = 256,
-) -> Extraction:
-    """Computes the features of all images that are not in the cache yet.
-
-    Every image is read, so that its bytes are known; only the missing ones are decoded
-    and go through the base, decoding in threads while the base runs. What is finished
-    when the process is interrupted is kept.
-
-    Args:
-        sources: The images.
-        read: Yields their encoded bytes.
-        decode: From encoded bytes to pixels; raises `DecodeError`.
-        make_extractor: Called with the pixels of the first batch, and only if something
-            is missing.
-        make_tables: From a precision to the tables of the plain images and of views.
-        precision: Of the tables to look into; None if nothing is cached and the
-            extractor is to decide.
-        augment: Makes views.
-        views: How many augmented views an image has, where it has any.
-        on_image: Called once an image, as work goes on.
-        decoded_ahead: How many decoded images may wait, the first of them while the
-            extractor is being made.
-    """
-    extraction = Extraction(tables=make_tables(precision) if precision else ())
-    unusable: dict[bytes, str] = {}
-    started: set[tuple[bytes, int]] = set()
-
-    def missing() -> Iterator[tuple[bytes, list[int], bytes]]:
-        for source, encoded in read(sources):
-            on_image()
-            if isinstance(encoded, OSError):
-                extraction.skipped[source] = f"cannot be read: {encoded.strerror}"
-                continue
-            digest = hashlib.sha256(encoded).digest()
-            extraction.digests[source] = digest
-            wanted = [
-                view
-                for view in range(1 + (views or {}).get(source, 0))
-                if (digest, view) not in started
-                and not (precision and digest in extraction.tables[view])
-            ]
-            if wanted:
-                started.update((digest, view) for view in wanted)
-                yield digest, wanted, encoded
-
-    def decoded(
-        item: tuple[bytes, list[int], bytes],
-    ) -> tuple[bytes, list[int], np.ndarray | DecodeError, float]:
-        digest, wanted, encoded = item
-        start = time.perf_counter()
-        try:
-            result: np.ndarray | DecodeError = decode(encoded)
-        except DecodeError as error:
-            result = error
-        return digest, wanted, result, time.perf_counter() - start
-
-    def pixels() -> Iterator[tuple[tuple[int, bytes], np.ndarray]]:
-        threads = os.cpu_count() or 1
-        items = map_ahead(decoded, missing(), threads, decoded_ahead)
-        for digest, wanted, image, seconds in items:
-            extraction.decode_seconds += seconds
-            if isinstance(image, DecodeError):
-                unusable[digest] = str(image)
-                continue
-            extraction.decoded += 1
-            for view in wanted:
-                if view and augment:
-                    yield (view, digest), augment(image, digest, view)
-                else:
-                    yield (view, digest), image
-
-    batches = _batches(pixels())
-    first = next(batches, None)
-    if first is not None:
-        extractor = make_extractor(first[1])
-        extraction.extractor = extractor
-        extraction.tables = extraction.tables or make_tables(extractor.precision)
-        try:
-            for tags, outputs in extractor.run(itertools.chain([first], batches)):
-                for (view, digest), row in zip(tags, outputs, strict=True):
-                    extraction.tables[view].add(digest, row)
-        finally:
-            for table in extraction.tables:
-                table.flush()
-    for source, digest in list(extraction.digests.items()):
-        if digest in unusable:
-            extraction.skipped[source] = unusable[digest]
-            del extraction.digests[source]
-    return extraction
-
-
-def _batches(
-    images: Iterable[tuple[tuple[int, bytes], np.ndarray]],
-) -> Iterator[tuple[list[tuple[int, bytes]], np.ndarray]]:
-    iterator = iter(images)
-    while batch := list(itertools.islice(iterator, BATCH_SIZE)):
-        yield [tag for tag, _ in batch], np.stack([image for _, image in batch])

@@ -279,9 +279,7 @@ def _mlp_trainer(
             layer.kernel_regularizer = keras.regularizers.L2(l2)
         adam = keras.optimizers.Adam(config.learning_rate)
         # The metric is the loss without the L2 term, to compare strengths by.
-        head.compile(
-            adam, cross_entropy, metrics=[cross_entropy], jit_compile=False
-        )
+        head.compile(adam, cross_entropy, metrics=[cross_entropy], jit_compile=False)
         stop = keras.callbacks.EarlyStopping(
             "val_cross_entropy" if len(val) else "cross_entropy",
             mode="min",
