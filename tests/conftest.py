@@ -1,0 +1,71 @@
+"""Photos that the tests make, and a `kt` that runs in this process."""
+
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ["KERAS_BACKEND"] = "tensorflow"
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from keras_transfer.cli import main
+
+CLASSES = ("circle", "square", "stripes")
+
+
+@pytest.fixture(autouse=True)
+def _own_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test has its own working and cache directory."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of three class folders of 20 small JPEGs each, easy to tell apart."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for name in CLASSES:
+        (folder / name).mkdir()
+        for index in range(20):
+            path = folder / name / f"{index:02d}.jpg"
+            path.write_bytes(encode(draw(name, rng), "JPEG"))
+    return folder
+
+
+@pytest.fixture
+def kt() -> Callable[..., Result]:
+    """Runs `kt ARGUMENT...` here; the result has exit_code, stdout and stderr."""
+
+    def run(*arguments: object) -> Result:
+        return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+    return run
+
+
+def draw(name: str, rng: np.random.Generator, size: int = 72) -> np.ndarray:
+    """uint8 `[size, size, 3]`: the shape somewhere, in some color, on noise."""
+    y, x = np.mgrid[:size, :size]
+    center = rng.uniform(0.35, 0.65, 2) * size
+    radius = rng.uniform(0.2, 0.3) * size
+    if name == "circle":
+        inside = np.hypot(y - center[0], x - center[1]) < radius
+    elif name == "square":
+        inside = np.maximum(abs(y - center[0]), abs(x - center[1])) < radius
+    else:
+        inside = (x + y + int(center[0])) % 16 < 8
+    background = rng.integers(0, 80, (size, size, 3))
+    color = rng.integers(150, 256, 3)
+    return np.where(inside[..., None], color, background).astype(np.uint8)
+
+
+def encode(pixels: np.ndarray, form: str, **options: object) -> bytes:
+    """The bytes of an image file, written by Pillow."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, form, **options)
+    return buffer.getvalue()

@@ -1,0 +1,66 @@
+"""Config: three layers, strict keys, one line for each mistake."""
+
+import pytest
+
+from keras_transfer.config import Config, load_config, to_yaml
+from keras_transfer.errors import UsageError
+
+
+def test_later_layers_win_and_only_what_is_given_counts(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("data: photos\nseed: 3\nhead:\n  kind: mlp\n  dropout: 0.1\n")
+    overrides = {"seed": 5, "base": None, "head.dropout": 0.2}
+    config = load_config(file, overrides, ["head.hidden=[8, 4]", "weights=none"])
+    assert (config.data, config.seed, config.base) == ("photos", 5, Config(data="").base)
+    assert config.head.kind == "mlp"
+    assert config.head.dropout == 0.2
+    assert config.head.hidden == (8, 4)
+    assert config.weights == "none"
+
+
+def test_saved_config_loads_to_the_same_config(tmp_path):
+    config = load_config(None, {"data": "ünï", "head.l2": [0.1, 1e-4], "name": "x"})
+    file = tmp_path / "c.yaml"
+    file.write_text(to_yaml(config), encoding="utf-8")
+    assert load_config(file) == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "assignments", "words"),
+    [
+        ({"dta": "x"}, [], ["'dta'", "'data'"]),
+        ({"data": "x", "head.drop_out": 1}, [], ["'head.drop_out'", "'head.dropout'"]),
+        ({"data": "x"}, ["head.dropout=1.5"], ["head.dropout", "1.5"]),
+        ({"data": "x"}, ["seed=-1"], ["seed", "-1"]),
+        ({"data": "x"}, ["image_size=4"], ["image_size", "4"]),
+        ({"data": "x"}, ["head.kind=tree"], ["head.kind", "tree", "linear"]),
+        ({"data": "x"}, ["nonsense"], ["key=value", "nonsense"]),
+        ({"data": "x"}, ["seed.x=1"], ["seed"]),
+        ({"data": "x", "splits.val": 0.6, "splits.test": 0.5}, [], ["less than 1"]),
+        ({}, [], ["No data"]),
+    ],
+)
+def test_a_mistake_is_one_line_that_says_what_was_received(
+    overrides, assignments, words
+):
+    if "seed.x=1" in assignments:
+        overrides = {**overrides, "seed": 1}
+    with pytest.raises(UsageError) as caught:
+        load_config(None, overrides, assignments)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize("text", ["- a list", "a: [", "just text"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=r"c\.yaml"):
+        load_config(file)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UsageError, match=r"nope\.yaml"):
+        load_config(tmp_path / "nope.yaml")
