@@ -126,8 +126,6 @@ def load_config(
             raise UsageError(
                 f"The value of --set {key} is not valid YAML. Received: {text!r}."
             ) from None
-    if "data" not in values:
-        raise UsageError("No data given. Name a folder, a CSV file, tfds:NAME, digits.")
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -169,13 +167,16 @@ def _assign(values: dict[str, Any], dotted_key: str, value: Any) -> None:
 
 
 def _explain(error: ValidationError) -> str:
-    """The first problem that pydantic found, as one line."""
-    problem = error.errors()[0]
+    """One of the problems that pydantic found, as one line; unknown keys first."""
+    problems = error.errors()
+    problem = min(problems, key=lambda found: found["type"] != "extra_forbidden")
     key = ".".join(str(part) for part in problem["loc"] if isinstance(part, (str, int)))
     if problem["type"] == "extra_forbidden":
         known = list(_dotted_keys(Config))
         nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
         return f"Unknown config key. Received: {key!r}. Did you mean {nearest!r}?"
+    if problem["type"] == "missing":
+        return "No data given. Name a folder, a CSV/TSV file, tfds:NAME or digits."
     message = problem["msg"].removeprefix("Value error, ")
     return f"Config key {key!r}: {message}. Received: {problem['input']!r}."
 

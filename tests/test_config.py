@@ -11,7 +11,11 @@ def test_later_layers_win_and_only_what_is_given_counts(tmp_path):
     file.write_text("data: photos\nseed: 3\nhead:\n  kind: mlp\n  dropout: 0.1\n")
     overrides = {"seed": 5, "base": None, "head.dropout": 0.2}
     config = load_config(file, overrides, ["head.hidden=[8, 4]", "weights=none"])
-    assert (config.data, config.seed, config.base) == ("photos", 5, Config(data="").base)
+    assert (config.data, config.seed, config.base) == (
+        "photos",
+        5,
+        Config(data="").base,
+    )
     assert config.head.kind == "mlp"
     assert config.head.dropout == 0.2
     assert config.head.hidden == (8, 4)
