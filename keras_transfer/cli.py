@@ -276,3 +276,7 @@ def _best(
     if prediction.probabilities is not None:
         for index in prediction.probabilities.argsort()[::-1][:top]:
             yield class_names[index], float(prediction.probabilities[index])
+
+
+if __name__ == "__main__":
+    main()

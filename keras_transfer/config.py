@@ -187,8 +187,7 @@ def _dotted_keys(section: type[_Section], prefix: str = "") -> Iterable[str]:
             field.annotation, _Section
         ):
             yield from _dotted_keys(field.annotation, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
+        yield f"{prefix}{name}"
 
 
 def choices(literal: Any) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import os
 import queue
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -124,9 +125,7 @@ class Extractor:
     def _run_openvino(
         self, batches: Iterable[tuple[_Tag, np.ndarray]]
     ) -> Iterator[tuple[_Tag, np.ndarray, float]]:
-        import openvino
-
-        requests = openvino.AsyncInferQueue(self._compiled)
+        requests = _openvino().AsyncInferQueue(self._compiled)
         finished: queue.SimpleQueue = queue.SimpleQueue()
 
         def keep(request, userdata) -> None:
@@ -155,10 +154,8 @@ class Extractor:
         if tf.config.list_physical_devices("GPU"):
             self.notes.append("engine keras: there is a GPU")
             return
-        import openvino
-
         try:
-            self._converted = openvino.convert_model(
+            self._converted = _openvino().convert_model(
                 self._function.get_concrete_function()
             )
         except Exception as error:  # OpenVINO raises many types for "cannot convert"
@@ -166,19 +163,24 @@ class Extractor:
             self.notes.append(f"engine keras: OpenVINO cannot convert it ({reason})")
 
     def _compile(self, precision: str):
-        import openvino
-
-        return openvino.Core().compile_model(
-            self._converted,
-            "CPU",
-            {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "THROUGHPUT"},
+        return (
+            _openvino()
+            .Core()
+            .compile_model(
+                self._converted,
+                "CPU",
+                {
+                    "INFERENCE_PRECISION_HINT": precision,
+                    "PERFORMANCE_HINT": "THROUGHPUT",
+                },
+            )
         )
 
     def _choose_precision(self, sample: np.ndarray) -> None:
         """Takes bfloat16 if the CPU has it, it is faster here, and changes little."""
-        import openvino
-
-        capabilities = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        capabilities = (
+            _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        )
         if "BF16" not in capabilities:
             self.notes.append("precision f32: this CPU has no bfloat16")
             return
@@ -202,6 +204,18 @@ class Extractor:
             f"{speed:.1f} times as fast and changes features by {error:.1%} "
             f"(at most {MAX_BF16_ERROR:.0%} is accepted)"
         )
+
+
+def _openvino():
+    """The openvino module, without its telemetry.
+
+    By itself it reports every conversion over the network and writes to the home
+    directory; where its telemetry package is not to be found, it does neither.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    return openvino
 
 
 @dataclass

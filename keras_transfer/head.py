@@ -32,6 +32,7 @@ _PATIENCE = 3  # weaker strengths tried after the best so far
 _CHUNK = 4096  # rows of features in memory at once, where they do not all fit
 _IN_MEMORY_BYTES = 2**30
 _MLP_BATCH = 256
+_MIN_DELTA = 1e-3  # nats of validation loss that count as better
 _EPSILON = 1e-7
 
 
@@ -272,17 +273,28 @@ def _mlp_trainer(
             log_likelihood += (1 - targets) * keras.ops.log(1 - clipped)
         return -keras.ops.sum(weights * log_likelihood, axis=-1)
 
+    # One model for all strengths: to trace its training takes longer than to train it.
+    strength = keras.Variable(0.0, trainable=False, name="l2")
+    keras.utils.set_random_seed(seed)
+    head = _new_head(config, train)
+    for layer in dense_layers(head):
+        layer.kernel_regularizer = lambda kernel: strength * keras.ops.sum(kernel**2)
+    adam = keras.optimizers.Adam(config.learning_rate)
+    adam.build(head.trainable_variables)
+    head.compile(adam, cross_entropy, metrics=[cross_entropy], jit_compile=False)
+    start = [
+        (variable, variable.numpy()) for variable in head.variables + adam.variables
+    ]
+
     def train_one(l2: float) -> tuple[list[np.ndarray], list[dict[str, float]]]:
+        strength.assign(l2)
+        for variable, value in start:
+            variable.assign(value)
         keras.utils.set_random_seed(seed)
-        head = _new_head(config, train)
-        for layer in dense_layers(head):
-            layer.kernel_regularizer = keras.regularizers.L2(l2)
-        adam = keras.optimizers.Adam(config.learning_rate)
-        # The metric is the loss without the L2 term, to compare strengths by.
-        head.compile(adam, cross_entropy, metrics=[cross_entropy], jit_compile=False)
         stop = keras.callbacks.EarlyStopping(
             "val_cross_entropy" if len(val) else "cross_entropy",
             mode="min",
+            min_delta=_MIN_DELTA,
             patience=config.patience,
             restore_best_weights=True,
         )

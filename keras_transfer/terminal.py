@@ -21,7 +21,8 @@ from keras_transfer.run import Run
 
 _MOST_CLASSES = 30
 
-console = Console()
+# Piped output is not broken at the 80 columns that rich assumes there.
+console = Console(width=None if sys.stdout.isatty() else 200)
 messages = Console(stderr=True)
 
 
@@ -130,7 +131,7 @@ def show_evaluation(evaluation: dict, of: str) -> None:
 def show_bases() -> None:
     """The table of bases."""
     table = Table(box=None, pad_edge=False)
-    table.add_column("base")
+    table.add_column("base", no_wrap=True)
     table.add_column("parameters", justify="right")
     table.add_column("image size", justify="right")
     table.add_column("input scaling")
@@ -156,7 +157,7 @@ def show_cache(tables: list[dict]) -> None:
     """The table of cached features."""
     table = Table(box=None, pad_edge=False)
     for column in ("base", "split point", "image size", "precision", "view"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=True)
     for column in ("images", "MB", "days unused"):
         table.add_column(column, justify="right")
     for row in tables:

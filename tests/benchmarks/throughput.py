@@ -1,0 +1,94 @@
+"""Images a second of decoding, of the frozen base, and of both at once, as JSON.
+
+    python tests/benchmarks/throughput.py FOLDER --base MobileNetV2
+
+`share` is what both reach of 1 / (1 / decode + 1 / forward).
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from keras_transfer.bases import get_base
+from keras_transfer.data import load, map_ahead
+from keras_transfer.decode import DECODER_VERSION, make_decoder
+from keras_transfer.extract import BATCH_SIZE, Extractor, extract_features
+from keras_transfer.features import FeatureCache, FeatureSpec
+from keras_transfer.model import POOL, build_base, weights_digest
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("folder")
+parser.add_argument("--base", default="MobileNetV2")
+parser.add_argument("--precision", choices=("f32", "bf16"), default="f32")
+parser.add_argument("--threads", type=int, default=2)
+arguments = parser.parse_args()
+
+row = get_base(arguments.base)
+splits = load(arguments.folder)
+sources = [source for _, table in splits.items() for source in table.sources]
+encoded = [data for _, data in splits.read(sources) if isinstance(data, bytes)]
+decode = make_decoder(row.image_size)
+base = build_base(row, "imagenet", row.image_size, seed=0)
+extractor = Extractor(base, arguments.precision)
+batch = np.stack([decode(data) for data in encoded[:BATCH_SIZE]])
+
+
+def rate(work: Callable[[], object]) -> float:
+    """Median images a second of three runs after one that does not count."""
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return len(encoded) / statistics.median(seconds[1:])
+
+
+def decode_all() -> None:
+    for _ in map_ahead(decode, encoded, arguments.threads):
+        pass
+
+
+def forward_all() -> None:
+    batches = ((index, batch) for index in range(len(encoded) // BATCH_SIZE))
+    for _ in extractor.run(batches):
+        pass
+
+
+def both() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        cache = FeatureCache(Path(folder))
+        spec = FeatureSpec(
+            base.name,
+            weights_digest(base),
+            row.image_size,
+            POOL,
+            extractor.precision,
+            DECODER_VERSION,
+        )
+        extract_features(
+            sources,
+            splits.read,
+            decode,
+            lambda _: extractor,
+            lambda _: [cache.table(spec)],
+            extractor.precision,
+        )
+
+
+decoded, forwarded, together = rate(decode_all), rate(forward_all), rate(both)
+print(
+    json.dumps(
+        {
+            "decode": decoded,
+            "forward": forwarded,
+            "both": together,
+            "share": together * (1 / decoded + 1 / forwarded),
+        }
+    )
+)

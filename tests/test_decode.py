@@ -1,0 +1,507 @@
+"""Decoding: Pillow's pixels, a reason for what is refused, and bounded memory."""
+
+import io
+import multiprocessing
+import struct
+import sys
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import encode
+from PIL import Image, ImageOps
+from sklearn.datasets import load_sample_images
+
+from keras_transfer.decode import MAX_PIXELS, decode_image, make_decoder
+from keras_transfer.errors import DecodeError
+
+SIZE = 33  # odd: rows are padded in a BMP, blocks are partial in a JPEG
+
+RNG = np.random.default_rng(0)
+PIXELS = np.asarray(
+    Image.fromarray(RNG.integers(0, 256, (6, 6, 3), np.uint8)).resize((SIZE, SIZE))
+)
+ALPHA = np.dstack([PIXELS, PIXELS[..., 0] // 2])
+DEEP = RNG.integers(0, 2**16, (SIZE, SIZE, 3)).astype(np.uint16)
+
+decode = make_decoder(SIZE)
+
+
+def pillow(encoded: bytes) -> np.ndarray:
+    """The RGB pixels that Pillow sees, upright, without alpha."""
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))
+    mode = "RGBA" if "transparency" in image.info else "RGB"
+    return np.asarray(image.convert(mode).convert("RGB"))
+
+
+def save(image: Image.Image, form: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def patched(encoded: bytes, position: int, form: str, *values: int) -> bytes:
+    """`encoded` with the packed values written over what was at a position."""
+    new = struct.pack(form, *values)
+    return encoded[:position] + new + encoded[position + len(new) :]
+
+
+def bmp(pixels: np.ndarray, top_down: bool = False, masks: bytes = b"") -> bytes:
+    """A BMP written by hand, since Pillow writes neither kind."""
+    height, width, channels = pixels.shape
+    rows = pixels[..., [2, 1, 0, 3][:channels]][:: 1 if top_down else -1]
+    padded = np.pad(rows.reshape(height, -1), ((0, 0), (0, -width * channels % 4)))
+    header = 108 if masks else 40
+    info = struct.pack(
+        "<IiiHHIIIIII",
+        header,
+        width,
+        -height if top_down else height,
+        1,
+        8 * channels,
+        3 if masks else 0,
+        *(padded.size, 0, 0, 0, 0),
+    )
+    info = (info + masks).ljust(header, b"\0")
+    start = 14 + header
+    return (
+        struct.pack("<2sIII", b"BM", start + padded.size, 0, start)
+        + info
+        + padded.tobytes()
+    )
+
+
+PHOTO = Image.fromarray(PIXELS)
+INDEXED = PHOTO.quantize(16)
+FRAMES = {"save_all": True, "append_images": [Image.fromarray(255 - PIXELS)] * 3}
+MASKS = struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+
+FILES = {
+    "jpeg": encode(PIXELS, "JPEG"),
+    "jpeg-444": encode(PIXELS, "JPEG", quality=98, subsampling=0),
+    "jpeg-progressive": encode(PIXELS, "JPEG", progressive=True),
+    "jpeg-gray": save(PHOTO.convert("L"), "JPEG"),
+    "jpeg-cmyk": save(PHOTO.convert("CMYK"), "JPEG"),
+    "png": encode(PIXELS, "PNG"),
+    "png-gray": save(PHOTO.convert("L"), "PNG"),
+    "png-1-bit": save(PHOTO.convert("1"), "PNG"),
+    "png-palette": save(INDEXED, "PNG"),
+    "png-palette-2-bit": save(PHOTO.quantize(4), "PNG", bits=2),
+    "png-palette-transparent": save(
+        INDEXED, "PNG", transparency=bytes(range(0, 160, 10))
+    ),
+    "png-gray-alpha": save(Image.fromarray(ALPHA).convert("LA"), "PNG"),
+    "png-alpha": encode(ALPHA, "PNG"),
+    "png-transparent-color": encode(
+        PIXELS, "PNG", transparency=tuple(PIXELS[0, 0].tolist())
+    ),
+    "gif": encode(PIXELS, "GIF", interlace=0),
+    "gif-interlaced": encode(PIXELS, "GIF", interlace=1),
+    "gif-animated": encode(PIXELS, "GIF", **FRAMES),
+    "gif-transparent": encode(ALPHA, "GIF"),
+    "bmp": encode(PIXELS, "BMP"),
+    "bmp-top-down": bmp(PIXELS, top_down=True),
+    "bmp-32-bit": encode(ALPHA, "BMP"),
+    "bmp-32-bit-masks": bmp(ALPHA, masks=MASKS),
+    "webp": encode(PIXELS, "WEBP"),
+    "webp-lossless": encode(PIXELS, "WEBP", lossless=True),
+    "webp-alpha": encode(ALPHA, "WEBP", exact=True),
+    "webp-lossless-alpha": encode(ALPHA, "WEBP", lossless=True, exact=True),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_pixels_are_those_of_pillow(name):
+    expected = pillow(FILES[name])
+    assert expected.std() > 30
+    np.testing.assert_array_equal(decode(FILES[name]), expected)
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if "bmp" in name])
+def test_a_bmp_written_by_hand_is_what_was_drawn(name):
+    np.testing.assert_array_equal(decode(FILES[name]), PIXELS)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_16_bit_png_is_scaled(channels):
+    encoded = tf.io.encode_png(DEEP[..., :channels]).numpy()
+    difference = decode(encoded) - DEEP[..., :channels] / 257
+    assert abs(difference).max() <= 1
+
+
+def segment(marker: int, payload: bytes) -> bytes:
+    return struct.pack(">BBH", 0xFF, marker, len(payload) + 2) + payload
+
+
+def exif(orientation: int, order: str = "<") -> bytes:
+    """An APP1 segment whose directory has another entry before the orientation."""
+    tiff = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(
+        f"{order}IIHHHI4sHHIHHI",
+        *(12, 0),  # the directory's position, then a gap
+        2,
+        *(0x0110, 2, 4, b"cam\0"),
+        *(0x0112, 3, 1, orientation, 0),
+        0,
+    )
+    return segment(0xE1, b"Exif\0\0" + tiff)
+
+
+def tagged(*segments: bytes) -> bytes:
+    """A JPEG with segments before its own JFIF segment."""
+    return FILES["jpeg"][:2] + b"".join(segments) + FILES["jpeg"][2:]
+
+
+JFIF = FILES["jpeg"][2:20]
+assert JFIF.startswith(b"\xff\xe0\0\x10JFIF")
+XMP = segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0<x/>")
+COMMENT = segment(0xFE, b"Exif\0\0II*\0")
+
+
+@pytest.mark.parametrize("order", ["<", ">"], ids=["little-endian", "big-endian"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_turns_a_photo_upright(orientation, order):
+    encoded = tagged(exif(orientation, order))
+    upright = pillow(encoded)
+    assert np.array_equal(upright, pillow(FILES["jpeg"])) == (orientation == 1)
+    np.testing.assert_array_equal(decode(encoded), upright)
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        (JFIF,),
+        (JFIF, XMP),
+        (segment(0xED, bytes(40_000)), segment(0xE2, bytes(60_000))),
+        (COMMENT,),
+    ],
+    ids=["jfif", "xmp", "large", "comment"],
+)
+def test_exif_is_found_behind_other_segments(before):
+    encoded = tagged(*before, exif(6))
+    upright = pillow(encoded)
+    assert not np.array_equal(upright, pillow(FILES["jpeg"]))
+    np.testing.assert_array_equal(decode(encoded), upright)
+
+
+@pytest.mark.parametrize("orientation", [3, 6, 7])
+def test_a_photo_that_is_not_square_is_turned_the_same_way(orientation):
+    wide = Image.fromarray(PIXELS).resize((91, 60))
+    header = exif(orientation)[4:]
+    difference = decode(save(wide, "JPEG", quality=95, exif=header)).astype(int)
+    difference -= pillow(
+        save(
+            ImageOps.exif_transpose(
+                Image.open(io.BytesIO(save(wide, "JPEG", quality=95, exif=header)))
+            ).resize((SIZE, SIZE), Image.Resampling.BOX),
+            "PNG",
+        )
+    )
+    assert abs(difference).mean() < 1
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        exif(0),
+        exif(9),
+        exif(0x0600),
+        segment(0xE1, b"Exif\0\0"),
+        segment(0xE1, b"Exif\0\0II*\0" + b"\xff" * 60),
+        segment(0xE1, b"Exif\0\0MM\0*" + struct.pack(">I", 2**31) + bytes(60)),
+        segment(0xE1, b"Exif\0\0II*\0" + struct.pack("<IH", 8, 65_535)),
+        segment(0xE1, b"Exif\0\0" + np.random.default_rng(1).bytes(5_000)),
+        segment(0xE1, b"other" + exif(6)[9:]),
+    ],
+    ids=lambda segment: f"{len(segment)}-bytes",
+)
+def test_exif_that_is_not_valid_is_ignored(broken):
+    np.testing.assert_array_equal(decode(tagged(broken)), pillow(FILES["jpeg"]))
+
+
+def ftyp(brand: bytes) -> bytes:
+    return struct.pack(">I4s4sI4s4s", 24, b"ftyp", brand, 0, b"mif1", brand) + bytes(99)
+
+
+def png_bomb(side: int = 20_000) -> bytes:
+    """A valid 1-bit PNG of side x side pixels in a few KB."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        checksum = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + checksum
+
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(bytes((side // 8 + 1) * side), 9))
+        + chunk(b"IEND", b"")
+    )
+
+
+def gif_frame_bomb(side: int = 14_000) -> bytes:
+    """A small valid GIF that says it is 10x10 and whose frame is side x side."""
+    return patched(save(Image.new("P", (side, side)), "GIF"), 6, "<HH", 10, 10)
+
+
+TOO_LARGE = {
+    "jpeg": patched(
+        FILES["jpeg"], FILES["jpeg"].index(b"\xff\xc0") + 5, ">HH", 20_000, 20_000
+    ),
+    "jpeg-progressive": patched(
+        FILES["jpeg-progressive"],
+        FILES["jpeg-progressive"].index(b"\xff\xc2") + 5,
+        *(">HH", 20_000, 20_000),
+    ),
+    "png": png_bomb(),
+    "gif": patched(FILES["gif"], 6, "<HH", 20_000, 20_000),
+    "bmp": patched(FILES["bmp"], 18, "<ii", 20_000, 20_000),
+    "bmp-top-down": patched(FILES["bmp"], 18, "<ii", 20_000, -20_000),
+    "webp": patched(FILES["webp"], 26, "<HH", 16_383, 16_383),
+    "webp-lossless": patched(FILES["webp-lossless"], 21, "<I", 2**28 - 1),
+    "webp-alpha": patched(
+        FILES["webp-alpha"], 24, "<HBHB", 19_999 & 0xFFFF, 0, 19_999, 0
+    ),
+}
+BROKEN = "damaged or truncated"
+REFUSED = {
+    "animated-webp": (encode(PIXELS, "WEBP", **FRAMES), "animated WebP"),
+    "palette-bmp": (save(PHOTO.quantize(), "BMP"), "BMP with a palette"),
+    "1-bit-bmp": (save(PHOTO.convert("1"), "BMP"), "BMP with a palette"),
+    "odd-masks-bmp": (bmp(ALPHA, masks=MASKS[8:] + MASKS[:8]), "BMP with a palette"),
+    "tiff": (encode(PIXELS, "TIFF"), "a TIFF"),
+    "big-endian-tiff": (b"MM\0*" + bytes(99), "a TIFF"),
+    "avif": (ftyp(b"avif"), "AVIF or HEIC"),
+    "heic": (ftyp(b"heic"), "AVIF or HEIC"),
+    "empty": (b"", "an empty file"),
+    "1-byte": (b"\xff", "not an image"),
+    "junk": (b"\x01" + np.random.default_rng(0).bytes(5_000), "not an image"),
+    "text": (b"<html><body>404 Not Found</body></html>", "not an image"),
+    "wav": (b"RIFF\x24\0\0\0WAVEfmt " + bytes(30), "not an image"),
+    "only-jpeg-magic": (b"\xff\xd8\xff", BROKEN),
+    **{
+        f"{kind}-cut-at-{share:.0%}": (FILES[kind][: int(share * size)], BROKEN)
+        for kind in ("jpeg", "png", "gif", "bmp", "webp", "webp-lossless")
+        for size in [len(FILES[kind])]
+        for share in (0.5, 0.97)
+    },
+    **{
+        f"{name}-of-too-many-pixels": (encoded, f"pixels; at most {MAX_PIXELS:,}")
+        for name, encoded in TOO_LARGE.items()
+    },
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_used_is_refused_with_its_reason(name):
+    encoded, reason = REFUSED[name]
+    with pytest.raises(DecodeError) as caught:
+        decode(encoded)
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_size_that_is_too_large_is_named():
+    with pytest.raises(DecodeError, match="20000x20000"):
+        decode(TOO_LARGE["png"])
+
+
+def sample(size: tuple[int, int] | None = None) -> Image.Image:
+    photo = Image.fromarray(load_sample_images().images[0])
+    return photo.resize(size, Image.Resampling.BICUBIC) if size else photo
+
+
+@pytest.mark.parametrize(
+    ("photo_size", "image_size", "largest_mean"),
+    [
+        ((1600, 1200), 224, 1.0),
+        ((1200, 1600), 150, 1.0),
+        ((640, 427), 224, 0.5),
+        ((640, 427), 213, 2.0),
+        ((640, 427), 100, 2.0),
+        ((640, 427), 53, 2.0),
+    ],
+)
+def test_a_large_jpeg_is_shrunk_as_by_averaging_the_whole(
+    photo_size, image_size, largest_mean
+):
+    encoded = save(sample(photo_size), "JPEG", quality=92)
+    side = (image_size, image_size)
+    expected = Image.open(io.BytesIO(encoded)).resize(side, Image.Resampling.BOX)
+    decoded = make_decoder(image_size)(encoded)
+    assert decoded.shape == (*side, 3)
+    difference = decoded.astype(int) - np.asarray(expected)
+    assert abs(difference).mean() < largest_mean
+    assert abs(difference.mean()) < 0.3
+
+
+@pytest.mark.parametrize("form", ["PNG", "GIF", "BMP", "WEBP"])
+def test_other_formats_are_shrunk_by_averaging(form):
+    photo = Image.fromarray(np.asarray(sample().crop((0, 0, SIZE * 3, SIZE * 2))))
+    encoded = save(photo, form, **({"lossless": True} if form == "WEBP" else {}))
+    blocks = pillow(encoded).reshape(SIZE, 2, SIZE, 3, 3).mean((1, 3))
+    assert abs(decode(encoded) - blocks).max() <= 0.51
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (7, 20), (20, 3)])
+def test_a_tiny_image_is_enlarged(size):
+    tiny = Image.fromarray(PIXELS).resize(size)
+    expected = np.asarray(tiny.resize((SIZE, SIZE), Image.Resampling.BILINEAR))
+    difference = decode(save(tiny, "PNG")).astype(int) - expected
+    assert abs(difference).max() <= 1
+
+
+def test_each_side_is_resized_on_its_own():
+    strip = sample().crop((0, 200, 2 * SIZE, 211))
+    expected = strip.resize((SIZE, 11), Image.Resampling.BOX).resize(
+        (SIZE, SIZE), Image.Resampling.BILINEAR
+    )
+    difference = decode(save(strip, "PNG")).astype(int) - np.asarray(expected)
+    assert abs(difference).max() <= 2
+
+
+def test_threads_get_the_same_pixels():
+    files = [*FILES.values(), save(sample(), "JPEG")]
+    expected = [decode(encoded) for encoded in files]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            np.testing.assert_array_equal(list(pool.map(decode, files)), expected)
+
+
+def test_a_saved_model_decodes_to_the_same_bits(tmp_path):
+    class Decoder(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec([None], tf.string)])
+        def __call__(self, images):
+            return tf.map_fn(
+                lambda encoded: decode_image(encoded, SIZE),
+                images,
+                fn_output_signature=tf.TensorSpec((SIZE, SIZE, 3), tf.uint8),
+            )
+
+    files = [*FILES.values(), tagged(exif(6)), save(sample(), "JPEG")]
+    tf.saved_model.save(Decoder(), tmp_path / "model")
+    loaded = tf.saved_model.load(tmp_path / "model")
+    np.testing.assert_array_equal(
+        loaded(tf.constant(files)), [decode(encoded) for encoded in files]
+    )
+    with pytest.raises(tf.errors.InvalidArgumentError, match="refused: a TIFF"):
+        loaded(tf.constant([FILES["png"], REFUSED["tiff"][0]]))
+
+
+def in_another_process(function: Callable, *arguments: object) -> object:
+    """A crash there fails the test that waits here."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result(timeout=120)
+
+
+def peak_memory() -> int:
+    """Bytes; unlike `ru_maxrss`, which starts at the parent's peak, of us alone."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
+    raise AssertionError
+
+
+def memory_of_decoding(encoded: bytes) -> tuple[int, np.ndarray | str]:
+    """(bytes by which the peak grew, the pixels or the reason)."""
+    decode(FILES["png"])
+    before = peak_memory()
+    try:
+        result = decode(encoded)
+    except DecodeError as error:
+        result = str(error)
+    return peak_memory() - before, result
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+@linux
+def test_a_small_file_of_many_pixels_costs_no_memory():
+    bomb = png_bomb()
+    assert len(bomb) < 60_000
+    grown, reason = in_another_process(memory_of_decoding, bomb)
+    assert "20000x20000" in reason
+    assert grown < 50e6
+
+
+@linux
+@pytest.mark.xfail(
+    strict=True, reason="only the logical screen is checked, not the frame"
+)
+def test_a_gif_frame_larger_than_its_screen_costs_no_memory():
+    bomb = gif_frame_bomb()
+    assert len(bomb) < 200_000
+    grown, reason = in_another_process(memory_of_decoding, bomb)
+    assert "pixels" in reason
+    assert grown < 50e6
+
+
+@linux
+def test_a_long_animation_costs_one_frame():
+    frame = Image.fromarray(PIXELS).resize((600, 600))
+    others = [frame.rotate(90 * index + 90) for index in range(2)]
+    animation = save(
+        frame.convert("P"), "GIF", save_all=True, append_images=others, loop=0
+    )
+    end = len(animation) - 1
+    second = animation.index(b"\x21\xf9", len(save(frame.convert("P"), "GIF")) // 2)
+    animation = animation[:second] + animation[second:end] * 200 + b";"
+    with Image.open(io.BytesIO(animation)) as image:
+        assert image.n_frames == 401
+        expected = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BOX)
+    grown, pixels = in_another_process(memory_of_decoding, animation)
+    assert abs(pixels.astype(int) - np.asarray(expected)).max() <= 1
+    assert grown < 50e6  # 401 frames decoded are 433 MB
+
+
+def corrupt(encoded: bytes, rng: np.random.Generator) -> bytes:
+    data = bytearray(encoded)
+    # Half of the damage is done to the header, where most decisions are made.
+    reach = len(data) if rng.random() < 0.5 else min(64, len(data))
+    match rng.integers(4):
+        case 0:
+            for position in rng.integers(reach, size=rng.integers(1, 9)):
+                data[position] = rng.integers(256)
+        case 1:
+            del data[rng.integers(reach) :]
+        case 2:
+            start, length = rng.integers(reach), rng.integers(1, 40)
+            del data[start : start + length]
+        case 3:
+            start = rng.integers(reach)
+            data[start:start] = rng.bytes(rng.integers(1, 40))
+    return bytes(data)
+
+
+def decode_corrupted(count: int) -> tuple[int, int, list[str]]:
+    """(how many decoded, how many were refused, what else happened)."""
+    rng = np.random.default_rng(0)
+    originals = [*FILES.values(), tagged(exif(6)), tagged(JFIF, exif(8, ">"))]
+    decoded, refused, other = 0, 0, []
+    for index in range(count):
+        encoded = corrupt(originals[index % len(originals)], rng)
+        try:
+            pixels = decode(encoded)
+        except DecodeError as error:
+            refused += 1
+            if "\n" in str(error):
+                other.append(f"{index}: {error}")
+        except BaseException as error:
+            other.append(f"{index}: {error!r}")
+        else:
+            decoded += 1
+            if pixels.shape != (SIZE, SIZE, 3) or pixels.dtype != np.uint8:
+                other.append(f"{index}: {pixels.dtype} {pixels.shape}")
+            if not np.array_equal(pixels, decode(encoded)):
+                other.append(f"{index}: other pixels the second time")
+    return decoded, refused, other
+
+
+def test_damaged_files_decode_or_are_refused():
+    decoded, refused, other = in_another_process(decode_corrupted, 300)
+    assert other == []
+    assert decoded > 30
+    assert refused > 100

@@ -1,0 +1,361 @@
+"""`kt fit` end to end on real files, then every later command on its run."""
+
+import csv
+import io
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import CLASSES, draw, encode
+from PIL import Image
+
+import keras_transfer
+from keras_transfer.decode import make_decoder
+from keras_transfer.run import Run
+
+SMALL = ("--image-size", 64)
+FILES = {
+    "config.yaml",
+    "history.csv",
+    "labels.txt",
+    "manifest.json",
+    "metrics.json",
+    "model.keras",
+    "skipped.csv",
+    "splits.csv",
+}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("workspace")
+
+
+@pytest.fixture(scope="module")
+def run(workspace: Path, photos: Path) -> Run:
+    """A run that tests only read."""
+    return keras_transfer.fit(
+        str(photos),
+        image_size=64,
+        name="shared",
+        runs_dir=workspace / "runs",
+        cache_dir=workspace / "cache",
+    )
+
+
+def load(run_dir: Path) -> keras.Model:
+    return keras.saving.load_model(run_dir / "model.keras", compile=False)
+
+
+def rows(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def test_a_run_directory_holds_exactly_what_is_documented(run, photos):
+    assert {path.name for path in run.run_dir.iterdir()} == FILES
+    assert run.class_names == list(CLASSES)
+    manifest = run.manifest
+    assert manifest.data == str(photos)
+    assert manifest.images_decoded == manifest.images_forwarded == 60
+    assert manifest.class_counts["train"] == dict.fromkeys(CLASSES, 16)
+    assert manifest.parity["agrees"]
+    assert manifest.parity["max_probability_difference"] < 1e-3
+    splits = rows(run.splits_path.read_text())
+    assert len(splits) == 60
+    assert {row["split"] for row in splits} == {"train", "val", "test"}
+    history = rows((run.run_dir / "history.csv").read_text())
+    best = min(history, key=lambda row: float(row["val_loss"]))
+    assert float(best["l2"]) == manifest.l2
+
+
+def test_it_learns_and_its_figures_are_those_of_the_saved_model(run, kt, photos):
+    test = run.metrics["fit"]["test"]
+    assert test["accuracy"] >= 0.8
+    evaluated = json.loads(kt("evaluate", run.run_dir, "--json").stdout)
+    assert evaluated["confusion"] == test["confusion"]
+    assert evaluated["log_loss"] == pytest.approx(test["log_loss"], abs=1e-3)
+    everything = json.loads(kt("evaluate", run.run_dir, photos, "--json").stdout)
+    assert everything["images"] == 60
+
+
+def test_the_base_keeps_the_bits_of_its_pretrained_weights(run):
+    from keras_transfer.bases import get_base
+    from keras_transfer.model import build_base
+
+    fresh = build_base(get_base("efficientnet_lite0"), "imagenet", 64, seed=1)
+    trained = load(run.run_dir)
+    assert len(fresh.weights) == len(trained.weights) - 2
+    for before, after in zip(fresh.weights, trained.weights, strict=False):
+        np.testing.assert_array_equal(before, after)
+    assert [layer.name for layer in trained.layers if layer.trainable_variables] == [
+        "head"
+    ]
+
+
+def test_predictions_stream_and_bad_files_are_rows(run, kt, photos, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff no")
+    good = photos / "circle" / "00.jpg"
+    arguments = ["predict", run.run_dir, good, "broken.jpg", "missing.png"]
+    result = kt(*arguments, "--top", 2)
+    assert result.exit_code == 0
+    first, broken, missing = rows(result.stdout)
+    assert first["path"] == str(good)
+    assert first["class_1"] in CLASSES
+    assert float(first["score_1"]) >= float(first["score_2"])
+    assert "damaged" in broken["error"] and not broken["class_1"]
+    assert "No such file" in missing["error"]
+
+    lines = kt(*arguments, "--format", "jsonl").stdout.splitlines()
+    decoded = [json.loads(line) for line in lines]
+    assert decoded[0]["predictions"][0]["class"] == first["class_1"]
+    assert set(decoded[1]) == {"path", "error"}
+
+    assert kt("predict", run.run_dir, "broken.jpg").exit_code == 1
+    assert kt("predict", run.run_dir, photos).exit_code == 2  # only with --recursive
+    found = rows(kt("predict", run.run_dir, photos, "--recursive").stdout)
+    assert len(found) == 60
+
+
+def test_the_exported_graph_takes_bytes_and_says_what_the_model_says(
+    run, kt, photos, tmp_path
+):
+    copy = tmp_path / "run"
+    shutil.copytree(run.run_dir, copy)
+    for version in ("1", "2"):
+        result = kt("export", copy)
+        assert result.exit_code == 0, result.output
+        assert (copy / version / "saved_model.pb").is_file()
+    assert not list(copy.glob(".*"))
+
+    pixels = draw("stripes", np.random.default_rng(5), 90)
+    alpha = np.full((90, 90, 1), 7, np.uint8)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    files = [
+        (photos / "circle" / "03.jpg").read_bytes(),
+        encode(pixels, "PNG"),
+        encode(np.concatenate([pixels, alpha], axis=2), "PNG"),
+        encode(pixels, "JPEG", exif=turned),
+        encode(pixels, "WEBP"),
+        encode(pixels[..., 0], "PNG"),
+    ]
+    serve = tf.saved_model.load(str(copy / "2")).signatures["serving_default"]
+    served = serve(image_bytes=tf.constant(files))
+    decode = make_decoder(64)
+    expected = load(copy)(np.stack([decode(data) for data in files]), training=False)
+    np.testing.assert_allclose(served["probabilities"], expected, atol=1e-5)
+    best = np.argmax(expected, axis=1)
+    assert served["classes"].numpy()[:, 0].tolist() == [
+        CLASSES[i].encode() for i in best
+    ]
+    np.testing.assert_array_equal(served["indices"][:, 0], best)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="not an image"):
+        serve(image_bytes=tf.constant([b"junk"]))
+
+
+def test_a_second_fit_computes_nothing_again(run, photos, workspace):
+    options = {
+        "image_size": 64,
+        "runs_dir": workspace / "runs",
+        "cache_dir": workspace / "cache",
+    }
+    again = keras_transfer.fit(str(photos), name="again", **options)
+    assert again.manifest.images_decoded == again.manifest.images_forwarded == 0
+    assert again.manifest.engine == "cache"
+    for one, other in zip(
+        load(run.run_dir).weights, load(again.run_dir).weights, strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+
+    mlp = keras_transfer.fit(
+        str(photos), name="mlp", head={"kind": "mlp", "hidden": [16]}, **options
+    )
+    assert mlp.manifest.images_forwarded == 0
+    assert mlp.metrics["fit"]["test"]["accuracy"] >= 0.8
+    assert load(mlp.run_dir).get_layer("head").get_layer("hidden_0").units == 16
+
+
+def test_two_runs_from_nothing_have_the_same_bits(run, photos, tmp_path):
+    other = keras_transfer.fit(
+        str(photos), image_size=64, name="other", cache_dir=tmp_path / "elsewhere"
+    )
+    assert other.manifest.images_forwarded == 60
+    for one, two in zip(
+        load(run.run_dir).weights, load(other.run_dir).weights, strict=True
+    ):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_unreadable_images_are_left_out_and_listed(kt, photos, tmp_path):
+    folder = tmp_path / "some broken"
+    shutil.copytree(photos, folder)
+    whole = (folder / "circle" / "00.jpg").read_bytes()
+    (folder / "circle" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "square" / "empty.png").write_bytes(b"")
+    (folder / "square" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    result = kt("fit", folder, *SMALL, "--name", "broken")
+    assert result.exit_code == 0, result.output
+    run = keras_transfer.open_run("broken")
+    skipped = {
+        row["path"]: row["reason"]
+        for row in rows((run.run_dir / "skipped.csv").read_text())
+    }
+    assert skipped.keys() == {"circle/cut.jpg", "square/empty.png", "square/gone.jpg"}
+    assert "truncated" in skipped["circle/cut.jpg"]
+    assert skipped["square/empty.png"] == "an empty file"
+    assert "No such file" in skipped["square/gone.jpg"]
+    assert run.manifest.skipped == 3
+    assert len(rows(run.splits_path.read_text())) == 60
+
+    result = kt("fit", folder, *SMALL, "--name", "strict", "--max-skipped", 0.01)
+    assert result.exit_code == 1
+    assert "3 of 63 images cannot be used" in result.stderr
+    assert not Path("saved_models/strict").exists()
+
+
+def test_an_existing_run_is_kept_unless_told_otherwise(kt, photos):
+    first = kt("fit", photos, *SMALL, "--name", "same", "--weights", "none")
+    assert first.exit_code == 0, first.output
+    manifest = Path("saved_models/same/manifest.json")
+    before = manifest.read_bytes()
+    second = kt("fit", photos, *SMALL, "--name", "same", "--weights", "none")
+    assert second.exit_code == 2
+    assert "--name" in second.stderr and "--overwrite" in second.stderr
+    assert manifest.read_bytes() == before
+    arguments = ["fit", photos, *SMALL, "--name", "same", "--weights", "none"]
+    failing = kt(*arguments, "--overwrite", "--max-skipped", 2)
+    assert failing.exit_code == 2
+    assert manifest.read_bytes() == before
+    assert kt(*arguments, "--overwrite", "--seed", 1).exit_code == 0
+    assert json.loads(manifest.read_text())["seed"] == 1
+    assert [path.name for path in Path("saved_models").iterdir()] == ["same"]
+
+
+def test_labels_may_be_several(kt, tmp_path):
+    rng = np.random.default_rng(0)
+    lines = ["path,label"]
+    for index in range(48):
+        labels = [name for name in ("circle", "stripes") if rng.random() < 0.5]
+        pixels = np.full((72, 72, 3), 40, np.uint8)
+        for name in labels:
+            pixels = np.maximum(pixels, draw(name, rng))
+        (tmp_path / f"{index}.png").write_bytes(encode(pixels, "PNG"))
+        lines.append(f"{index}.png,{'|'.join(labels)}")
+    (tmp_path / "data.csv").write_text("\n".join(lines))
+    result = kt("fit", "data.csv", *SMALL, "--export", "--class-weight", "balanced")
+    assert result.exit_code == 0, result.output
+    run = keras_transfer.open_run("data-efficientnet_lite0")
+    assert run.manifest.multi_label
+    figures = run.metrics["fit"]["test"]
+    assert figures["mean_average_precision"] > 0.8
+    assert figures["confusion"] is None
+    output = load(run.run_dir).get_layer("head").get_layer("probabilities")
+    assert output.activation.__name__ == "sigmoid"
+    assert (run.run_dir / "1" / "saved_model.pb").is_file()
+    evaluated = json.loads(kt("evaluate", run.run_dir, "--json").stdout)
+    assert evaluated["log_loss"] == pytest.approx(figures["log_loss"], abs=1e-3)
+
+
+def test_augmented_views_are_cached_and_trained_on(kt, photos):
+    arguments = ["fit", photos, *SMALL, "--augment", 2, "--name"]
+    assert kt(*arguments, "views").exit_code == 0
+    run = keras_transfer.open_run("views")
+    assert run.manifest.images_decoded == 60
+    assert run.manifest.images_forwarded == 60 + 2 * 48
+    assert kt(*arguments, "again").exit_code == 0
+    again = keras_transfer.open_run("again")
+    assert again.manifest.images_forwarded == 0
+    np.testing.assert_array_equal(
+        load(run.run_dir).get_layer("head").get_weights()[0],
+        load(again.run_dir).get_layer("head").get_weights()[0],
+    )
+
+
+def test_kept_splits_stay_and_new_images_find_their_place(kt, photos, tmp_path):
+    folder = tmp_path / "growing"
+    shutil.copytree(photos, folder)
+    assert kt("fit", folder, *SMALL, "--name", "before").exit_code == 0
+    rng = np.random.default_rng(9)
+    for index in range(10):
+        (folder / "circle" / f"new{index}.jpg").write_bytes(
+            encode(draw("circle", rng), "JPEG")
+        )
+    splits = "saved_models/before/splits.csv"
+    result = kt("fit", folder, *SMALL, "--name", "after", "--splits", splits)
+    assert result.exit_code == 0, result.output
+    before = {row["path"]: row["split"] for row in rows(Path(splits).read_text())}
+    text = Path("saved_models/after/splits.csv").read_text()
+    after = {row["path"]: row["split"] for row in rows(text)}
+    assert len(after) == 70
+    assert before.items() <= after.items()
+    manifest = keras_transfer.open_run("after").manifest
+    assert manifest.images_forwarded == 10
+
+
+def test_a_disagreeing_precision_falls_back_and_says_so(kt, photos, monkeypatch):
+    from keras_transfer import feature_extraction
+
+    monkeypatch.setitem(feature_extraction.PARITY_TOLERANCE, "bf16", 0.0)
+    result = kt("fit", photos, *SMALL, "--precision", "bf16", "--name", "fallen")
+    assert result.exit_code == 0, result.output
+    manifest = keras_transfer.open_run("fallen").manifest
+    assert manifest.precision == "f32"
+    assert manifest.parity["agrees"]
+    assert any("bf16 was given up" in note for note in manifest.notes)
+
+
+def test_copies_across_splits_are_reported(kt, photos, tmp_path):
+    folder = tmp_path / "copies"
+    for split in ("train", "val", "test"):
+        shutil.copytree(photos, folder / split)
+    result = kt("fit", folder, *SMALL, "--name", "copies")
+    assert result.exit_code == 0, result.output
+    assert "byte for byte in train" in result.stdout
+    manifest = keras_transfer.open_run("copies").manifest
+    assert manifest.images_forwarded == 60
+
+
+def test_a_killed_fit_keeps_its_features_and_leaves_no_run(photos, tmp_path):
+    script = (
+        "import keras_transfer.features as f\n"
+        "f._SHARD_SECONDS = 0.0\n"
+        "from keras_transfer import fit\n"
+        f"fit({str(photos)!r}, image_size=64, name='killed',"
+        " on_progress=lambda p, n, t: print(p, n, flush=True))\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd=tmp_path,
+        text=True,
+    )
+    index = tmp_path / "cache" / "keras_transfer" / "features"
+    deadline = time.monotonic() + 120
+    while not list(index.glob("*/*.index")) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    visible = [
+        path.name
+        for path in (tmp_path / "saved_models").glob("*")
+        if not path.name.startswith(".")
+    ]
+    assert visible == []
+    run = keras_transfer.fit(str(photos), image_size=64, name="killed")
+    assert run.manifest.images_forwarded < 60
+
+
+def test_the_embedded_default_needs_nothing(kt):
+    result = kt("fit", "digits", "--image-size", 32, "--name", "digits")
+    assert result.exit_code == 0, result.output
+    assert keras_transfer.open_run("digits").metrics["fit"]["test"]["accuracy"] > 0.85
