@@ -22,7 +22,7 @@ import tensorflow as tf
 
 from keras_transfer.config import Precision
 from keras_transfer.data import Reader, map_ahead
-from keras_transfer.errors import DecodeError
+from keras_transfer.errors import DecodeError, UsageError
 from keras_transfer.features import FeatureTable
 
 BATCH_SIZE = 8
@@ -35,6 +35,7 @@ MAX_BF16_ERROR = 0.01
 Engine = Literal["openvino", "keras"]
 
 _Tag = TypeVar("_Tag")
+_ImageTag = tuple[bytes, int, bool]  # digest, view, whether it is the image's last view
 
 
 class Extractor:
@@ -62,6 +63,9 @@ class Extractor:
             precision: `f32`, `bf16`, or `auto` to measure on the sample.
             sample: uint8 `[N, H, W, 3]` real pixels, needed for `auto` only.
             engine: None for the fastest here.
+
+        Raises:
+            UsageError: If bfloat16 is asked for and cannot be had here.
         """
         self.notes: list[str] = []
         self.seconds = 0.0
@@ -83,10 +87,16 @@ class Extractor:
             if precision == "auto":
                 assert sample is not None
                 self._choose_precision(sample)
+            if self.precision == "bf16" and not _cpu_has_bf16():
+                raise UsageError(
+                    "This CPU has no bfloat16. Received: precision bf16. Use auto."
+                )
             self._compiled = self._compile(self.precision)
-        elif precision != "f32":
-            self.precision = "f32"
-            self.notes.append("precision f32: Keras runs the base")
+        elif precision == "bf16":
+            raise UsageError(
+                f"bfloat16 needs OpenVINO on a CPU, but {self.notes[-1]}. Received: "
+                "precision bf16. Use auto."
+            )
 
     def run(
         self, batches: Iterable[tuple[_Tag, np.ndarray]]
@@ -178,10 +188,7 @@ class Extractor:
 
     def _choose_precision(self, sample: np.ndarray) -> None:
         """Takes bfloat16 if the CPU has it, it is faster here, and changes little."""
-        capabilities = (
-            _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        )
-        if "BF16" not in capabilities:
+        if not _cpu_has_bf16():
             self.notes.append("precision f32: this CPU has no bfloat16")
             return
         outputs, seconds = {}, {}
@@ -204,6 +211,11 @@ class Extractor:
             f"{speed:.1f} times as fast and changes features by {error:.1%} "
             f"(at most {MAX_BF16_ERROR:.0%} is accepted)"
         )
+
+
+def _cpu_has_bf16() -> bool:
+    core = _openvino().Core()
+    return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def _openvino():
@@ -268,7 +280,7 @@ def extract_features(
             extractor is to decide.
         augment: Makes views.
         views: How many augmented views an image has, where it has any.
-        on_image: Called once an image, as work goes on.
+        on_image: Called once an image, when it is done with.
         decoded_ahead: How many decoded images may wait, the first of them while the
             extractor is being made.
     """
@@ -278,9 +290,9 @@ def extract_features(
 
     def missing() -> Iterator[tuple[bytes, list[int], bytes]]:
         for source, encoded in read(sources):
-            on_image()
             if isinstance(encoded, OSError):
                 extraction.skipped[source] = f"cannot be read: {encoded.strerror}"
+                on_image()
                 continue
             digest = hashlib.sha256(encoded).digest()
             extraction.digests[source] = digest
@@ -293,6 +305,8 @@ def extract_features(
             if wanted:
                 started.update((digest, view) for view in wanted)
                 yield digest, wanted, encoded
+            else:
+                on_image()
 
     def decoded(
         item: tuple[bytes, list[int], bytes],
@@ -305,22 +319,21 @@ def extract_features(
             result = error
         return digest, wanted, result, time.perf_counter() - start
 
-    def pixels() -> Iterator[tuple[tuple[int, bytes], np.ndarray]]:
+    def usable() -> Iterator[tuple[_ImageTag, np.ndarray]]:
         threads = os.cpu_count() or 1
         items = map_ahead(decoded, missing(), threads, decoded_ahead)
         for digest, wanted, image, seconds in items:
             extraction.decode_seconds += seconds
             if isinstance(image, DecodeError):
                 unusable[digest] = str(image)
+                on_image()
                 continue
             extraction.decoded += 1
             for view in wanted:
-                if view and augment:
-                    yield (view, digest), augment(image, digest, view)
-                else:
-                    yield (view, digest), image
+                pixels = augment(image, digest, view) if view and augment else image
+                yield (digest, view, view == wanted[-1]), pixels
 
-    batches = _batches(pixels())
+    batches = _batches(usable())
     first = next(batches, None)
     if first is not None:
         extractor = make_extractor(first[1])
@@ -328,8 +341,10 @@ def extract_features(
         extraction.tables = extraction.tables or make_tables(extractor.precision)
         try:
             for tags, outputs in extractor.run(itertools.chain([first], batches)):
-                for (view, digest), row in zip(tags, outputs, strict=True):
+                for (digest, view, is_last), row in zip(tags, outputs, strict=True):
                     extraction.tables[view].add(digest, row)
+                    if is_last:
+                        on_image()
         finally:
             for table in extraction.tables:
                 table.flush()
@@ -341,8 +356,8 @@ def extract_features(
 
 
 def _batches(
-    images: Iterable[tuple[tuple[int, bytes], np.ndarray]],
-) -> Iterator[tuple[list[tuple[int, bytes]], np.ndarray]]:
+    images: Iterable[tuple[_ImageTag, np.ndarray]],
+) -> Iterator[tuple[list[_ImageTag], np.ndarray]]:
     iterator = iter(images)
     while batch := list(itertools.islice(iterator, BATCH_SIZE)):
         yield [tag for tag, _ in batch], np.stack([image for _, image in batch])

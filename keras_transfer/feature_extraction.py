@@ -125,7 +125,10 @@ def _fit(config: Config, on_progress: OnProgress) -> Run:
         model = attach_head(base, head.model)
         sample = _sample(usable, _image_size(config))
         parity, expected = _compare(model, head, features, sample)
-        if parity["agrees"]:
+        if (
+            parity["top1_agreement"] >= PARITY_AGREEMENT
+            and parity["max_probability_difference"] <= parity["tolerance"]
+        ):
             break
         notes.append(
             f"{features.precision} was given up: on {parity['images']} images the "
@@ -354,13 +357,11 @@ def _compare(
     from_features = predict_head(head.model, rows)
     agreement = float((actual.argmax(1) == from_features.argmax(1)).mean())
     difference = float(np.abs(actual - from_features).max())
-    tolerance = PARITY_TOLERANCE[features.precision]
     return {
         "images": len(sample),
         "top1_agreement": agreement,
         "max_probability_difference": difference,
-        "tolerance": tolerance,
-        "agrees": agreement >= PARITY_AGREEMENT and difference <= tolerance,
+        "tolerance": PARITY_TOLERANCE[features.precision],
     }, actual
 
 
@@ -383,14 +384,17 @@ def _resolve(config: Config) -> tuple[Config, Path]:
     """The config with every None that depends on others filled in, and the run."""
     base = get_base(config.base)
     path = Path(config.data).expanduser()
-    named = ":" in config.data or not path.exists()
-    stem = config.data.replace(":", "-").removeprefix("tfds-") if named else path.stem
+    if config.data == "digits" or config.data.startswith("tfds:"):
+        data, stem = config.data, config.data.removeprefix("tfds:").replace(":", "-")
+    else:
+        data, stem = str(path.resolve() if path.exists() else path), path.resolve().stem
     plain_stem = "".join(c if c.isalnum() or c in "_.-" else "_" for c in stem)
     name = config.name or f"{plain_stem.strip('.-') or 'run'}-{base.name}"
     run_dir = run_path(config.runs_dir, name, config.overwrite)
     resolved = config.model_copy(
         update={
-            "data": config.data if named else str(path.resolve()),
+            "data": data,
+            "data_dir": config.data_dir and config.data_dir.expanduser().resolve(),
             "base": base.name,
             "image_size": config.image_size or base.image_size,
             "name": name,

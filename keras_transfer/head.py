@@ -16,6 +16,7 @@ import keras
 import numpy as np
 import scipy.optimize
 import scipy.special
+import tensorflow as tf
 import threadpoolctl
 
 from keras_transfer.config import HeadConfig
@@ -161,7 +162,7 @@ def train_head(
             since_best += 1
         if since_best == _PATIENCE:
             break
-    head = _new_head(config, train)
+    head = _new_head(config, train, seed)
     head.set_weights(best_weights)
     return TrainedHead(head, best_l2, history)
 
@@ -178,10 +179,9 @@ _TrainOne = Callable[[float], tuple[list[np.ndarray], list[dict[str, float]]]]
 """From an L2 strength to the head's weights and the rows of the history."""
 
 
-def _new_head(config: HeadConfig, train: LabelledFeatures) -> keras.Model:
-    return build_head(
-        config, train.views[0].shape[1], train.num_classes, train.multi_label
-    )
+def _new_head(config: HeadConfig, train: LabelledFeatures, seed: int) -> keras.Model:
+    num_features = train.views[0].shape[1]
+    return build_head(config, num_features, train.num_classes, train.multi_label, seed)
 
 
 def _linear_trainer(
@@ -275,8 +275,7 @@ def _mlp_trainer(
 
     # One model for all strengths: to trace its training takes longer than to train it.
     strength = keras.Variable(0.0, trainable=False, name="l2")
-    keras.utils.set_random_seed(seed)
-    head = _new_head(config, train)
+    head = _new_head(config, train, seed)
     for layer in dense_layers(head):
         layer.kernel_regularizer = lambda kernel: strength * keras.ops.sum(kernel**2)
     adam = keras.optimizers.Adam(config.learning_rate)
@@ -290,7 +289,6 @@ def _mlp_trainer(
         strength.assign(l2)
         for variable, value in start:
             variable.assign(value)
-        keras.utils.set_random_seed(seed)
         stop = keras.callbacks.EarlyStopping(
             "val_cross_entropy" if len(val) else "cross_entropy",
             mode="min",
@@ -299,8 +297,8 @@ def _mlp_trainer(
             restore_best_weights=True,
         )
         log = head.fit(
-            _Batches(train, mean, scale, seed),
-            validation_data=_Batches(val, mean, scale, None) if len(val) else None,
+            _batches(train, mean, scale, seed),
+            validation_data=_batches(val, mean, scale, None) if len(val) else None,
             epochs=config.epochs,
             callbacks=[stop],
             verbose=0,
@@ -320,33 +318,29 @@ def _mlp_trainer(
     return train_one
 
 
-class _Batches(keras.utils.PyDataset):
-    """Batches of scaled features for Keras's `fit`, shuffled anew each epoch."""
+def _batches(
+    data: LabelledFeatures, mean: np.ndarray, scale: float, seed: int | None
+) -> tf.data.Dataset:
+    """Batches of scaled features for Keras's `fit`; a seed shuffles each epoch anew."""
+    rng = None if seed is None else np.random.default_rng(seed)
+    single_mean, single_scale = mean.astype(np.float32), np.float32(scale)
 
-    def __init__(
-        self, data: LabelledFeatures, mean: np.ndarray, scale: float, seed: int | None
-    ):
-        super().__init__()
-        self._data, self._mean, self._scale = data, mean.astype(np.float32), scale
-        self._rng = None if seed is None else np.random.default_rng(seed)
-        self._order = np.arange(len(data))
-        self.on_epoch_end()
+    def epoch() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        order = np.arange(len(data)) if rng is None else rng.permutation(len(data))
+        for start in range(0, len(order), _MLP_BATCH):
+            picked = np.sort(order[start : start + _MLP_BATCH])
+            view, rows = np.divmod(picked, len(data.targets))
+            features = np.concatenate(
+                [data.views[v][rows[view == v]] for v in np.unique(view)]
+            )
+            scaled = (features - single_mean) / single_scale
+            yield scaled, np.concatenate(data.labels(rows), axis=1)
 
-    def __len__(self) -> int:
-        return math.ceil(len(self._order) / _MLP_BATCH)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        order = np.sort(self._order[index * _MLP_BATCH : (index + 1) * _MLP_BATCH])
-        view, rows = np.divmod(order, len(self._data.targets))
-        features = np.concatenate(
-            [self._data.views[v][rows[view == v]] for v in np.unique(view)]
-        )
-        scaled = (features - self._mean) / np.float32(self._scale)
-        return scaled, np.concatenate(self._data.labels(rows), axis=1)
-
-    def on_epoch_end(self) -> None:
-        if self._rng is not None:
-            self._rng.shuffle(self._order)
+    signature = (
+        tf.TensorSpec((None, len(mean)), tf.float32),
+        tf.TensorSpec((None, 2 * data.num_classes), tf.float32),
+    )
+    return tf.data.Dataset.from_generator(epoch, output_signature=signature)
 
 
 def _in_threads(function: Callable, chunks: Iterable) -> Iterator:

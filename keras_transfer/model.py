@@ -7,8 +7,14 @@ import keras
 
 from keras_transfer.bases import Base, Scaling
 from keras_transfer.config import HeadConfig
-from keras_transfer.errors import UsageError
+from keras_transfer.errors import KerasTransferError, UsageError
 from keras_transfer.weights import pretrained_network
+
+if keras.config.backend() != "tensorflow":
+    raise KerasTransferError(
+        f"Models run on Keras's TensorFlow backend. Received: {keras.config.backend()}."
+        " Set KERAS_BACKEND=tensorflow."
+    )
 
 HEAD = "head"
 POOL = "pool"
@@ -56,9 +62,13 @@ def scale(image: keras.KerasTensor, scaling: Scaling) -> keras.KerasTensor:
 
 
 def build_head(
-    config: HeadConfig, num_features: int, num_classes: int, multi_label: bool
+    config: HeadConfig,
+    num_features: int,
+    num_classes: int,
+    multi_label: bool,
+    seed: int = 0,
 ) -> keras.Model:
-    """The new classifier, untrained.
+    """The new classifier, untrained, its random weights drawn from the seed.
 
     Returns:
         A model from float32 `[N, num_features]` to float32 `[N, num_classes]`
@@ -68,11 +78,19 @@ def build_head(
     x = features
     if config.kind == "mlp":
         for index, units in enumerate(config.hidden):
-            x = keras.layers.Dense(units, activation="relu", name=f"hidden_{index}")(x)
-            x = keras.layers.Dropout(config.dropout, name=f"dropout_{index}")(x)
+            x = keras.layers.Dense(
+                units,
+                activation="relu",
+                kernel_initializer=keras.initializers.GlorotUniform(seed + index),
+                name=f"hidden_{index}",
+            )(x)
+            x = keras.layers.Dropout(
+                config.dropout, seed=seed + index, name=f"dropout_{index}"
+            )(x)
     probabilities = keras.layers.Dense(
         num_classes,
         activation="sigmoid" if multi_label else "softmax",
+        kernel_initializer=keras.initializers.GlorotUniform(seed),
         name="probabilities",
     )(x)
     return keras.Model(features, probabilities, name=HEAD)

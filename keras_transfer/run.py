@@ -77,7 +77,7 @@ class Manifest(BaseModel):
     """The head's L2 strength, chosen on the validation split."""
     parity: dict[str, float]
     """model.keras against the cached features: `images`, `top1_agreement` (0 to 1),
-    `max_probability_difference`, `tolerance`, `agrees`."""
+    `max_probability_difference`, `tolerance`."""
     seed: int
     versions: dict[str, str]
     host: dict[str, str | int]
@@ -250,6 +250,8 @@ def host() -> dict[str, str | int]:
 
 
 def _sync(directory: Path) -> None:
+    if os.name == "nt":  # where a directory cannot be opened
+        return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

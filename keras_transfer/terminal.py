@@ -22,7 +22,12 @@ from keras_transfer.run import Run
 _MOST_CLASSES = 30
 
 # Piped output is not broken at the 80 columns that rich assumes there.
-console = Console(width=None if sys.stdout.isatty() else 200)
+console = Console(
+    markup=False,
+    highlight=False,
+    emoji=False,
+    width=None if sys.stdout.isatty() else 200,
+)
 messages = Console(stderr=True)
 
 
@@ -81,11 +86,10 @@ def show_run(run: Run) -> None:
     if name in splits:
         show_evaluation(splits[name], name)
     for note in manifest.notes:
-        console.print(f"[dim]- {note}[/dim]", highlight=False)
+        console.print(f"- {note}", style="dim")
     if manifest.skipped:
         console.print(
             f"- {manifest.skipped} images were left out: {run.run_dir / 'skipped.csv'}",
-            highlight=False,
         )
     seconds = manifest.timings
     console.print(
@@ -94,15 +98,14 @@ def show_run(run: Run) -> None:
         f"{manifest.images_forwarded:,} run in {seconds['forward']:.1f} s of threads, "
         f"overlapping), head {seconds['head']:.1f} s, "
         f"model {seconds['model']:.1f} s, total {seconds['total']:.1f} s.",
-        highlight=False,
     )
-    console.print(f"Run: {run.run_dir}", highlight=False)
-    console.print(f"Next: kt predict {run.run_dir} IMAGE...", highlight=False)
+    console.print(f"Run: {run.run_dir}")
+    console.print(f"Next: kt predict {run.run_dir} IMAGE...")
 
 
 def show_evaluation(evaluation: dict, of: str) -> None:
     """A table of figures and one of classes."""
-    console.print(f"{evaluation['images']:,} {of} images", highlight=False)
+    console.print(f"{evaluation['images']:,} {of} images")
     figures = Table(box=None, show_header=False, pad_edge=False)
     for key in ("accuracy", "balanced_accuracy", "macro_f1", "log_loss"):
         figures.add_row(key.replace("_", " "), f"{evaluation[key]:.4f}")
@@ -150,7 +153,7 @@ def show_bases() -> None:
             base.scaling.name,
             where,
         )
-    console.print(table, highlight=False)
+    console.print(table)
 
 
 def show_cache(tables: list[dict]) -> None:
@@ -171,4 +174,4 @@ def show_cache(tables: list[dict]) -> None:
             f"{row['bytes'] / 1e6:.1f}",
             f"{row['days_unused']:.1f}",
         )
-    console.print(table, highlight=False)
+    console.print(table)

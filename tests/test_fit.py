@@ -66,7 +66,7 @@ def test_a_run_directory_holds_exactly_what_is_documented(run, photos):
     assert manifest.data == str(photos)
     assert manifest.images_decoded == manifest.images_forwarded == 60
     assert manifest.class_counts["train"] == dict.fromkeys(CLASSES, 16)
-    assert manifest.parity["agrees"]
+    assert manifest.parity["top1_agreement"] == 1.0
     assert manifest.parity["max_probability_difference"] < 1e-3
     splits = rows(run.splits_path.read_text())
     assert len(splits) == 60
@@ -308,7 +308,7 @@ def test_a_disagreeing_precision_falls_back_and_says_so(kt, photos, monkeypatch)
     assert result.exit_code == 0, result.output
     manifest = keras_transfer.open_run("fallen").manifest
     assert manifest.precision == "f32"
-    assert manifest.parity["agrees"]
+    assert manifest.parity["top1_agreement"] == 1.0
     assert any("bf16 was given up" in note for note in manifest.notes)
 
 

@@ -1,0 +1,531 @@
+"""Extraction: the base runs in inference mode, and once an image."""
+
+import collections
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import CLASSES, draw, encode
+
+from keras_transfer import extract
+from keras_transfer.augment import make_augmenter
+from keras_transfer.bases import get_base
+from keras_transfer.data import read_files
+from keras_transfer.decode import make_decoder
+from keras_transfer.extract import BATCH_SIZE, Extractor, extract_features
+from keras_transfer.features import FeatureCache, FeatureSpec
+from keras_transfer.model import build_base
+
+SIZE = 64
+SMALL = 16
+
+
+@pytest.fixture(scope="module")
+def pixels() -> np.ndarray:
+    rng = np.random.default_rng(0)
+    return np.stack([draw(CLASSES[i % 3], rng, SIZE) for i in range(19)])
+
+
+@pytest.fixture(scope="module")
+def lite() -> keras.Model:
+    return build_base(get_base("efficientnet_lite0"), "imagenet", SIZE, 0)
+
+
+@pytest.fixture(scope="module")
+def noisy() -> keras.Model:
+    """A small model full of layers that act otherwise in training."""
+    keras.utils.set_random_seed(0)
+    image = keras.Input((SIZE, SIZE, 3))
+    x = keras.layers.Rescaling(1 / 255)(image)
+    x = keras.layers.RandomFlip()(x)
+    x = keras.layers.GaussianNoise(0.5)(x)
+    x = keras.layers.Conv2D(8, 3, strides=4)(x)
+    normalization = keras.layers.BatchNormalization()
+    x = keras.layers.SpatialDropout2D(0.5)(normalization(x))
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    model = keras.Model(image, keras.layers.Dropout(0.5)(x))
+    ones = np.ones(8, np.float32)
+    normalization.set_weights([2 * ones, 3 * ones, 0.1 * ones, 0.5 * ones])
+    return model
+
+
+@pytest.fixture(scope="module")
+def small() -> Extractor:
+    keras.utils.set_random_seed(0)
+    image = keras.Input((SMALL, SMALL, 3))
+    x = keras.layers.Conv2D(8, 3, activation="relu")(image)
+    return Extractor(keras.Model(image, keras.layers.GlobalAveragePooling2D()(x)))
+
+
+def by_keras(model: keras.Model, pixels: np.ndarray) -> np.ndarray:
+    return np.asarray(model(pixels.astype(np.float32), training=False))
+
+
+def difference(actual: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference, as a share of the largest value."""
+    assert actual.shape == expected.shape
+    assert np.ptp(expected, axis=0).max() > 0, "all images look the same"
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
+
+
+def test_openvino_agrees_with_keras(lite, pixels):
+    extractor = Extractor(lite)
+    outputs = extractor.predict(pixels)
+    assert (extractor.engine, extractor.precision) == ("openvino", "f32")
+    assert outputs.dtype == np.float32
+    assert np.abs(outputs - by_keras(lite, pixels)).max() < 1e-4
+    assert extractor.images == len(pixels)
+    assert extractor.seconds > 0
+
+
+def test_openvino_agrees_with_keras_on_a_random_base(pixels):
+    base = build_base(get_base("MobileNetV2"), "none", SIZE, 0)
+    outputs = Extractor(base).predict(pixels)
+    assert difference(outputs, by_keras(base, pixels)) < 1e-4
+
+
+@pytest.mark.parametrize("engine", [None, "keras"])
+def test_features_do_not_depend_on_the_batch_an_image_comes_in(lite, pixels, engine):
+    extractor = Extractor(lite, engine=engine)
+    together = extractor.predict(pixels)
+    for count in (1, 7, 8):
+        assert np.array_equal(extractor.predict(pixels[:count]), together[:count])
+    order = np.random.default_rng(1).permutation(len(pixels))
+    assert np.array_equal(extractor.predict(pixels[order]), together[order])
+
+
+@pytest.mark.parametrize("engine", [None, "keras"])
+def test_each_batch_keeps_its_tag(small, engine):
+    model_pixels = np.random.default_rng(0).integers(0, 256, (40, SMALL, SMALL, 3))
+    model_pixels = model_pixels.astype(np.uint8)
+    cuts = np.cumsum([0, 8, 1, 7, 8, 3, 8, 5])
+    batches = [
+        (f"from {start}", model_pixels[start:stop])
+        for start, stop in zip(cuts, cuts[1:], strict=False)
+    ]
+    expected = small.predict(model_pixels)
+    outputs = dict(small.run(batches))
+    for (tag, batch), start in zip(batches, cuts, strict=False):
+        assert np.array_equal(outputs[tag], expected[start : start + len(batch)])
+
+
+@pytest.mark.parametrize("engine", [None, "keras"])
+def test_layers_are_in_inference_mode(noisy, pixels, engine):
+    extractor = Extractor(noisy, engine=engine)
+    before = noisy.get_weights()
+    first, second = extractor.predict(pixels), extractor.predict(pixels)
+    assert np.array_equal(first, second)
+    assert difference(first, by_keras(noisy, pixels)) < 1e-5
+    for old, new in zip(before, noisy.get_weights(), strict=True):
+        assert np.array_equal(old, new)
+    trained = noisy(pixels.astype(np.float32), training=True)
+    assert difference(np.asarray(trained), first) > 0.01
+
+
+class Foreign(keras.layers.Layer):
+    """Runs Python code, which OpenVINO cannot."""
+
+    def __init__(self, wrapper):
+        super().__init__()
+        self.wrapper = wrapper
+
+    def call(self, x):
+        result = self.wrapper(lambda pixels: pixels * np.float32(2), [x], tf.float32)
+        result.set_shape(x.shape)
+        return result
+
+
+@pytest.mark.parametrize(
+    "wrapper", [tf.numpy_function, tf.py_function], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize("precision", ["f32", "bf16", "auto"])
+def test_keras_runs_what_openvino_cannot(pixels, wrapper, precision):
+    image = keras.Input((SIZE, SIZE, 3))
+    x = keras.layers.GlobalAveragePooling2D()(Foreign(wrapper)(image))
+    extractor = Extractor(keras.Model(image, x), precision, pixels[:BATCH_SIZE])
+    assert (extractor.engine, extractor.precision) == ("keras", "f32")
+    assert "OpenVINO cannot convert it" in extractor.notes[0]
+    assert any("precision f32" in note for note in extractor.notes[1:]) == (
+        precision != "f32"
+    )
+    expected = 2 * pixels.mean(axis=(1, 2))
+    np.testing.assert_allclose(extractor.predict(pixels), expected, rtol=1e-5)
+
+
+def test_engine_keras_can_be_asked_for(lite, pixels):
+    extractor = Extractor(lite, engine="keras")
+    assert (extractor.engine, extractor.precision) == ("keras", "f32")
+    outputs = extractor.predict(pixels)
+    assert outputs.dtype == np.float32
+    assert np.abs(outputs - by_keras(lite, pixels)).max() < 1e-4
+
+
+def has_bf16() -> bool:
+    import openvino
+
+    core = openvino.Core()
+    return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+@pytest.mark.parametrize("accepted", [0.0, extract.MAX_BF16_ERROR, 1.0])
+def test_auto_decides_by_what_it_measures(lite, pixels, accepted, monkeypatch):
+    if not has_bf16():
+        pytest.skip("this CPU has no bfloat16")
+    monkeypatch.setattr(extract, "MAX_BF16_ERROR", accepted)
+    sample = pixels[:BATCH_SIZE]
+    extractor = Extractor(lite, "auto", sample)
+    assert (extractor.images, extractor.seconds) == (0, 0.0)
+    (note,) = extractor.notes
+    numbers = re.search(
+        rf"precision {extractor.precision}: on {len(sample)} images bfloat16 is "
+        r"([\d.]+) times as fast and changes features by ([\d.]+)%",
+        note,
+    )
+    assert numbers
+    speed, error = float(numbers[1]), float(numbers[2]) / 100
+
+    exact = Extractor(lite).predict(sample)
+    rounded = Extractor(lite, "bf16").predict(sample)
+    change = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)
+    assert 0 < change < 0.2
+    assert error == pytest.approx(change, abs=6e-4)
+    if extractor.precision == "bf16":
+        assert speed >= 1.0
+        assert change <= accepted
+        assert np.array_equal(extractor.predict(sample), rounded)
+    else:
+        assert speed <= 1.0 or change > accepted
+        assert np.array_equal(extractor.predict(sample), exact)
+
+
+def test_a_cpu_without_bfloat16_uses_float32():
+    script = """
+import json, sys
+import numpy as np, keras, openvino
+from keras_transfer.extract import Extractor
+core = openvino.Core()
+if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    print("null")
+    sys.exit()
+image = keras.Input((16, 16, 3))
+x = keras.layers.Conv2D(4, 3)(image)
+model = keras.Model(image, keras.layers.GlobalAveragePooling2D()(x))
+pixels = np.arange(9 * 16 * 16 * 3).astype(np.uint8).reshape(9, 16, 16, 3)
+expected = np.asarray(model(pixels.astype(np.float32), training=False))
+extractors = [Extractor(model, precision, pixels[:8]) for precision in ("auto", "bf16")]
+print(json.dumps([
+    [e.engine, e.precision, e.notes, float(abs(e.predict(pixels) / expected - 1).max())]
+    for e in extractors
+]))
+"""
+    environment = os.environ | {"OV_CPU_MAX_ISA": "AVX2"}
+    output = subprocess.check_output(
+        [sys.executable, "-c", script],
+        env=environment,
+        text=True,
+        stderr=subprocess.DEVNULL,
+    )
+    found = json.loads(output.splitlines()[-1])
+    if found is None:
+        pytest.skip("this CPU cannot be made to hide its bfloat16")
+    (engine, precision, notes, error), (_, _, _, asked_error) = found
+    assert (engine, precision) == ("openvino", "f32")
+    assert notes == ["precision f32: this CPU has no bfloat16"]
+    assert error < 1e-5
+    assert asked_error < 0.05
+
+
+class Pipeline:
+    """`extract_features` on the files of a folder, with its parts counted."""
+
+    def __init__(self, folder: Path, extractor: Extractor):
+        self.folder = folder
+        self.extractor = extractor
+        self.cache = FeatureCache(folder / "cache")
+        self.decoder = make_decoder(SMALL)
+        self.augment = make_augmenter(SMALL, seed=3)
+        self.forget()
+
+    def forget(self) -> None:
+        self.decodes: collections.Counter[bytes] = collections.Counter()
+        self.extractors_made = 0
+        self.images_before = self.extractor.images
+
+    @property
+    def images_run(self) -> int:
+        return self.extractor.images - self.images_before
+
+    def sources(self) -> list[str]:
+        return sorted(path.name for path in self.folder.iterdir() if path.suffix)
+
+    def bytes_of(self, source: str) -> bytes:
+        return (self.folder / source).read_bytes()
+
+    def read(self, sources):
+        return read_files(sources, self.folder)
+
+    def decode(self, encoded: bytes) -> np.ndarray:
+        self.decodes[encoded] += 1
+        return self.decoder(encoded)
+
+    def make_extractor(self, sample: np.ndarray) -> Extractor:
+        assert sample.dtype == np.uint8
+        assert sample.shape[1:] == (SMALL, SMALL, 3)
+        self.extractors_made += 1
+        return self.extractor
+
+    def tables(self, precision: str):
+        return [
+            self.cache.table(FeatureSpec("base", "", SMALL, "", precision, 1, view))
+            for view in range(3)
+        ]
+
+    def run(self, sources=None, precision="f32", read=None, **options):
+        return extract_features(
+            self.sources() if sources is None else sources,
+            read or self.read,
+            self.decode,
+            self.make_extractor,
+            self.tables,
+            precision,
+            self.augment,
+            **options,
+        )
+
+    def check(self, extraction, sources, view=0) -> None:
+        """The cache has, on disk, the right features of these images."""
+        digests = [hashlib.sha256(self.bytes_of(s)).digest() for s in sources]
+        assert [extraction.digests[source] for source in sources] == digests
+        pixels = [self.decoder(self.bytes_of(source)) for source in sources]
+        if view:
+            pairs = zip(pixels, digests, strict=True)
+            pixels = [self.augment(image, digest, view) for image, digest in pairs]
+        expected = self.extractor.predict(np.stack(pixels))
+        for table in (extraction.tables[view], self.tables("f32")[view]):
+            assert all(digest in table for digest in digests)
+            assert np.array_equal(table.features(digests)[:], expected)
+        self.forget()
+
+
+@pytest.fixture
+def pipeline(tmp_path, photos, small):
+    for index in range(20):
+        shutil.copy(photos / "circle" / f"{index:02d}.jpg", tmp_path)
+    return Pipeline(tmp_path, small)
+
+
+def test_each_image_is_computed_once(pipeline):
+    seen = []
+    extraction = pipeline.run(on_image=lambda: seen.append(1))
+    assert len(seen) == 20
+    assert set(pipeline.decodes.values()) == {1}
+    assert (extraction.decoded, pipeline.images_run) == (20, 20)
+    assert extraction.decode_seconds > 0
+    assert pipeline.extractors_made == 1
+    assert extraction.extractor is pipeline.extractor
+    assert extraction.skipped == {}
+    pipeline.check(extraction, pipeline.sources())
+
+
+def test_copies_of_an_image_are_computed_once(pipeline):
+    for index in range(8):
+        shutil.copy(pipeline.folder / "00.jpg", pipeline.folder / f"copy{index}.jpg")
+    extraction = pipeline.run()
+    assert set(pipeline.decodes.values()) == {1}
+    assert extraction.decoded == len(pipeline.decodes) == pipeline.images_run == 20
+    pipeline.check(extraction, pipeline.sources())
+
+
+def test_the_second_time_nothing_is_computed(pipeline):
+    first = pipeline.run()
+    pipeline.forget()
+    shutil.copy(pipeline.folder / "00.jpg", pipeline.folder / "another_name.jpg")
+    second = pipeline.run()
+    assert (len(pipeline.decodes), pipeline.extractors_made) == (0, 0)
+    assert (second.decoded, second.extractor) == (0, None)
+    assert second.digests.items() > first.digests.items()
+    pipeline.check(second, pipeline.sources())
+
+
+def test_only_new_and_edited_files_are_computed(pipeline):
+    pipeline.run()
+    pipeline.forget()
+    rng = np.random.default_rng(0)
+    for name in ("03.jpg", "new.png"):
+        (pipeline.folder / name).write_bytes(encode(draw("stripes", rng), "PNG"))
+    extraction = pipeline.run()
+    changed = {pipeline.bytes_of("03.jpg"): 1, pipeline.bytes_of("new.png"): 1}
+    assert pipeline.decodes == changed
+    assert (extraction.decoded, pipeline.images_run) == (2, 2)
+    pipeline.check(extraction, pipeline.sources())
+
+
+def test_unusable_files_are_skipped_with_their_reason(pipeline):
+    good = pipeline.sources()
+    cut = pipeline.bytes_of("00.jpg")[:700]
+    bad = {"cut.jpg": cut, "cut2.jpg": cut, "empty.jpg": b"", "text.jpg": b"hello"}
+    for name, data in bad.items():
+        (pipeline.folder / name).write_bytes(data)
+    (pipeline.folder / "folder.jpg").mkdir()
+    everything = [*bad, "missing.jpg", *good, "folder.jpg"]
+    for made in (1, 0):
+        pipeline.forget()
+        seen = []
+        extraction = pipeline.run(everything, on_image=lambda: seen.append(1))  # noqa: B023
+        assert len(seen) == len(everything)
+        assert extraction.skipped == {
+            "cut.jpg": "damaged or truncated (700 bytes)",
+            "cut2.jpg": "damaged or truncated (700 bytes)",
+            "empty.jpg": "an empty file",
+            "text.jpg": "not an image",
+            "missing.jpg": "cannot be read: No such file or directory",
+            "folder.jpg": "cannot be read: Is a directory",
+        }
+        assert sorted(extraction.digests) == good
+        assert set(pipeline.decodes.values()) == {1}
+        assert (extraction.decoded, pipeline.extractors_made) == (20 * made, made)
+        pipeline.check(extraction, good)
+
+
+def test_all_files_may_be_unusable(pipeline):
+    (pipeline.folder / "bad.jpg").write_bytes(b"hello")
+    extraction = pipeline.run(["bad.jpg", "missing.jpg"], precision=None)
+    assert set(extraction.skipped) == {"bad.jpg", "missing.jpg"}
+    assert (extraction.digests, extraction.extractor) == ({}, None)
+    assert pipeline.extractors_made == 0
+
+
+@pytest.mark.parametrize("engine", ["openvino", "keras"])
+@pytest.mark.parametrize("place", ["on_image", "read"])
+def test_what_is_finished_when_interrupted_is_kept(
+    tmp_path, photos, small, engine, place
+):
+    for path in photos.glob("*/*.jpg"):
+        shutil.copy(path, tmp_path / f"{path.parent.name}{path.name}")
+    pipeline = Pipeline(tmp_path, small)
+    if engine == "keras":
+        image = keras.Input((SMALL, SMALL, 3))
+        x = keras.layers.GlobalAveragePooling2D()(image)
+        pipeline.extractor = Extractor(keras.Model(image, x), engine="keras")
+    read_so_far = []
+
+    def count() -> None:
+        read_so_far.append(1)
+        if len(read_so_far) == 50:
+            raise KeyboardInterrupt
+
+    def counting_read(sources):
+        for item in pipeline.read(sources):
+            count()
+            yield item
+
+    options = {"on_image": count} if place == "on_image" else {"read": counting_read}
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(decoded_ahead=BATCH_SIZE, **options)
+    finished = pipeline.images_run
+    # Of the 49 that were read, 9 still waited to be decoded.
+    assert finished == 40 if engine == "keras" else 0 < finished <= 40
+
+    pipeline.forget()
+    extraction = pipeline.run()
+    assert extraction.decoded == sum(pipeline.decodes.values()) == 60 - finished
+    pipeline.check(extraction, pipeline.sources())
+
+
+def test_views_are_cached_for_the_images_that_have_them(pipeline):
+    views = {"00.jpg": 2, "01.jpg": 1, "02.jpg": 0}
+    extraction = pipeline.run(views=views)
+    assert set(pipeline.decodes.values()) == {1}
+    assert (extraction.decoded, pipeline.images_run) == (20, 23)
+    pipeline.check(extraction, pipeline.sources())
+    pipeline.check(extraction, ["00.jpg", "01.jpg"], view=1)
+    pipeline.check(extraction, ["00.jpg"], view=2)
+    rows = [sum(d in t for d in extraction.digests.values()) for t in extraction.tables]
+    assert rows == [20, 2, 1]
+
+    second = pipeline.run(views=views)
+    assert (second.decoded, pipeline.extractors_made) == (0, 0)
+    third = pipeline.run(views=views | {"02.jpg": 1})
+    assert pipeline.decodes == {pipeline.bytes_of("02.jpg"): 1}
+    assert pipeline.images_run == 1
+    pipeline.check(third, ["00.jpg", "01.jpg", "02.jpg"], view=1)
+
+
+def test_a_copy_with_views_adds_only_its_views(pipeline):
+    shutil.copy(pipeline.folder / "00.jpg", pipeline.folder / "copy.jpg")
+    extraction = pipeline.run(views={"copy.jpg": 2})
+    assert (extraction.decoded, pipeline.images_run) == (21, 22)
+    pipeline.check(extraction, ["copy.jpg"], view=1)
+    pipeline.check(extraction, ["00.jpg"], view=2)
+
+
+def test_the_extractor_decides_a_precision_that_is_open(pipeline, monkeypatch):
+    asked = []
+    tables = pipeline.tables
+    monkeypatch.setattr(pipeline, "tables", lambda p: asked.append(p) or tables(p))
+    extraction = pipeline.run(precision=None)
+    assert asked == [pipeline.extractor.precision] == ["f32"]
+    assert extraction.decoded == 20
+    pipeline.check(extraction, pipeline.sources())
+    assert pipeline.run(precision="bf16").decoded == 20
+    assert pipeline.run(precision="f32").decoded == 0
+
+
+@pytest.fixture(scope="module")
+def augment():
+    return make_augmenter(SIZE, seed=0)
+
+
+DIGEST = hashlib.sha256(b"an image").digest()
+
+
+def test_a_view_depends_on_nothing_that_was_done_before(augment, pixels):
+    first = [augment(pixels[0], DIGEST, number) for number in (1, 2, 3)]
+    keras.utils.set_random_seed(5)
+    other = make_augmenter(SIZE, seed=0)
+    for i in range(3):
+        other(pixels[i], bytes(32), i)
+    again = [other(pixels[0], DIGEST, number) for number in (3, 2, 1)]
+    assert np.array_equal(first, again[::-1])
+
+
+def test_views_differ_by_number_digest_and_seed(augment, pixels):
+    views = [
+        augment(pixels[0], DIGEST, 1),
+        augment(pixels[0], DIGEST, 2),
+        augment(pixels[0], bytes(32), 1),
+        make_augmenter(SIZE, seed=1)(pixels[0], DIGEST, 1),
+        pixels[0],
+    ]
+    assert len({view.tobytes() for view in views}) == len(views)
+
+
+def test_a_view_looks_like_the_image(augment, pixels):
+    smooth = np.stack(
+        [np.kron(image[::16, ::16], np.ones((16, 16, 1), np.uint8)) for image in pixels]
+    )
+    for image in (*pixels, *smooth):
+        before = image.copy()
+        view = augment(image, DIGEST, 1)
+        assert (view.dtype, view.shape) == (np.uint8, (SIZE, SIZE, 3))
+        assert np.array_equal(image, before)
+        assert 2 < np.abs(view.astype(int) - image).mean() < 100
+        assert abs(view.mean() - image.mean()) < 60
+
+
+def test_views_flip_about_half_of_the_images(augment):
+    ramp = np.broadcast_to(np.arange(SIZE, dtype=np.uint8)[:, None] * 3, (64, 64, 3))
+    views = [augment(ramp, DIGEST, number).astype(int) for number in range(40)]
+    flipped = sum(v[:, :32].mean() > v[:, 32:].mean() for v in views)
+    assert 8 < flipped < 32
+    vertical = [abs(v[:16].mean() - v[-16:].mean()) for v in views]
+    assert max(vertical) > 1
