@@ -9,9 +9,9 @@ layers are off and BatchNormalization uses its stored statistics.
 import hashlib
 import itertools
 import os
-import queue
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
@@ -45,7 +45,7 @@ class Extractor:
         engine: `openvino` or `keras`.
         precision: `f32` or `bf16`.
         notes: What was decided while it was made, and why; a line each.
-        seconds: Time that requests have taken so far, summed over requests.
+        seconds: How long was waited for outputs so far.
         images: Number of images run so far.
     """
 
@@ -108,8 +108,7 @@ class Extractor:
                 `BATCH_SIZE`.
 
         Yields:
-            Pairs of the same thing and float32 `[n, ...]` outputs, as they come, not
-            always in order.
+            Pairs of the same thing and float32 `[n, ...]` outputs, in order.
         """
         run = self._run_openvino if self.engine == "openvino" else self._run_keras
         for tag, outputs, seconds in run(batches):
@@ -121,8 +120,7 @@ class Extractor:
         """float32 `[N, ...]` outputs of uint8 `[N, H, W, 3]` pixels, in order."""
         starts = range(0, len(pixels), BATCH_SIZE)
         batches = ((start, pixels[start : start + BATCH_SIZE]) for start in starts)
-        outputs = dict(self.run(batches))
-        return np.concatenate([outputs[start] for start in starts])
+        return np.concatenate([outputs for _, outputs in self.run(batches)])
 
     def _run_keras(
         self, batches: Iterable[tuple[_Tag, np.ndarray]]
@@ -135,24 +133,30 @@ class Extractor:
     def _run_openvino(
         self, batches: Iterable[tuple[_Tag, np.ndarray]]
     ) -> Iterator[tuple[_Tag, np.ndarray, float]]:
-        requests = _openvino().AsyncInferQueue(self._compiled)
-        finished: queue.SimpleQueue = queue.SimpleQueue()
+        # No callbacks: OpenVINO would call them in its own threads, which then wait
+        # for Python's lock while Python waits for those threads to end.
+        count = 2 * self._compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
+        requests = [self._compiled.create_infer_request() for _ in range(count)]
+        waiting: deque = deque()
 
-        def keep(request, userdata) -> None:
-            tag, count = userdata
-            outputs = request.get_output_tensor().data[:count].copy()
-            finished.put((tag, outputs, request.latency / 1000))
+        def finish() -> tuple[_Tag, np.ndarray, float]:
+            request, tag, length = waiting.popleft()
+            start = time.perf_counter()
+            request.wait()
+            seconds = time.perf_counter() - start
+            return tag, request.get_output_tensor().data[:length].copy(), seconds
 
-        requests.set_callback(keep)
         try:
-            for tag, pixels in batches:
-                requests.start_async({0: self._fill(pixels)}, (tag, len(pixels)))
-                while not finished.empty():
-                    yield finished.get()
+            for (tag, pixels), request in zip(batches, itertools.cycle(requests)):
+                if len(waiting) == count:  # the longest running one is `request`
+                    yield finish()
+                request.start_async({0: self._fill(pixels)})
+                waiting.append((request, tag, len(pixels)))
+            while waiting:
+                yield finish()
         finally:
-            requests.wait_all()
-        while not finished.empty():
-            yield finished.get()
+            for request, _, _ in waiting:
+                request.wait()
 
     def _fill(self, pixels: np.ndarray) -> np.ndarray:
         missing = BATCH_SIZE - len(pixels)
@@ -240,7 +244,7 @@ class Extraction:
         digests: SHA-256 of the bytes of each image that has features.
         skipped: Why each image that has none could not be used.
         decoded: Number of images decoded.
-        decode_seconds: Time spent decoding, summed over threads.
+        decode_seconds: How long was waited for images to be read and decoded.
     """
 
     tables: Sequence[FeatureTable] = ()
@@ -310,28 +314,28 @@ def extract_features(
 
     def decoded(
         item: tuple[bytes, list[int], bytes],
-    ) -> tuple[bytes, list[int], np.ndarray | DecodeError, float]:
+    ) -> tuple[bytes, list[int], np.ndarray | DecodeError]:
         digest, wanted, encoded = item
-        start = time.perf_counter()
         try:
-            result: np.ndarray | DecodeError = decode(encoded)
+            return digest, wanted, decode(encoded)
         except DecodeError as error:
-            result = error
-        return digest, wanted, result, time.perf_counter() - start
+            return digest, wanted, error
 
     def usable() -> Iterator[tuple[_ImageTag, np.ndarray]]:
         threads = os.cpu_count() or 1
         items = map_ahead(decoded, missing(), threads, decoded_ahead)
-        for digest, wanted, image, seconds in items:
-            extraction.decode_seconds += seconds
+        start = time.perf_counter()
+        for digest, wanted, image in items:
+            extraction.decode_seconds += time.perf_counter() - start
             if isinstance(image, DecodeError):
                 unusable[digest] = str(image)
                 on_image()
-                continue
-            extraction.decoded += 1
-            for view in wanted:
-                pixels = augment(image, digest, view) if view and augment else image
-                yield (digest, view, view == wanted[-1]), pixels
+            else:
+                extraction.decoded += 1
+                for view in wanted:
+                    pixels = augment(image, digest, view) if view and augment else image
+                    yield (digest, view, view == wanted[-1]), pixels
+            start = time.perf_counter()
 
     batches = _batches(usable())
     first = next(batches, None)

@@ -82,8 +82,8 @@ class Manifest(BaseModel):
     versions: dict[str, str]
     host: dict[str, str | int]
     timings: dict[str, float]
-    """Seconds: `decode` and `forward` are summed over threads and overlap;
-    `features` is their wall time; `head`, `model` and `total` are wall times."""
+    """Wall seconds: `features`, and of these the `decode` and `forward` ones during
+    which it waited for images and for the base; then `head`, `model`, `total`."""
     images_decoded: int
     images_forwarded: int
 

@@ -93,10 +93,9 @@ def show_run(run: Run) -> None:
         )
     seconds = manifest.timings
     console.print(
-        f"Time: features {seconds['features']:.1f} s ("
-        f"{manifest.images_decoded:,} images decoded in {seconds['decode']:.1f} s and "
-        f"{manifest.images_forwarded:,} run in {seconds['forward']:.1f} s of threads, "
-        f"overlapping), head {seconds['head']:.1f} s, "
+        f"Time: features {seconds['features']:.1f} s (waited "
+        f"{seconds['decode']:.1f} s for {manifest.images_decoded:,} images, "
+        f"{seconds['forward']:.1f} s for the base), head {seconds['head']:.1f} s, "
         f"model {seconds['model']:.1f} s, total {seconds['total']:.1f} s.",
     )
     console.print(f"Run: {run.run_dir}")
