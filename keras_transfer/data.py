@@ -99,17 +99,11 @@ class Splits:
 
     def class_counts(self) -> dict[str, dict[str, int]]:
         """For each split, how many images show each class."""
-        num_classes = len(self.class_names)
-        return {
-            name: dict(
-                zip(
-                    self.class_names,
-                    one_hot(table.targets, num_classes).sum(0).astype(int).tolist(),
-                    strict=True,
-                )
-            )
-            for name, table in self.items()
-        }
+        counts = {}
+        for name, table in self.items():
+            of_class = count_classes(table.targets, len(self.class_names)).tolist()
+            counts[name] = dict(zip(self.class_names, of_class, strict=True))
+        return counts
 
     def absent_classes(self) -> list[str]:
         """A line for each split that has images, but none of some classes."""
@@ -221,6 +215,8 @@ def load(
             f"A classifier needs at least two classes. Received: only "
             f"{class_names[0]!r} in {data}."
         )
+    if "val" not in listing.splits:  # then train gives up a part of itself
+        listing.splits = [s.replace("train", "") for s in listing.splits]
     if config.file is not None:
         _keep_old_splits(listing, config.file)
     _assign_splits(listing, config, seed)
@@ -257,7 +253,16 @@ def one_hot(targets: np.ndarray, num_classes: int) -> np.ndarray:
     """float32 `[N, num_classes]` of a table's targets, single- or multi-label."""
     if targets.ndim == 2:
         return targets.astype(np.float32)
-    return np.eye(num_classes, dtype=np.float32)[targets]
+    encoded = np.zeros((len(targets), num_classes), np.float32)
+    encoded[np.arange(len(targets)), targets] = 1
+    return encoded
+
+
+def count_classes(targets: np.ndarray, num_classes: int) -> np.ndarray:
+    """int64 `[num_classes]`: how many of a table's images show each class."""
+    if targets.ndim == 2:
+        return targets.sum(0, dtype=np.int64)
+    return np.bincount(targets, minlength=num_classes)
 
 
 def read_files(
@@ -298,9 +303,11 @@ def map_ahead(
 
 def find_images(folder: Path) -> Iterator[Path]:
     """Image files below a folder, sorted, hidden ones left out, no folder twice."""
-    for path in _walk(folder, set()):
-        if path.suffix.lower() in _IMAGE_SUFFIXES or not path.suffix:
-            yield path
+    return filter(_may_be_image, _walk(folder, set()))
+
+
+def _may_be_image(path: Path) -> bool:
+    return path.suffix.lower() in _IMAGE_SUFFIXES or not path.suffix
 
 
 def _list(data: str, data_dir: Path | None) -> _Listing:
@@ -343,7 +350,7 @@ def _list_class_folders(
     for class_folder in _subfolders(parent):
         found = 0
         for path in _walk(class_folder, {os.path.realpath(parent)}):
-            if path.suffix.lower() in _IMAGE_SUFFIXES or not path.suffix:
+            if _may_be_image(path):
                 source = path.relative_to(root).as_posix()
                 listing.add(source, (class_folder.name,), split)
                 found += 1

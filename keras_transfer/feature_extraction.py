@@ -5,7 +5,7 @@ import io
 import itertools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,34 +142,20 @@ def _fit(config: Config, on_progress: OnProgress) -> Run:
         )
 
     # Figures of what the head never saw, and everything on disk at once
-    evaluations = {
-        name: evaluate(
-            table.targets,
-            predict_head(head.model, features.rows(table.sources)),
-            usable.class_names,
-        )
-        for name, table in usable.items()
-        if name != "train" and len(table)
-    }
     with building(run_dir) as staging:
         model.save(staging / MODEL)
-        run = Run(staging)
         for name, text in {
             CONFIG: to_yaml(config),
             LABELS: "".join(f"{label}\n" for label in usable.class_names),
             SPLITS: usable.to_csv(),
             SKIPPED: _csv(("path", "reason"), extraction.skipped.items()),
-            HISTORY: _csv(
-                ("phase", *head.history[0]),
-                (("fit", *epoch.values()) for epoch in head.history),
-            ),
-            METRICS: _json(
-                {"fit": {k: v.model_dump() for k, v in evaluations.items()}}
-            ),
+            HISTORY: _history(head),
+            METRICS: _metrics(usable, head, features),
         }.items():
             write_atomic(staging / name, text)
         if config.export:
-            export_model(run, model, [encoded for _, encoded, _ in sample], expected)
+            images = [encoded for _, encoded, _ in sample]
+            export_model(Run(staging), model, images, expected)
         finished = time.perf_counter()
         manifest = Manifest(
             created=now(),
@@ -365,6 +351,23 @@ def _compare(
     }, actual
 
 
+def _metrics(splits: Splits, head: TrainedHead, features: _FrozenFeatures) -> str:
+    """The text of metrics.json: figures of the images that were held out."""
+    evaluations = {}
+    for name, table in splits.items():
+        if name != "train" and len(table):
+            rows = features.rows(table.sources)
+            probabilities = predict_head(head.model, rows)
+            evaluation = evaluate(table.targets, probabilities, splits.class_names)
+            evaluations[name] = evaluation.model_dump()
+    return json.dumps({"fit": evaluations}, indent=1, ensure_ascii=False) + "\n"
+
+
+def _history(head: TrainedHead) -> str:
+    rows = [("fit", *epoch.values()) for epoch in head.history]
+    return _csv(("phase", *head.history[0]), rows)
+
+
 def _doubts(splits: Splits, extraction: Extraction) -> list[str]:
     """What in the data makes figures look better or worse than they are."""
     doubts = splits.absent_classes()
@@ -415,13 +418,9 @@ def _spread(sources: Sequence[str], count: int) -> list[str]:
     return [sources[i] for i in picks]
 
 
-def _csv(header: Sequence[str], rows: Any) -> str:
+def _csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
     writer.writerows(rows)
     return text.getvalue()
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"

@@ -20,7 +20,7 @@ import tensorflow as tf
 import threadpoolctl
 
 from keras_transfer.config import HeadConfig
-from keras_transfer.data import map_ahead, one_hot
+from keras_transfer.data import count_classes, map_ahead, one_hot
 from keras_transfer.features import Features
 from keras_transfer.model import build_head, dense_layers
 
@@ -116,7 +116,7 @@ def class_weights(targets: np.ndarray, num_classes: int, balanced: bool) -> np.n
     """
     if not balanced:
         return np.ones((2, num_classes), np.float32)
-    counts = one_hot(targets, num_classes).sum(0)
+    counts = count_classes(targets, num_classes)
     if targets.ndim == 1:
         weights = len(targets) / (num_classes * np.maximum(counts, 1))
         return np.stack([weights, weights]).astype(np.float32)
