@@ -5,6 +5,7 @@ answer at once.
 """
 
 import csv
+import io
 import json
 import sys
 from collections.abc import Iterable, Iterator
@@ -154,6 +155,8 @@ def predict(
     _import_tensorflow()
     from keras_transfer.prediction import predict as run_predict
 
+    if isinstance(sys.stdout, io.TextIOWrapper):  # file names need not be UTF-8
+        sys.stdout.reconfigure(errors="surrogateescape")
     class_names = opened.class_names
     predictions = run_predict(opened, paths, recursive)
     write = _csv_rows if form == "csv" else _json_rows

@@ -145,7 +145,7 @@ class Splits:
         for name, table in self.items():
             for source, target in zip(table.sources, table.targets, strict=True):
                 row = (name, source, digests[source].hex(), self._label(target))
-                digest.update("\0".join(row).encode() + b"\n")
+                digest.update("\0".join(row).encode(errors="surrogateescape") + b"\n")
         return digest.hexdigest()
 
     def _label(self, target: np.ndarray) -> str:
@@ -210,10 +210,10 @@ def load(
         {name for labels in listing.labels for name in labels}
     )
     _check_class_names(class_names, listing)
-    if len(class_names) < 2 and not listing.multi_label:
+    if len(class_names) < 2:
         raise KerasTransferError(
-            f"A classifier needs at least two classes. Received: only "
-            f"{class_names[0]!r} in {data}."
+            f"A classifier needs at least two classes. Received: {data} with "
+            f"{repr(class_names[0]) + ' only' if class_names else 'none'}."
         )
     if "val" not in listing.splits:  # then train gives up a part of itself
         listing.splits = [s.replace("train", "") for s in listing.splits]
@@ -244,6 +244,12 @@ def load_all(
             f"The model has no class {sorted(unknown)[0]!r}. Its classes are "
             f"{', '.join(class_names)}."
         )
+    for source, names in zip(listing.sources, listing.labels, strict=True):
+        if len(names) != 1 and not multi_label:
+            raise KerasTransferError(
+                f"The model gives each image one class. Received: {source} with "
+                f"{len(names)} labels."
+            )
     targets = _targets(listing.labels, class_names, multi_label)
     table = Table(tuple(listing.sources), targets, tuple(listing.groups))
     return table, listing.read
@@ -421,12 +427,10 @@ def read_table(file: Path) -> list[tuple[int, dict[str, str]]]:
     Raises:
         UsageError: If the file is no text, or has no such columns.
     """
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"DATA is not a text file in UTF-8. Received: {file} ({error})."
-        ) from None
+    try:  # a path need not be UTF-8, and is kept as it is
+        text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read ({error.strerror}).") from None
     header = text.partition("\n")[0]
     reader = csv.DictReader(
         io.StringIO(text, newline=""), delimiter="\t" if "\t" in header else ","
@@ -439,9 +443,12 @@ def read_table(file: Path) -> list[tuple[int, dict[str, str]]]:
         )
     reader.fieldnames = columns
     rows = []
-    for row in reader:
-        values = {name: (row.get(name) or "").strip() for name in columns}
-        rows.append((reader.line_num, values))
+    try:
+        for row in reader:
+            values = {name: (row.get(name) or "").strip() for name in columns}
+            rows.append((reader.line_num, values))
+    except csv.Error as error:
+        raise UsageError(f"{file}, line {reader.line_num}: {error}.") from None
     return rows
 
 
@@ -553,12 +560,11 @@ def _tfds_keys(builder, name: str) -> tuple[str, str]:
 
 def _check_class_names(class_names: Sequence[str], listing: _Listing) -> None:
     for name in class_names:
-        if LABEL_SEPARATOR in name or any(
-            unicodedata.category(character) == "Cc" for character in name
-        ):
+        categories = {unicodedata.category(character) for character in name}
+        if LABEL_SEPARATOR in name or categories & {"Cc", "Cs"}:
             raise KerasTransferError(
-                f"A class name holds no {LABEL_SEPARATOR!r} and no control character. "
-                f"Received: {name!r}. Rename the class."
+                f"A class name is UTF-8 without {LABEL_SEPARATOR!r} and control "
+                f"characters. Received: {name!r}. Rename the class."
             )
     alike = defaultdict(list)
     for name in class_names:
@@ -593,16 +599,12 @@ def _assign_splits(listing: _Listing, config: SplitsConfig, seed: int) -> None:
     """
     if all(listing.splits):
         return
-    shares = {"train": 1 - config.val - config.test} | config.model_dump(
-        include={"val", "test"}
-    )
-    if "test" in listing.splits or "val" in listing.splits:
-        # The data name a part to hold out: only what they lack is taken from the rest.
-        if config.file is None:
-            given = {name for name in SPLIT_NAMES if name in listing.splits}
-            shares = {
-                k: 0.0 if k in given - {"train"} else v for k, v in shares.items()
-            }
+    shares = {"val": config.val, "test": config.test}
+    if config.file is None:
+        # Where the data name a part to hold out, only what they lack is taken.
+        shares = {k: v for k, v in shares.items() if k not in listing.splits}
+    shares = {"train": 1 - config.val - config.test} | shares
+    shares = {name: share / sum(shares.values()) for name, share in shares.items()}
 
     frequency = Counter(name for labels in listing.labels for name in labels)
     members = defaultdict(list)
@@ -619,22 +621,25 @@ def _assign_splits(listing: _Listing, config: SplitsConfig, seed: int) -> None:
             split = min(fixed)
             for i in indices:
                 listing.splits[i] = listing.splits[i] or split
-                taken[stratum][listing.splits[i]] += 1
+                if listing.splits[i] in shares:
+                    taken[stratum][listing.splits[i]] += 1
         else:
             strata[stratum].append(indices)
 
     rng = np.random.default_rng(seed)
-    overall = Counter(listing.splits)
+    overall = Counter(name for name in listing.splits if name in shares)
+    divided = sum(name == "" or name in shares for name in listing.splits)
     for stratum in sorted(strata):
         count = taken[stratum]
         total = sum(map(len, strata[stratum])) + count.total()
         for position in rng.permutation(len(strata[stratum])):
             indices = strata[stratum][position]
             split = max(
-                (name for name in SPLIT_NAMES if shares[name] > 0),
+                (name for name in shares if shares[name] > 0),
                 key=lambda name: (
+                    name == "train" and not count["train"],
                     shares[name] * total - count[name],
-                    shares[name] * len(listing.sources) - overall[name],
+                    shares[name] * divided - overall[name],
                 ),
             )
             count[split] += len(indices)

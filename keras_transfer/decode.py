@@ -120,8 +120,7 @@ def _decode_png(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> tf.Te
 def _decode_gif(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> tf.Tensor:
     height, width = _little_endian(header[8:10]), _little_endian(header[6:8])
     encoded = _within_pixel_limit(encoded, height, width)
-    first_frame = _without_later_frames(encoded, header)
-    return _resize(tf.io.decode_gif(first_frame)[0], image_size)
+    return _resize(tf.io.decode_gif(_first_frame(encoded, header))[0], image_size)
 
 
 def _decode_bmp(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> tf.Tensor:
@@ -260,11 +259,10 @@ def _tiff_orientation(tiff: tf.Tensor) -> tf.Tensor:
     return tf.where((value >= 1) & (value <= 8), value, 1)
 
 
-def _without_later_frames(encoded: tf.Tensor, header: tf.Tensor) -> tf.Tensor:
+def _first_frame(encoded: tf.Tensor, header: tf.Tensor) -> tf.Tensor:
     """A GIF cut off after its first image, which bounds what decoding it can cost.
 
-    Source: GIF89a specification. A file without a whole image stays as it is, for
-    the decoder to refuse.
+    Source: GIF89a specification.
     """
     length = tf.strings.length(encoded)
 
@@ -284,24 +282,20 @@ def _without_later_frames(encoded: tf.Tensor, header: tf.Tensor) -> tf.Tensor:
         )
         return end[0] + 1
 
-    def advance(position: tf.Tensor, done: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        del done
-        is_image = byte(position) == 0x2C
-        flags = byte(tf.minimum(position + 9, length - 1))
-        start = tf.where(is_image, position + 11 + table_size(flags), position + 2)
-        return after_blocks(start), is_image
-
-    end, done = tf.while_loop(
-        lambda position, done: (position < length) & ~done,
-        advance,
-        (13 + table_size(header[10]), tf.constant(False)),
+    # Extensions come first: a mark, a label, and blocks of data.
+    position = tf.while_loop(
+        lambda at: (at < length) & (byte(tf.minimum(at, length - 1)) == 0x21),
+        lambda at: (after_blocks(at + 2),),
+        (13 + table_size(header[10]),),
         parallel_iterations=1,
-    )
-    return tf.cond(
-        done & (end < length),
-        lambda: tf.strings.substr(encoded, 0, end) + b";",
-        lambda: encoded,
-    )
+    )[0]
+    encoded = _require(encoded, position + 10 < length, "truncated before its image")
+    frame = _integers(tf.strings.substr(encoded, position, 10), 10)
+    height, width = _little_endian(frame[7:9]), _little_endian(frame[5:7])
+    encoded = _within_pixel_limit(encoded, height, width)
+    end = after_blocks(position + 11 + table_size(frame[9]))
+    encoded = _require(encoded, end < length, "truncated in its first image")
+    return tf.strings.substr(encoded, 0, end) + b";"
 
 
 def _within_pixel_limit(

@@ -32,7 +32,7 @@ class Evaluation(BaseModel):
     accuracy: float
     """Share of images whose class is right; of multi-label data, all its classes."""
     balanced_accuracy: float
-    """Mean recall over the classes that occur."""
+    """Mean recall over the classes that occur; 0 if none does."""
     macro_f1: float
     """Mean F1 over the classes that occur or were predicted."""
     log_loss: float
@@ -81,13 +81,11 @@ def evaluate(
     return Evaluation(
         images=len(targets),
         accuracy=float(metrics.accuracy_score(targets, predicted)),
-        balanced_accuracy=float(recall[occurs].mean()),
-        macro_f1=float(f1[occurs | (said > 0)].mean()),
+        balanced_accuracy=_mean(recall[occurs]),
+        macro_f1=_mean(f1[occurs | (said > 0)]),
         log_loss=_log_loss(targets, probabilities),
         mean_average_precision=(
-            None
-            if average_precision is None
-            else float(np.atleast_1d(average_precision)[occurs].mean())
+            None if average_precision is None else _mean(average_precision[occurs])
         ),
         classes={
             name: ClassEvaluation(
@@ -104,6 +102,11 @@ def evaluate(
             else metrics.confusion_matrix(targets, predicted, labels=labels).tolist()
         ),
     )
+
+
+def _mean(values: np.ndarray) -> float:
+    """Of no class at all, 0."""
+    return float(values.mean()) if len(values) else 0.0
 
 
 def _log_loss(targets: np.ndarray, probabilities: np.ndarray) -> float:

@@ -8,6 +8,7 @@ killed process loses at most the shard it was filling, any number of processes m
 and write one folder, and what was damaged on disk is noticed and computed again.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -75,7 +76,8 @@ class Features:
         """
         self._shards = shards
         self._rows = rows
-        self.shape = (len(rows), *shards[0].shape[1:]) if shards else (0,)
+        row_shape = shards[rows[0, 0]].shape[1:] if len(rows) else ()
+        self.shape = (len(rows), *row_shape)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -126,8 +128,11 @@ class FeatureTable:
     def flush(self) -> None:
         """Writes what was added as a shard of its own."""
         self._flushed = time.monotonic()
-        if not self._pending:
-            return
+        if self._pending:
+            with _writing(self.folder):
+                self._write_shard()
+
+    def _write_shard(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         spec_path = self.folder / "spec.json"
         if not spec_path.exists():
@@ -161,7 +166,7 @@ class FeatureTable:
         try:
             index = np.frombuffer(index_path.read_bytes(), _INDEX)
             rows = np.load(index_path.with_suffix(".npy"), mmap_mode="r")
-        except (OSError, ValueError):  # cut off, damaged, or pruned a moment ago
+        except Exception:  # pruned a moment ago, or whatever a damaged header causes
             return
         if rows.dtype != np.float32 or len(rows) != len(index):
             return
@@ -191,15 +196,9 @@ class FeatureCache:
             KerasTransferError: If the cache directory cannot be used.
         """
         folder = self.directory / spec.key()
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            if folder.is_dir():
-                os.utime(folder)  # its age, for `prune`
-        except OSError as error:
-            raise KerasTransferError(
-                f"The feature cache cannot be written. Received: {self.directory} "
-                f"({error.strerror}). Choose another with --cache-dir."
-            ) from None
+        with _writing(self.directory):
+            folder.mkdir(parents=True, exist_ok=True)
+            os.utime(folder)  # its age, for `prune`
         return FeatureTable(folder, spec)
 
     def rows(self, spec: FeatureSpec) -> int:
@@ -212,7 +211,10 @@ class FeatureCache:
         """A dict a table: its spec, `images`, `bytes` and `days_unused`."""
         for spec_path in sorted(self.directory.glob("*/spec.json")):
             folder = spec_path.parent
-            spec = FeatureSpec(**json.loads(spec_path.read_text()))
+            try:
+                spec = FeatureSpec(**json.loads(spec_path.read_text()))
+            except (OSError, TypeError, ValueError):  # damaged, or being pruned
+                continue
             size = sum(path.stat().st_size for path in folder.iterdir())
             yield asdict(spec) | {
                 "images": self.rows(spec),
@@ -227,13 +229,24 @@ class FeatureCache:
             (tables deleted, bytes freed).
         """
         deleted = freed = 0
-        for folder in self.directory.glob("*"):
+        for folder in self.directory.glob("*/"):
             if time.time() - folder.stat().st_mtime < unused_days * 86_400:
                 continue
             freed += sum(path.stat().st_size for path in folder.iterdir())
             shutil.rmtree(folder, ignore_errors=True)  # another may be pruning too
             deleted += 1
         return deleted, freed
+
+
+@contextlib.contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise KerasTransferError(
+            f"The feature cache cannot be written. Received: {directory} "
+            f"({error.strerror}). Choose another with --cache-dir."
+        ) from None
 
 
 def default_directory() -> Path:

@@ -277,7 +277,7 @@ def _mlp_trainer(
     strength = keras.Variable(0.0, trainable=False, name="l2")
     head = _new_head(config, train, seed)
     for layer in dense_layers(head):
-        layer.kernel_regularizer = lambda kernel: strength * keras.ops.sum(kernel**2)
+        layer.kernel.regularizer = lambda kernel: strength * keras.ops.sum(kernel**2)
     adam = keras.optimizers.Adam(config.learning_rate)
     adam.build(head.trainable_variables)
     head.compile(adam, cross_entropy, metrics=[cross_entropy], jit_compile=False)
@@ -300,6 +300,7 @@ def _mlp_trainer(
             _batches(train, mean, scale, seed),
             validation_data=_batches(val, mean, scale, None) if len(val) else None,
             epochs=config.epochs,
+            shuffle=False,
             callbacks=[stop],
             verbose=0,
         )
@@ -340,7 +341,9 @@ def _batches(
         tf.TensorSpec((None, len(mean)), tf.float32),
         tf.TensorSpec((None, 2 * data.num_classes), tf.float32),
     )
-    return tf.data.Dataset.from_generator(epoch, output_signature=signature)
+    dataset = tf.data.Dataset.from_generator(epoch, output_signature=signature)
+    count = math.ceil(len(data) / _MLP_BATCH)
+    return dataset.apply(tf.data.experimental.assert_cardinality(count))
 
 
 def _in_threads(function: Callable, chunks: Iterable) -> Iterator:

@@ -209,7 +209,9 @@ def building(run_dir: Path) -> Iterator[Path]:
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Writes a file so that it is there whole or not at all."""
-    data = content.encode() if isinstance(content, str) else content
+    data = content
+    if isinstance(data, str):
+        data = data.encode(errors="surrogateescape")  # names need not be UTF-8
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
