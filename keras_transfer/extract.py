@@ -146,14 +146,26 @@ class Extractor:
             seconds = time.perf_counter() - start
             return tag, request.get_output_tensor().data[:length].copy(), seconds
 
+        failure: BaseException | None = None
+
+        def until_failure() -> Iterator[tuple[_Tag, np.ndarray]]:
+            nonlocal failure
+            try:
+                yield from batches
+            except BaseException as error:  # raised again when what runs is finished
+                failure = error
+
         try:
-            for (tag, pixels), request in zip(batches, itertools.cycle(requests)):
+            pairs = zip(until_failure(), itertools.cycle(requests), strict=False)
+            for (tag, pixels), request in pairs:
                 if len(waiting) == count:  # the longest running one is `request`
                     yield finish()
                 request.start_async({0: self._fill(pixels)})
                 waiting.append((request, tag, len(pixels)))
             while waiting:
                 yield finish()
+            if failure:
+                raise failure
         finally:
             for request, _, _ in waiting:
                 request.wait()

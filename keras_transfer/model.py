@@ -125,6 +125,8 @@ def cut(model: keras.Model, split_point: str) -> tuple[keras.Model, keras.Model]
         ) from None
     tensor = layer.input if split_point.startswith("before:") else layer.output
     try:
+        if not isinstance(tensor, keras.KerasTensor):
+            raise ValueError("the layer reads more than one tensor")
         tail = keras.Model(tensor, model.output, name=f"{model.name}_tail")
     except ValueError:
         raise UsageError(

@@ -6,6 +6,7 @@ are read: the zip archive (torch >= 1.6) and the older sequence of pickles.
 """
 
 import io
+import math
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -51,8 +52,17 @@ def read_torch_checkpoint(path: Path) -> dict[str, np.ndarray]:
             else:
                 file.seek(0)
                 checkpoint = _read_legacy(file)
-    except WeightsError:
-        raise
+        if isinstance(checkpoint, Mapping) and "state_dict" in checkpoint:
+            checkpoint = checkpoint["state_dict"]
+        if not isinstance(checkpoint, Mapping):
+            raise WeightsError("It holds no named tensors.")
+        return {
+            name: value.array()
+            for name, value in checkpoint.items()
+            if isinstance(value, _Tensor)
+        }
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from None
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror}.") from None
     except Exception as error:  # whatever a damaged pickle or archive makes fail
@@ -60,15 +70,6 @@ def read_torch_checkpoint(path: Path) -> dict[str, np.ndarray]:
             f"{path} is no torch checkpoint, or a damaged one "
             f"({type(error).__name__}: {error})."
         ) from None
-    if isinstance(checkpoint, Mapping) and "state_dict" in checkpoint:
-        checkpoint = checkpoint["state_dict"]
-    if not isinstance(checkpoint, Mapping):
-        raise WeightsError(f"{path} holds no named tensors.")
-    return {
-        name: value.array()
-        for name, value in checkpoint.items()
-        if isinstance(value, _Tensor)
-    }
 
 
 class _StorageType(NamedTuple):
@@ -97,7 +98,8 @@ class _Tensor(NamedTuple):
         last = self.offset + sum(
             (n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True)
         )
-        if min(self.offset, *self.strides, 0) < 0 or last >= flat.size:
+        inside = min(self.offset, *self.strides, 0) >= 0 and last < flat.size
+        if not inside or math.prod(self.shape) > flat.size:
             raise WeightsError("A tensor of the checkpoint reaches outside its data.")
         return np.lib.stride_tricks.as_strided(
             flat[self.offset :],

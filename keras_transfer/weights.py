@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import importlib
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,16 +70,17 @@ def _from_keras(base: Base, scaled_image: keras.KerasTensor) -> keras.Model:
     try:
         return _construct(base, scaled_image, "imagenet")
     except Exception as error:  # get_file raises a plain Exception when offline
-        message = str(error).splitlines()[0]
-        if "URL fetch failure" not in message:
+        message = next(iter(str(error).splitlines()), type(error).__name__)
+        url = re.match(r"URL fetch failure on (\S+): ", message)
+        if url is None:
             raise WeightsError(
                 f"The ImageNet weights of {base.name} could not be loaded from "
                 f"{keras_cache()}: {message}"
             ) from None
     raise WeightsError(
         f"The ImageNet weights of {base.name} could not be downloaded. Put "
-        f"{base.weights_file} into {keras_cache()}, or use --base {DOWNLOAD_FREE}, "
-        "which needs no download."
+        f"{url[1].rpartition('/')[2]} into {keras_cache()}, or use --base "
+        f"{DOWNLOAD_FREE}, which needs no download."
     )
 
 

@@ -38,6 +38,20 @@ def pillow(encoded: bytes) -> np.ndarray:
     return np.asarray(image.convert(mode).convert("RGB"))
 
 
+def area_average(pixels: np.ndarray, size: int) -> np.ndarray:
+    """`[size, size, 3]` means over areas with fractional edges, in float64."""
+
+    def weights(length: int) -> np.ndarray:
+        edges = np.linspace(0, length, size + 1)[:, None]
+        start = np.arange(length)
+        covered = np.minimum(start + 1, edges[1:]) - np.maximum(start, edges[:-1])
+        return covered.clip(0) * (size / length)
+
+    height, width, _ = pixels.shape
+    rows = np.tensordot(weights(height), pixels, 1)
+    return np.tensordot(weights(width), rows, ((1,), (1,))).swapaxes(0, 1)
+
+
 def save(image: Image.Image, form: str, **options: object) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, form, **options)
@@ -187,20 +201,12 @@ def test_exif_is_found_behind_other_segments(before):
     np.testing.assert_array_equal(decode(encoded), upright)
 
 
-@pytest.mark.parametrize("orientation", [3, 6, 7])
-def test_a_photo_that_is_not_square_is_turned_the_same_way(orientation):
-    wide = Image.fromarray(PIXELS).resize((91, 60))
-    header = exif(orientation)[4:]
-    difference = decode(save(wide, "JPEG", quality=95, exif=header)).astype(int)
-    difference -= pillow(
-        save(
-            ImageOps.exif_transpose(
-                Image.open(io.BytesIO(save(wide, "JPEG", quality=95, exif=header)))
-            ).resize((SIZE, SIZE), Image.Resampling.BOX),
-            "PNG",
-        )
-    )
-    assert abs(difference).mean() < 1
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photo_that_is_not_square_is_turned_too(orientation):
+    wide = Image.fromarray(PIXELS).resize((60, 47))
+    encoded = save(wide, "JPEG", exif=exif(orientation)[4:])
+    expected = area_average(pillow(encoded), SIZE)
+    assert abs(decode(encoded) - expected).max() <= 0.51
 
 
 @pytest.mark.parametrize(
@@ -241,7 +247,7 @@ def png_bomb(side: int = 20_000) -> bytes:
     )
 
 
-def gif_frame_bomb(side: int = 14_000) -> bytes:
+def gif_frame_bomb(side: int = 13_500) -> bytes:
     """A small valid GIF that says it is 10x10 and whose frame is side x side."""
     return patched(save(Image.new("P", (side, side)), "GIF"), 6, "<HH", 10, 10)
 
@@ -308,41 +314,40 @@ def test_the_size_that_is_too_large_is_named():
         decode(TOO_LARGE["png"])
 
 
-def sample(size: tuple[int, int] | None = None) -> Image.Image:
-    photo = Image.fromarray(load_sample_images().images[0])
-    return photo.resize(size, Image.Resampling.BICUBIC) if size else photo
+def photo(index: int = 0, size: tuple[int, int] = (640, 427)) -> Image.Image:
+    image = Image.fromarray(load_sample_images().images[index])
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize(("index", "limit"), [(0, 2.5), (1, 1.0)])
+@pytest.mark.parametrize("size", [(1600, 1200), (1200, 1600)])
+def test_a_large_jpeg_looks_like_the_average_of_all_its_pixels(index, limit, size):
+    encoded = save(photo(index, size), "JPEG", quality=92)
+    difference = make_decoder(224)(encoded) - area_average(pillow(encoded), 224)
+    assert abs(difference).mean() < limit
+    assert abs(difference.mean()) < 0.1
 
 
 @pytest.mark.parametrize(
-    ("photo_size", "image_size", "largest_mean"),
-    [
-        ((1600, 1200), 224, 1.0),
-        ((1200, 1600), 150, 1.0),
-        ((640, 427), 224, 0.5),
-        ((640, 427), 213, 2.0),
-        ((640, 427), 100, 2.0),
-        ((640, 427), 53, 2.0),
-    ],
+    ("image_size", "ratio"),
+    [(224, 1), (214, 1), (213, 2), (107, 2), (106, 4), (54, 4), (53, 8), (20, 8)],
 )
-def test_a_large_jpeg_is_shrunk_as_by_averaging_the_whole(
-    photo_size, image_size, largest_mean
-):
-    encoded = save(sample(photo_size), "JPEG", quality=92)
-    side = (image_size, image_size)
-    expected = Image.open(io.BytesIO(encoded)).resize(side, Image.Resampling.BOX)
-    decoded = make_decoder(image_size)(encoded)
-    assert decoded.shape == (*side, 3)
-    difference = decoded.astype(int) - np.asarray(expected)
-    assert abs(difference).mean() < largest_mean
-    assert abs(difference.mean()) < 0.3
+def test_a_jpeg_is_never_decoded_smaller_than_it_is_needed(image_size, ratio):
+    encoded = save(photo(), "JPEG")
+    scaled = Image.open(io.BytesIO(encoded))
+    scaled.draft("RGB", (640 // ratio, 427 // ratio))
+    assert scaled.size == (-(-640 // ratio), -(-427 // ratio))
+    difference = make_decoder(image_size)(encoded) - area_average(
+        np.asarray(scaled), image_size
+    )
+    assert abs(difference).max() <= 0.51
 
 
 @pytest.mark.parametrize("form", ["PNG", "GIF", "BMP", "WEBP"])
-def test_other_formats_are_shrunk_by_averaging(form):
-    photo = Image.fromarray(np.asarray(sample().crop((0, 0, SIZE * 3, SIZE * 2))))
-    encoded = save(photo, form, **({"lossless": True} if form == "WEBP" else {}))
-    blocks = pillow(encoded).reshape(SIZE, 2, SIZE, 3, 3).mean((1, 3))
-    assert abs(decode(encoded) - blocks).max() <= 0.51
+def test_other_formats_are_shrunk_by_averaging_areas(form):
+    encoded = encode(np.asarray(photo(1)), form)
+    expected = area_average(pillow(encoded), SIZE)
+    assert abs(decode(encoded) - expected).max() <= 0.51
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 2), (7, 20), (20, 3)])
@@ -354,7 +359,7 @@ def test_a_tiny_image_is_enlarged(size):
 
 
 def test_each_side_is_resized_on_its_own():
-    strip = sample().crop((0, 200, 2 * SIZE, 211))
+    strip = photo().crop((0, 200, 2 * SIZE, 211))
     expected = strip.resize((SIZE, 11), Image.Resampling.BOX).resize(
         (SIZE, SIZE), Image.Resampling.BILINEAR
     )
@@ -363,7 +368,7 @@ def test_each_side_is_resized_on_its_own():
 
 
 def test_threads_get_the_same_pixels():
-    files = [*FILES.values(), save(sample(), "JPEG")]
+    files = [*FILES.values(), save(photo(), "JPEG")]
     expected = [decode(encoded) for encoded in files]
     with ThreadPoolExecutor(4) as pool:
         for _ in range(5):
@@ -380,7 +385,7 @@ def test_a_saved_model_decodes_to_the_same_bits(tmp_path):
                 fn_output_signature=tf.TensorSpec((SIZE, SIZE, 3), tf.uint8),
             )
 
-    files = [*FILES.values(), tagged(exif(6)), save(sample(), "JPEG")]
+    files = [*FILES.values(), tagged(exif(6)), save(photo(), "JPEG")]
     tf.saved_model.save(Decoder(), tmp_path / "model")
     loaded = tf.saved_model.load(tmp_path / "model")
     np.testing.assert_array_equal(
@@ -428,9 +433,6 @@ def test_a_small_file_of_many_pixels_costs_no_memory():
 
 
 @linux
-@pytest.mark.xfail(
-    strict=True, reason="only the logical screen is checked, not the frame"
-)
 def test_a_gif_frame_larger_than_its_screen_costs_no_memory():
     bomb = gif_frame_bomb()
     assert len(bomb) < 200_000
@@ -441,19 +443,14 @@ def test_a_gif_frame_larger_than_its_screen_costs_no_memory():
 
 @linux
 def test_a_long_animation_costs_one_frame():
-    frame = Image.fromarray(PIXELS).resize((600, 600))
-    others = [frame.rotate(90 * index + 90) for index in range(2)]
-    animation = save(
-        frame.convert("P"), "GIF", save_all=True, append_images=others, loop=0
-    )
-    end = len(animation) - 1
-    second = animation.index(b"\x21\xf9", len(save(frame.convert("P"), "GIF")) // 2)
-    animation = animation[:second] + animation[second:end] * 200 + b";"
+    first = save(photo(size=(600, 600)).quantize(), "GIF")
+    later = save(Image.new("P", (600, 600), 1), "GIF")
+    animation = first[:-1] + later[later.index(b",\0\0") : -1] * 400 + b";"
     with Image.open(io.BytesIO(animation)) as image:
         assert image.n_frames == 401
-        expected = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BOX)
+    expected = area_average(pillow(first), SIZE)
     grown, pixels = in_another_process(memory_of_decoding, animation)
-    assert abs(pixels.astype(int) - np.asarray(expected)).max() <= 1
+    assert abs(pixels - expected).max() <= 0.51
     assert grown < 50e6  # 401 frames decoded are 433 MB
 
 
