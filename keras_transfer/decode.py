@@ -296,7 +296,9 @@ def _first_frame(encoded: tf.Tensor, header: tf.Tensor) -> tf.Tensor:
     height, width = _little_endian(frame[7:9]), _little_endian(frame[5:7])
     encoded = _within_pixel_limit(encoded, height, width)
     end = after_blocks(position + 11 + table_size(frame[9]))
-    encoded = _require(encoded, end < length, "damaged or truncated in its first image")
+    encoded = _require(
+        encoded, end <= length, "damaged or truncated in its first image"
+    )
     return tf.strings.substr(encoded, 0, end) + b";"
 
 

@@ -140,6 +140,11 @@ def test_a_bmp_written_by_hand_is_what_was_drawn(name):
     np.testing.assert_array_equal(decode(FILES[name]), PIXELS)
 
 
+def test_a_gif_without_its_last_byte_is_whole():
+    encoded = FILES["gif"][:-1]
+    np.testing.assert_array_equal(decode(encoded), pillow(encoded))
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_16_bit_png_is_scaled(channels):
     encoded = tf.io.encode_png(DEEP[..., :channels]).numpy()
