@@ -11,7 +11,7 @@ import io
 import os
 import unicodedata
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -215,11 +215,12 @@ def load(
             f"A classifier needs at least two classes. Received: {data} with "
             f"{repr(class_names[0]) + ' only' if class_names else 'none'}."
         )
-    if "val" not in listing.splits:  # then train gives up a part of itself
-        listing.splits = [s.replace("train", "") for s in listing.splits]
+    held_out = {*listing.splits} - {"", "train"}
+    if "val" not in held_out:
+        _free_train(listing)
     if config.file is not None:
         _keep_old_splits(listing, config.file)
-    _assign_splits(listing, config, seed)
+    _assign_splits(listing, config, seed, held_out)
     return _to_splits(listing, tuple(class_names))
 
 
@@ -312,6 +313,11 @@ def find_images(folder: Path) -> Iterator[Path]:
     return filter(_may_be_image, _walk(folder, set()))
 
 
+def _is_loose_image(path: Path) -> bool:
+    hidden = path.name.startswith(".")
+    return path.suffix.lower() in _IMAGE_SUFFIXES and not hidden and path.is_file()
+
+
 def _may_be_image(path: Path) -> bool:
     return path.suffix.lower() in _IMAGE_SUFFIXES or not path.suffix
 
@@ -334,10 +340,10 @@ def _list(data: str, data_dir: Path | None) -> _Listing:
 
 def _list_folder(folder: Path) -> _Listing:
     listing = _Listing(read=lambda paths: read_files(paths, folder))
-    names = {path.name for path in _subfolders(folder)}
+    names = {path.name.lower() for path in _subfolders(folder)}
     if "train" in names and names <= set(_SPLIT_FOLDERS):
         for split_folder in _subfolders(folder):
-            split = _SPLIT_FOLDERS[split_folder.name]
+            split = _SPLIT_FOLDERS[split_folder.name.lower()]
             _list_class_folders(listing, folder, split_folder, split)
         if "test" not in listing.splits and "val" in listing.splits:
             listing.warnings.append(
@@ -352,7 +358,13 @@ def _list_folder(folder: Path) -> _Listing:
 def _list_class_folders(
     listing: _Listing, root: Path, parent: Path, split: str
 ) -> None:
-    others: list[Path] = []
+    others = [path for path in sorted(parent.iterdir()) if _is_loose_image(path)]
+    if others:
+        listing.warnings.append(
+            f"{len(others)} images lie outside the class folders and were left out, "
+            f"such as {others[0].relative_to(root)}."
+        )
+    others = []
     for class_folder in _subfolders(parent):
         found = 0
         for path in _walk(class_folder, {os.path.realpath(parent)}):
@@ -402,9 +414,9 @@ def _list_csv(file: Path) -> _Listing:
     listing.multi_label = any(LABEL_SEPARATOR in row["label"] for _, row in rows)
     seen: dict[str, int] = {}
     for line, row in rows:
-        source, label = row["path"], row["label"]
-        if not source:
+        if not row["path"]:
             raise KerasTransferError(f"{file}, line {line}: the path is empty.")
+        source, label = Path(row["path"]).as_posix(), row["label"]
         if source in seen:
             raise KerasTransferError(
                 f"{file}, line {line}: {source} is on line {seen[source]} already. "
@@ -577,6 +589,16 @@ def _check_class_names(class_names: Sequence[str], listing: _Listing) -> None:
             )
 
 
+def _free_train(listing: _Listing) -> None:
+    """Lets train give up a part of itself, but no group that is held out elsewhere."""
+    pairs = list(zip(listing.splits, listing.groups, strict=True))
+    torn = {group for split, group in pairs if group and split not in ("", "train")}
+    listing.splits = [
+        "" if split == "train" and group not in torn else split
+        for split, group in pairs
+    ]
+
+
 def _keep_old_splits(listing: _Listing, file: Path) -> None:
     old = {row["path"]: (line, row) for line, row in read_table(file)}
     for i, source in enumerate(listing.sources):
@@ -589,8 +611,12 @@ def _keep_old_splits(listing: _Listing, file: Path) -> None:
         )
 
 
-def _assign_splits(listing: _Listing, config: SplitsConfig, seed: int) -> None:
+def _assign_splits(
+    listing: _Listing, config: SplitsConfig, seed: int, held_out: Set[str]
+) -> None:
     """Gives every image that has none a split, in place.
+
+    Splits that the data hold out themselves get no more images.
 
     Per class, in seeded order, each group of images (an image without a group is its
     own) goes to the split that is furthest below its share of that class; train is
@@ -599,11 +625,12 @@ def _assign_splits(listing: _Listing, config: SplitsConfig, seed: int) -> None:
     """
     if all(listing.splits):
         return
-    shares = {"val": config.val, "test": config.test}
-    if config.file is None:
-        # Where the data name a part to hold out, only what they lack is taken.
-        shares = {k: v for k, v in shares.items() if k not in listing.splits}
-    shares = {"train": 1 - config.val - config.test} | shares
+    shares = {
+        "train": 1 - config.val - config.test,
+        "val": config.val,
+        "test": config.test,
+    }
+    shares = {name: share for name, share in shares.items() if name not in held_out}
     shares = {name: share / sum(shares.values()) for name, share in shares.items()}
 
     frequency = Counter(name for labels in listing.labels for name in labels)

@@ -27,6 +27,7 @@ MAX_PIXELS = 178_956_970
 
 _REFUSED = "refused: "
 _HEADER_BYTES = 70
+_MOST_SEGMENTS = 64  # before the EXIF one; a file of many tiny ones would take seconds
 _EXIF = 0x1E1  # our own mark for "APP1 that holds EXIF"; no marker has nine bits
 
 
@@ -120,7 +121,13 @@ def _decode_png(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> tf.Te
 def _decode_gif(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> tf.Tensor:
     height, width = _little_endian(header[8:10]), _little_endian(header[6:8])
     encoded = _within_pixel_limit(encoded, height, width)
-    return _resize(tf.io.decode_gif(_first_frame(encoded, header))[0], image_size)
+    frame, position = _first_frame(encoded, header)
+    top, left = position
+    image = tf.io.decode_gif(frame)[0]
+    missing = tf.stack([height - top, width - left]) - tf.shape(image)[:2]
+    below, right = tf.unstack(tf.maximum(missing, 0))
+    image = tf.pad(image, [[top, below], [left, right], [0, 0]])
+    return _resize(image, image_size)
 
 
 def _decode_bmp(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> tf.Tensor:
@@ -227,7 +234,13 @@ def _exif_orientation(encoded: tf.Tensor) -> tf.Tensor:
         return position + size, tf.where(is_exif, _EXIF, segment[1])
 
     start = (tf.constant(2), tf.constant(0xE0))
-    position, marker = tf.while_loop(is_open, advance, start, parallel_iterations=1)
+    position, marker = tf.while_loop(
+        is_open,
+        advance,
+        start,
+        parallel_iterations=1,
+        maximum_iterations=_MOST_SEGMENTS,
+    )
     return tf.cond(
         marker == _EXIF,
         lambda: _tiff_orientation(
@@ -259,10 +272,13 @@ def _tiff_orientation(tiff: tf.Tensor) -> tf.Tensor:
     return tf.where((value >= 1) & (value <= 8), value, 1)
 
 
-def _first_frame(encoded: tf.Tensor, header: tf.Tensor) -> tf.Tensor:
-    """A GIF cut off after its first image, which bounds what decoding it can cost.
+def _first_frame(
+    encoded: tf.Tensor, header: tf.Tensor
+) -> tuple[tf.Tensor, tuple[tf.Tensor, tf.Tensor]]:
+    """A GIF cut off after its first image, and that image's (top, left) on the screen.
 
-    Source: GIF89a specification.
+    The cut bounds what decoding can cost. The image is moved to the screen's corner:
+    TensorFlow crops what lies elsewhere. Source: GIF89a specification.
     """
     length = tf.strings.length(encoded)
 
@@ -293,13 +309,16 @@ def _first_frame(encoded: tf.Tensor, header: tf.Tensor) -> tf.Tensor:
         encoded, position + 10 < length, "damaged or truncated before its image"
     )
     frame = _integers(tf.strings.substr(encoded, position, 10), 10)
+    left, top = _little_endian(frame[1:3]), _little_endian(frame[3:5])
     height, width = _little_endian(frame[7:9]), _little_endian(frame[5:7])
-    encoded = _within_pixel_limit(encoded, height, width)
+    encoded = _within_pixel_limit(encoded, top + height, left + width)
     end = after_blocks(position + 11 + table_size(frame[9]))
     encoded = _require(
         encoded, end <= length, "damaged or truncated in its first image"
     )
-    return tf.strings.substr(encoded, 0, end) + b";"
+    before = tf.strings.substr(encoded, 0, position + 1)
+    after = tf.strings.substr(encoded, position + 5, end - position - 5)
+    return tf.strings.join([before, b"\0\0\0\0", after, b";"]), (top, left)
 
 
 def _within_pixel_limit(

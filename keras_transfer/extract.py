@@ -185,7 +185,8 @@ class Extractor:
                 self._function.get_concrete_function()
             )
         except Exception as error:  # OpenVINO raises many types for "cannot convert"
-            reason = str(error).strip().splitlines()[0]
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            reason = next((x for x in lines if "No conversion rule" in x), lines[0])
             self.notes.append(f"engine keras: OpenVINO cannot convert it ({reason})")
 
     def _compile(self, precision: str):

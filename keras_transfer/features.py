@@ -158,8 +158,15 @@ class FeatureTable:
         self._open_shard(path.with_suffix(".index"))
 
     def features(self, digests: Sequence[bytes]) -> Features:
-        """The rows of images, in this order; each was found to be in the table."""
-        rows = [self._rows[digest] for digest in digests if digest in self]
+        """The rows of images, in this order.
+
+        Raises:
+            KeyError: If an image is not in the table, or damaged, or not flushed yet.
+        """
+        for digest in digests:
+            if digest not in self:
+                raise KeyError(digest.hex())
+        rows = [self._rows[digest] for digest in digests]
         return Features(self._shards, np.array(rows, np.int64).reshape(-1, 2))
 
     def _open_shard(self, index_path: Path) -> None:

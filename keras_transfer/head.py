@@ -45,7 +45,8 @@ class TrainedHead:
         model: From float32 `[N, D]` features to float32 `[N, num_classes]`
             probabilities.
         l2: The strength that was chosen.
-        history: A dict a row of `history.csv`: l2, epoch, loss, val_loss.
+        history: A dict a row of `history.csv`: l2, epoch, loss and val_loss (mean
+            cross-entropies without the L2 term, in nats; NaN without validation).
     """
 
     model: keras.Model
@@ -252,8 +253,9 @@ def _linear_trainer(
                 options={"maxiter": config.epochs, "gtol": 1e-5, "ftol": 1e-8},
             )
             solution = result.x
-            val_loss, _, _ = cross_entropy(solution, val)
-        row = {"epoch": result.nit, "loss": float(result.fun), "val_loss": val_loss}
+            loss, _, _ = cross_entropy(solution, train)
+            val_loss = cross_entropy(solution, val)[0] if len(val) else math.nan
+        row = {"epoch": result.nit, "loss": loss, "val_loss": val_loss}
         return list(raw(solution)), [row]
 
     return train_one
@@ -277,7 +279,9 @@ def _mlp_trainer(
     strength = keras.Variable(0.0, trainable=False, name="l2")
     head = _new_head(config, train, seed)
     for layer in dense_layers(head):
-        layer.kernel.regularizer = lambda kernel: strength * keras.ops.sum(kernel**2)
+        layer.kernel.regularizer = lambda kernel: (
+            strength / 2 * keras.ops.sum(kernel**2)
+        )
     adam = keras.optimizers.Adam(config.learning_rate)
     adam.build(head.trainable_variables)
     head.compile(adam, cross_entropy, metrics=[cross_entropy], jit_compile=False)
@@ -308,7 +312,7 @@ def _mlp_trainer(
         kernel, bias, *others = head.get_weights()
         weights = [kernel / scale, bias - mean @ kernel / scale, *others]
         losses = log.history["cross_entropy"]
-        val_losses = log.history.get("val_cross_entropy", [0.0] * len(losses))
+        val_losses = log.history.get("val_cross_entropy", [math.nan] * len(losses))
         return weights, [
             {"epoch": epoch + 1, "loss": loss, "val_loss": val_loss}
             for epoch, (loss, val_loss) in enumerate(

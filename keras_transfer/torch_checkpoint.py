@@ -8,6 +8,7 @@ are read: the zip archive (torch >= 1.6) and the older sequence of pickles.
 import io
 import math
 import pickle
+import pickletools
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ import numpy as np
 
 from keras_transfer.errors import WeightsError
 
+_MOST_MEMOS = 2**20  # the largest networks have some thousand tensors
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 _DTYPES = {
@@ -51,7 +53,7 @@ def read_torch_checkpoint(path: Path) -> dict[str, np.ndarray]:
                 checkpoint = _read_zip(file)
             else:
                 file.seek(0)
-                checkpoint = _read_legacy(file)
+                checkpoint = _read_legacy(io.BytesIO(file.read()))
         if isinstance(checkpoint, Mapping) and "state_dict" in checkpoint:
             checkpoint = checkpoint["state_dict"]
         if not isinstance(checkpoint, Mapping):
@@ -129,6 +131,16 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 } | {("torch", name): _StorageType(dtype) for name, dtype in _DTYPES.items()}
 
 
+def _load(file: io.BytesIO, storages: dict[str, _Storage]) -> Any:
+    """Unpickles, after a look at what the pickle would have allocated."""
+    start = file.tell()
+    for opcode, argument, _ in pickletools.genops(file):  # fails where data are short
+        if "PUT" in opcode.name and int(argument or 0) > _MOST_MEMOS:
+            raise WeightsError("The checkpoint's pickle refers too far.")
+    file.seek(start)
+    return _Unpickler(file, storages).load()
+
+
 class _Unpickler(pickle.Unpickler):
     def __init__(self, file: BinaryIO, storages: dict[str, _Storage]):
         super().__init__(file, encoding="latin1")
@@ -163,24 +175,24 @@ def _read_zip(file: BinaryIO) -> Any:
             raise WeightsError("The checkpoint is big-endian.")
         storages: dict[str, _Storage] = {}
         pickled = io.BytesIO(archive.read(f"{root}data.pkl"))
-        checkpoint = _Unpickler(pickled, storages).load()
+        checkpoint = _load(pickled, storages)
         for key, storage in storages.items():
             storage.data = archive.read(f"{root}data/{key}")
     return checkpoint
 
 
-def _read_legacy(file: BinaryIO) -> Any:
+def _read_legacy(file: io.BytesIO) -> Any:
     """Magic number, protocol, system, the object, storage keys, then raw storages."""
     storages: dict[str, _Storage] = {}
-    if _Unpickler(file, {}).load() != _LEGACY_MAGIC:
+    if _load(file, {}) != _LEGACY_MAGIC:
         raise WeightsError(
             "The file is no torch checkpoint: its first number is wrong."
         )
-    _Unpickler(file, {}).load()
-    if not _Unpickler(file, {}).load().get("little_endian"):
+    _load(file, {})
+    if not _load(file, {}).get("little_endian"):
         raise WeightsError("The checkpoint is big-endian.")
-    checkpoint = _Unpickler(file, storages).load()
-    for key in _Unpickler(file, {}).load():
+    checkpoint = _load(file, storages)
+    for key in _load(file, {}):
         storage = storages[key]
         size = int.from_bytes(file.read(8), "little")
         storage.data = file.read(size * storage.dtype.itemsize)

@@ -123,7 +123,6 @@ def test_weights_of_the_default_base_are_installed():
     assert hashlib.sha256(data).hexdigest() == base.weights_sha256
 
 
-@pytest.mark.slow
 @EVERY_BASE
 def test_parameters_and_split_points_of_every_base(base):
     model = without_weights(base)

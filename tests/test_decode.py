@@ -145,6 +145,17 @@ def test_a_gif_without_its_last_byte_is_whole():
     np.testing.assert_array_equal(decode(encoded), pillow(encoded))
 
 
+@pytest.mark.parametrize(("left", "top"), [(0, 0), (5, 8)])
+def test_a_gif_frame_smaller_than_its_screen_stays_in_its_place(left, top):
+    encoded = encode(PIXELS[:20, :20], "GIF")
+    encoded = patched(encoded, 6, "<HH", SIZE, SIZE)
+    encoded = patched(encoded, encoded.index(b",\0\0") + 1, "<HH", left, top)
+    expected = pillow(encoded)
+    assert expected.shape == (SIZE, SIZE, 3)
+    place = slice(top, top + 20), slice(left, left + 20)
+    np.testing.assert_array_equal(decode(encoded)[place], expected[place])
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_16_bit_png_is_scaled(channels):
     encoded = tf.io.encode_png(DEEP[..., :channels]).numpy()
