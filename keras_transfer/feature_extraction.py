@@ -291,13 +291,7 @@ def _train(
     weights = class_weights(
         splits.train.targets, num_classes, config.head.class_weight == "balanced"
     )
-    done = 0
-
-    def on_strength() -> None:
-        nonlocal done
-        done += 1
-        on_progress("head", done, 0)
-
+    done = itertools.count(1)
     return train_head(
         config.head,
         label_features(
@@ -316,7 +310,7 @@ def _train(
             weights,
         ),
         config.seed,
-        on_strength,
+        lambda: on_progress("head", next(done), 0),
     )
 
 
