@@ -16,7 +16,7 @@ import numpy as np
 from keras_transfer.augment import AUGMENT_VERSION, make_augmenter
 from keras_transfer.bases import get_base
 from keras_transfer.config import Config, Precision, load_config, to_yaml
-from keras_transfer.data import Splits, Table
+from keras_transfer.data import Splits, Table, count_classes
 from keras_transfer.data import load as load_data
 from keras_transfer.decode import DECODER_VERSION, make_decoder
 from keras_transfer.errors import KerasTransferError
@@ -276,9 +276,10 @@ def _usable(config: Config, splits: Splits, extraction: Extraction) -> Splits:
             "allow more with --max-skipped."
         )
     usable = splits.keep(extraction.digests)
-    if not usable.multi_label and len(np.unique(usable.train.targets)) < 2:
+    shown = count_classes(usable.train.targets, len(usable.class_names)) > 0
+    if shown.sum() < (1 if usable.multi_label else 2):
         raise KerasTransferError(
-            "Fewer than two classes have a usable training image. Received: "
+            "Too few classes have a usable training image. Received: "
             f"{len(usable.train)} usable training images."
         )
     return usable
