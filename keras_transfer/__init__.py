@@ -3,13 +3,14 @@
     import keras_transfer
 
     run = keras_transfer.fit("photos/")
+    keras_transfer.unfreeze_and_finetune(run)
     for prediction in keras_transfer.predict(run, ["new.jpg"]):
         ...
 
 Reading order of the modules, each of which imports only those before it: errors,
 config, run, data, decode, augment, bases, efficientnet_lite, torch_checkpoint,
 weights, model, features, extract, head, evaluation, prediction, savedmodel,
-feature_extraction, terminal, cli.
+feature_extraction, unfreeze, activations, optim, tail, finetune, terminal, cli.
 """
 
 from importlib import import_module
@@ -17,10 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["evaluate", "export", "fit", "open_run", "predict"]
+__all__ = [
+    "evaluate",
+    "export",
+    "fit",
+    "open_run",
+    "predict",
+    "unfreeze_and_finetune",
+]
 
 if TYPE_CHECKING:
     from keras_transfer.feature_extraction import fit
+    from keras_transfer.finetune import unfreeze_and_finetune
     from keras_transfer.prediction import evaluate_run as evaluate
     from keras_transfer.prediction import predict
     from keras_transfer.run import open_run
@@ -32,6 +41,7 @@ _LAZY = {
     "fit": ("keras_transfer.feature_extraction", "fit"),
     "open_run": ("keras_transfer.run", "open_run"),
     "predict": ("keras_transfer.prediction", "predict"),
+    "unfreeze_and_finetune": ("keras_transfer.finetune", "unfreeze_and_finetune"),
 }
 
 

@@ -51,9 +51,9 @@ class Base:
         scaling: From [0, 255] RGB pixels to its own input.
         parameters: Number of weights without the classifier.
         weights_file: File name of the ImageNet weights at the default image size.
-        split_points: Where it may be cut, from the input up: a layer whose output
-            is all that the layers above it read. `before:LAYER` is the input of a
-            layer, where the layer below has no name of its own.
+        stage_ends: The last layer of its stem and of every stage but the last, from
+            the input up. `before:LAYER` is what that layer reads, where the layer
+            below has no name of its own.
         module: Where the constructor `name` is, other than `keras.applications`.
         weights_package: The installed package that holds `weights_file`, or "" for
             the Keras cache.
@@ -65,7 +65,7 @@ class Base:
     scaling: Scaling
     parameters: int
     weights_file: str
-    split_points: tuple[str, ...]
+    stage_ends: tuple[str, ...]
     module: str = "keras.applications"
     weights_package: str = ""
     weights_sha256: str = ""
@@ -341,7 +341,7 @@ BASES: tuple[Base, ...] = (
         _PLUS_MINUS_1,
         4_269_716,
         "nasnet_mobile_no_top.h5",
-        ("stem_bn1",),
+        ("reduction_concat_stem_2", "normal_concat_3", "normal_concat_8"),
     ),
     Base(
         "NASNetLarge",
@@ -349,7 +349,7 @@ BASES: tuple[Base, ...] = (
         _PLUS_MINUS_1,
         84_916_818,
         "nasnet_large_no_top.h5",
-        ("stem_bn1",),
+        ("reduction_concat_stem_2", "normal_concat_5", "normal_concat_12"),
     ),
     Base(
         "ResNet50",

@@ -15,8 +15,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from keras_transfer import __version__
-from keras_transfer.config import ClassWeight, HeadKind, Precision, choices, load_config
+from keras_transfer.config import (
+    ClassWeight,
+    HeadKind,
+    Precision,
+    TrainingPrecision,
+    choices,
+    load_config,
+    parse_assignments,
+    with_finetune,
+)
 from keras_transfer.errors import KerasTransferError, UsageError
+from keras_transfer.run import Phase, open_run
 
 if TYPE_CHECKING:
     from keras_transfer.prediction import Prediction
@@ -33,7 +43,11 @@ class _Commands(click.Group):
         except BrokenPipeError:
             raise
         except KeyboardInterrupt:
-            click.echo("Interrupted. Computed features are kept.", err=True)
+            click.echo(
+                "Interrupted. Computed features are kept, and of fine-tuning every "
+                "finished epoch (--resume).",
+                err=True,
+            )
             ctx.exit(130)
         except KerasTransferError as error:
             if ctx.params["debug"]:
@@ -57,6 +71,7 @@ def main(debug: bool) -> None:
 
     \b
     kt fit photos/                                  train a classifier
+    kt unfreeze-and-finetune saved_models/photos-... make it better
     kt predict saved_models/photos-... new/*.jpg    use it
     """
 
@@ -109,23 +124,74 @@ def fit(file: Path | None, assignments: tuple[str, ...], **options: Any) -> None
 
 @main.command()
 @click.argument("run", type=_PATH)
+@click.option("--unfreeze", help="top, stages:N, all or from:LAYER.")
+@click.option("--lr", "learning_rate", type=float, help="Of the head.")
+@click.option("--base-lr", type=float, help="Of the base's last stage.")
+@click.option("--layer-decay", type=float, help="Of rates, from stage to stage.")
+@click.option("--epochs", type=int, help="The most epochs.")
+@click.option("--batch-size", type=int)
+@click.option("--augment", metavar="N|online", help="Cached views, or new ones.")
+@click.option("--precision", type=click.Choice(choices(TrainingPrecision)))
+@click.option("--train-bn/--no-train-bn", default=None, help="BatchNormalization too.")
+@click.option("--from-scratch-head/--trained-head", default=None)
+@click.option("--disk-budget", "disk_budget_gb", type=float, metavar="GB")
+@click.option("--force/--keep-best", default=None, help="Keep it even if worse.")
+@click.option("--resume/--no-resume", default=None, help="Go on, or start over.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE")
+def unfreeze_and_finetune(
+    run: Path, resume: bool | None, assignments: tuple[str, ...], **options: Any
+) -> None:
+    """Fine-tune a RUN's pretrained layers; keep the result if it is better.
+
+    Layers near the head learn faster than those below, BatchNormalization stays
+    frozen, and what lies below the unfrozen layers is computed once.
+
+    \b
+    kt unfreeze-and-finetune saved_models/photos-MobileNetV2 --unfreeze stages:2
+    """
+    opened = open_run(run)
+    given = {key: value for key, value in options.items() if value is not None}
+    given |= parse_assignments(assignments)
+    with_finetune(opened.config, given)  # mistakes are found before TensorFlow starts
+    _import_tensorflow()
+    from keras_transfer import terminal
+    from keras_transfer.finetune import unfreeze_and_finetune as run_finetune
+
+    with terminal.progress() as on_progress:
+        run_finetune(
+            opened,
+            resume=resume,
+            on_progress=on_progress,
+            on_note=terminal.show_note,
+            **given,
+        )
+    terminal.show_finetuning(opened)
+
+
+@main.command()
+@click.argument("run", type=_PATH)
 @click.argument("data", required=False)
+@click.option("--phase", type=click.Choice(choices(Phase)), help="Not the run's own.")
 @click.option("--data-dir", type=_PATH, help="Of tensorflow-datasets.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def evaluate(run: Path, data: str | None, data_dir: Path | None, as_json: bool) -> None:
-    """Evaluate a RUN's model.keras on its test images, or on labelled DATA.
+def evaluate(
+    run: Path,
+    data: str | None,
+    phase: Phase | None,
+    data_dir: Path | None,
+    as_json: bool,
+) -> None:
+    """Evaluate a RUN's model on its test images, or on labelled DATA.
 
     \b
     kt evaluate saved_models/photos-efficientnet_lite0 --json
     """
-    from keras_transfer.run import open_run
-
     opened = open_run(run)
     _import_tensorflow()
     from keras_transfer import terminal
     from keras_transfer.prediction import evaluate_run
 
-    evaluation, of, skipped = evaluate_run(opened, data, data_dir)
+    evaluation, of, skipped = evaluate_run(opened, data, data_dir, phase=phase)
     if as_json:
         values = {"data": of, "skipped": skipped, **evaluation.model_dump()}
         click.echo(json.dumps(values, ensure_ascii=False))
@@ -149,8 +215,6 @@ def predict(
     \b
     kt predict saved_models/photos-efficientnet_lite0 new/ --top 3 > result.csv
     """
-    from keras_transfer.run import open_run
-
     opened = open_run(run)
     _import_tensorflow()
     from keras_transfer.prediction import predict as run_predict
@@ -172,8 +236,6 @@ def export(run: Path) -> None:
     \b
     kt export saved_models/photos-efficientnet_lite0
     """
-    from keras_transfer.run import open_run
-
     opened = open_run(run)
     _import_tensorflow()
     from keras_transfer.savedmodel import export as run_export

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from keras_transfer.errors import UsageError
 
 Precision = Literal["auto", "f32", "bf16"]
+TrainingPrecision = Literal["auto", "f32", "bf16", "f16"]
 HeadKind = Literal["linear", "mlp"]
 ClassWeight = Literal["balanced", "none"]
 
@@ -62,8 +63,50 @@ class HeadConfig(_Section):
     class_weight: ClassWeight = "none"
 
 
+class FinetuneConfig(_Section):
+    """What `kt unfreeze-and-finetune` needs to know besides the run."""
+
+    unfreeze: Annotated[
+        str, Field(pattern=r"^(top|all|stages:[1-9][0-9]*|from:.+)$")
+    ] = "top"
+    """`top` (the base's last stage), `stages:N` (its last N), `all`, `from:LAYER`."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """Of the head, at its highest; AdamW, warm-up, then a cosine down to 0."""
+    base_lr: Annotated[float, Field(gt=0)] | None = None
+    """Of the base's last stage; None for learning_rate * layer_decay."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Each group's learning rate over that of the one above it; None for 0.3, or 1
+    with base_lr."""
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-2
+    warmup: Fraction = 0.1
+    """Share of the steps in which the learning rate rises."""
+    epochs: Annotated[int, Field(ge=1)] = 10
+    patience: Annotated[int, Field(ge=1)] = 4
+    """Epochs without a better validation figure before training stops."""
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    augment: Annotated[int, Field(ge=0, le=100)] | Literal["online"] = 0
+    """Cached views of a training image beside the plain one, or `online` ones."""
+    precision: TrainingPrecision = "auto"
+    """Arithmetic of training; `auto` measures steps of each that may be faster."""
+    train_bn: bool = False
+    """Whether BatchNormalization is trained, its statistics moving."""
+    from_scratch_head: bool = False
+    """Whether the head starts at random, to see what the trained one is worth."""
+    disk_budget_gb: Annotated[float, Field(gt=0)] = 10.0
+    """The most that activations of the frozen part may take on disk, in 10^9 bytes."""
+    force: bool = False
+    """Whether the fine-tuned model becomes the run's even if it is not better."""
+
+    @property
+    def decay(self) -> float:
+        """`layer_decay`, filled in."""
+        if self.layer_decay is not None:
+            return self.layer_decay
+        return 0.3 if self.base_lr is None else 1.0
+
+
 class Config(_Section):
-    """Everything that `kt fit` needs to know."""
+    """Everything that `kt fit` needs to know, and what comes after it."""
 
     data: str
     """A folder, a CSV/TSV file, `tfds:NAME[:VERSION]` or `digits`."""
@@ -91,6 +134,7 @@ class Config(_Section):
     """Where features are kept; None is the user's cache directory."""
     splits: SplitsConfig = SplitsConfig()
     head: HeadConfig = HeadConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
 
 
 def load_config(
@@ -113,6 +157,21 @@ def load_config(
     for key, value in (overrides or {}).items():
         if value is not None:
             _assign(values, key, value)
+    for key, value in parse_assignments(assignments).items():
+        _assign(values, key, value)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(_explain(error)) from None
+
+
+def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
+    """Keys and values of `key=value` strings, the value written as in YAML.
+
+    Raises:
+        UsageError: If a string is not of this form.
+    """
+    values = {}
     for assignment in assignments:
         key, separator, text = assignment.partition("=")
         if not separator:
@@ -121,15 +180,22 @@ def load_config(
                 "Example: --set head.dropout=0.5"
             )
         try:
-            _assign(values, key.strip(), yaml.safe_load(text))
+            values[key.strip()] = yaml.safe_load(text)
         except yaml.YAMLError:
             raise UsageError(
                 f"The value of --set {key} is not valid YAML. Received: {text!r}."
             ) from None
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        raise UsageError(_explain(error)) from None
+    return values
+
+
+def with_finetune(config: Config, options: Mapping[str, Any]) -> Config:
+    """The config with some keys of its `finetune` section replaced.
+
+    Raises:
+        UsageError: If a key is unknown or a value is not allowed.
+    """
+    overrides = {f"finetune.{key}": value for key, value in options.items()}
+    return load_config(overrides={**config.model_dump(mode="json"), **overrides})
 
 
 def to_yaml(config: Config) -> str:

@@ -11,7 +11,7 @@ import io
 import os
 import unicodedata
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -139,7 +139,7 @@ class Splits:
                 writer.writerow((source, self._label(target), name, group))
         return text.getvalue()
 
-    def fingerprint(self, digests: dict[str, bytes]) -> str:
+    def fingerprint(self, digests: Mapping[str, bytes]) -> str:
         """SHA-256 over split, name, bytes and labels of every image."""
         digest = hashlib.sha256()
         for name, table in self.items():

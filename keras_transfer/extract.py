@@ -20,10 +20,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_transfer.augment import AUGMENT_VERSION, make_augmenter
 from keras_transfer.config import Precision
-from keras_transfer.data import Reader, map_ahead
+from keras_transfer.data import Reader, Splits, map_ahead
+from keras_transfer.decode import DECODER_VERSION, make_decoder
 from keras_transfer.errors import DecodeError, UsageError
-from keras_transfer.features import FeatureTable
+from keras_transfer.features import FeatureCache, Features, FeatureSpec, FeatureTable
 
 BATCH_SIZE = 8
 """Images in a request. A request is always full: the last one is padded, so that an
@@ -33,6 +35,8 @@ MAX_BF16_ERROR = 0.01
 """How far bfloat16 features may be from float32 ones (relative L2 norm) for `auto`."""
 
 Engine = Literal["openvino", "keras"]
+
+_WAITING_BYTES = 2**26
 
 _Tag = TypeVar("_Tag")
 _ImageTag = tuple[bytes, int, bool]  # digest, view, whether it is the image's last view
@@ -87,7 +91,7 @@ class Extractor:
             if precision == "auto":
                 assert sample is not None
                 self._choose_precision(sample)
-            if self.precision == "bf16" and not _cpu_has_bf16():
+            if self.precision == "bf16" and not cpu_has_bf16():
                 raise UsageError(
                     "This CPU has no bfloat16. Received: precision bf16. Use auto."
                 )
@@ -121,6 +125,16 @@ class Extractor:
         starts = range(0, len(pixels), BATCH_SIZE)
         batches = ((start, pixels[start : start + BATCH_SIZE]) for start in starts)
         return np.concatenate([outputs for _, outputs in self.run(batches)])
+
+    def measure(self, sample: np.ndarray) -> float:
+        """Seconds an image takes, measured on uint8 `[N, H, W, 3]` pixels."""
+        times = []
+        for _ in range(2):  # the first is slower
+            start = time.perf_counter()
+            self.predict(sample)
+            times.append(time.perf_counter() - start)
+        self.seconds, self.images = 0.0, 0
+        return min(times) / len(sample)
 
     def _run_keras(
         self, batches: Iterable[tuple[_Tag, np.ndarray]]
@@ -205,19 +219,14 @@ class Extractor:
 
     def _choose_precision(self, sample: np.ndarray) -> None:
         """Takes bfloat16 if the CPU has it, it is faster here, and changes little."""
-        if not _cpu_has_bf16():
+        if not cpu_has_bf16():
             self.notes.append("precision f32: this CPU has no bfloat16")
             return
         outputs, seconds = {}, {}
         for precision in ("f32", "bf16"):
             self._compiled = self._compile(precision)
-            times = []
-            for _ in range(2):  # the first is slower
-                start = time.perf_counter()
-                outputs[precision] = self.predict(sample)
-                times.append(time.perf_counter() - start)
-            seconds[precision] = min(times)
-        self.seconds, self.images = 0.0, 0
+            outputs[precision] = self.predict(sample)
+            seconds[precision] = self.measure(sample)
         change = float(np.linalg.norm(outputs["bf16"] - outputs["f32"]))
         error = change / max(float(np.linalg.norm(outputs["f32"])), 1e-12)
         speed = seconds["f32"] / seconds["bf16"]
@@ -230,7 +239,8 @@ class Extractor:
         )
 
 
-def _cpu_has_bf16() -> bool:
+def cpu_has_bf16() -> bool:
+    """Whether this CPU computes with bfloat16."""
     core = _openvino().Core()
     return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
@@ -370,6 +380,127 @@ def extract_features(
             extraction.skipped[source] = unusable[digest]
             del extraction.digests[source]
     return extraction
+
+
+@dataclass(frozen=True)
+class FrozenPart:
+    """A model that is not trained, and what its features depend on.
+
+    Attributes:
+        model: From `[N, image_size, image_size, 3]` pixels in [0, 255] to features.
+        base: Name of the base it belongs to.
+        weights_digest: SHA-256 of its weights.
+        split_point: What its last layer is called.
+        seed: Of augmented views.
+        cache: Where features are kept.
+    """
+
+    model: keras.Model
+    base: str
+    weights_digest: str
+    split_point: str
+    seed: int
+    cache: FeatureCache
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images in pixels."""
+        return self.model.input_shape[1]
+
+    def spec(self, precision: str, view: int, dtype: str) -> FeatureSpec:
+        """What its features of a view of images are known by in the cache."""
+        return FeatureSpec(
+            base=self.base,
+            weights_digest=self.weights_digest,
+            image_size=self.image_size,
+            split_point=self.split_point,
+            precision=precision,
+            decoder_version=DECODER_VERSION,
+            view=view,
+            augmentation=f"{AUGMENT_VERSION}:{self.seed}" if view else "",
+            dtype=dtype,
+        )
+
+
+@dataclass(frozen=True)
+class FrozenFeatures:
+    """The features of all images, plain and augmented, and what they cost.
+
+    Attributes:
+        extraction: What happened.
+        precision: Arithmetic of the frozen part, `f32` or `bf16`.
+        seconds: Wall time.
+    """
+
+    extraction: Extraction
+    precision: str
+    seconds: float
+
+    def rows(self, sources: Sequence[str], view: int = 0) -> Features:
+        """Features of images, in this order."""
+        digests = [self.extraction.digests[source] for source in sources]
+        return self.extraction.tables[view].features(digests)
+
+
+def frozen_features(
+    part: FrozenPart,
+    splits: Splits,
+    views: int,
+    precision: Precision,
+    engine: Engine | None = None,
+    dtype: str = "float32",
+    on_extractor: Callable[[Extractor, np.ndarray], object] = lambda *_: None,
+    on_progress: Callable[[str, int, int], object] = lambda *_: None,
+) -> FrozenFeatures:
+    """The features of all images of all splits; cached ones are not computed again.
+
+    Args:
+        part: What computes them.
+        splits: The images.
+        views: Augmented views of every training image, beside the plain one.
+        precision: `auto` takes what was measured before, or measures.
+        engine: None for the fastest here.
+        dtype: How features are kept: `float32`, `float16` or `uint8`.
+        on_extractor: Told what will compute them and a first batch of pixels, if
+            anything has to be computed.
+        on_progress: Called with ("features", images done with, of how many).
+    """
+    started = time.perf_counter()
+
+    def spec(precision: str, view: int) -> FeatureSpec:
+        # Keras is only asked for when OpenVINO's float32 was found to disagree.
+        name = "f32-keras" if engine == "keras" else precision
+        return part.spec(name, view, dtype)
+
+    cached: Precision | None = precision
+    if precision == "auto":  # what was measured before stands
+        f32, bf16 = (part.cache.rows(spec(name, view=0)) for name in ("f32", "bf16"))
+        cached = None if not f32 + bf16 else "f32" if f32 >= bf16 else "bf16"
+
+    def make_extractor(sample: np.ndarray) -> Extractor:
+        extractor = Extractor(part.model, cached or "auto", sample, engine)
+        on_extractor(extractor, sample)
+        return extractor
+
+    sources = [source for _, table in splits.items() for source in table.sources]
+    seen = itertools.count(1)
+    extraction = extract_features(
+        sources,
+        splits.read,
+        make_decoder(part.image_size),
+        make_extractor,
+        lambda name: [part.cache.table(spec(name, v)) for v in range(views + 1)],
+        cached,
+        make_augmenter(part.image_size, part.seed) if views else None,
+        dict.fromkeys(splits.train.sources, views),
+        lambda: on_progress("features", next(seen), len(sources)),
+        decoded_ahead=_WAITING_BYTES // (3 * part.image_size**2),
+    )
+    return FrozenFeatures(
+        extraction,
+        cached or (extraction.extractor.precision if extraction.extractor else "f32"),
+        time.perf_counter() - started,
+    )
 
 
 def _batches(

@@ -1,28 +1,30 @@
 """The workflow of `kt fit`: feature extraction with a frozen base."""
 
-import csv
-import io
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 
-from keras_transfer.augment import AUGMENT_VERSION, make_augmenter
 from keras_transfer.bases import get_base
 from keras_transfer.config import Config, Precision, load_config, to_yaml
 from keras_transfer.data import Splits, Table, count_classes
 from keras_transfer.data import load as load_data
-from keras_transfer.decode import DECODER_VERSION, make_decoder
+from keras_transfer.decode import DECODER_VERSION
 from keras_transfer.errors import KerasTransferError
 from keras_transfer.evaluation import evaluate
-from keras_transfer.extract import Engine, Extraction, Extractor, extract_features
-from keras_transfer.features import FeatureCache, Features, FeatureSpec
+from keras_transfer.extract import (
+    Engine,
+    Extraction,
+    FrozenFeatures,
+    FrozenPart,
+    frozen_features,
+)
+from keras_transfer.features import FeatureCache
 from keras_transfer.head import (
     TrainedHead,
     class_weights,
@@ -31,7 +33,14 @@ from keras_transfer.head import (
     train_head,
 )
 from keras_transfer.model import POOL, attach_head, build_base, weights_digest
-from keras_transfer.prediction import Predictor
+from keras_transfer.prediction import (
+    PARITY_IMAGES,
+    PARITY_TOLERANCE,
+    Predictor,
+    is_close,
+    parity,
+    sample_images,
+)
 from keras_transfer.run import (
     CONFIG,
     HISTORY,
@@ -44,6 +53,7 @@ from keras_transfer.run import (
     Manifest,
     Run,
     building,
+    csv_text,
     host,
     now,
     run_path,
@@ -51,13 +61,6 @@ from keras_transfer.run import (
     write_atomic,
 )
 from keras_transfer.savedmodel import export_model
-
-PARITY_IMAGES = 64
-PARITY_AGREEMENT = 0.99
-PARITY_TOLERANCE = {"f32": 1e-3, "bf16": 0.05}
-"""How far model.keras may be from the cached features' predictions, in probability."""
-
-_WAITING_BYTES = 2**26
 
 OnProgress = Callable[[str, int, int], object]
 """Called with (what is being done, how much is done, of how much)."""
@@ -106,10 +109,12 @@ def _fit(config: Config, on_progress: OnProgress) -> Run:
     row = get_base(config.base)
     base = build_base(row, config.weights, _image_size(config), config.seed)
     digest = weights_digest(base)
+    cache = FeatureCache(config.cache_dir)
+    part = FrozenPart(base, base.name, digest, POOL, config.seed, cache)
     notes: list[str] = []
     for precision, engine in _ATTEMPTS[config.precision]:
-        features = _frozen_features(
-            config, base, digest, splits, precision, engine, on_progress
+        features = frozen_features(
+            part, splits, config.augment, precision, engine, on_progress=on_progress
         )
         extraction, extractor = features.extraction, features.extraction.extractor
         notes += extractor.notes if extractor else []
@@ -123,17 +128,14 @@ def _fit(config: Config, on_progress: OnProgress) -> Run:
         # One model of both, which must say what the features said
         model_started = time.perf_counter()
         model = attach_head(base, head.model)
-        sample = _sample(usable, _image_size(config))
-        parity, expected = _compare(model, head, features, sample)
-        if (
-            parity["top1_agreement"] >= PARITY_AGREEMENT
-            and parity["max_probability_difference"] <= parity["tolerance"]
-        ):
+        sample = sample_images(usable, _image_size(config), PARITY_IMAGES)
+        found, expected = _compare(model, head, features, sample)
+        if is_close(found):
             break
         notes.append(
-            f"{features.precision} was given up: on {parity['images']} images the "
-            f"Keras model agrees on {parity['top1_agreement']:.1%} of the classes "
-            f"and differs by up to {parity['max_probability_difference']:.2g}"
+            f"{features.precision} was given up: on {found['images']} images the "
+            f"Keras model agrees on {found['top1_agreement']:.1%} of the classes "
+            f"and differs by up to {found['max_probability_difference']:.2g}"
         )
     else:
         raise KerasTransferError(
@@ -148,7 +150,7 @@ def _fit(config: Config, on_progress: OnProgress) -> Run:
             CONFIG: to_yaml(config),
             LABELS: "".join(f"{label}\n" for label in usable.class_names),
             SPLITS: usable.to_csv(),
-            SKIPPED: _csv(("path", "reason"), extraction.skipped.items()),
+            SKIPPED: csv_text(("path", "reason"), extraction.skipped.items()),
             HISTORY: _history(head),
             METRICS: _metrics(usable, head, features),
         }.items():
@@ -172,7 +174,7 @@ def _fit(config: Config, on_progress: OnProgress) -> Run:
             engine=extractor.engine if extractor else "cache",
             precision=features.precision,
             notes=[*usable.warnings, *_doubts(usable, extraction), *notes],
-            parity=parity,
+            parity=found,
             l2=head.l2,
             seed=config.seed,
             versions=versions(),
@@ -200,70 +202,6 @@ _ATTEMPTS: dict[str, list[tuple[Precision, Engine | None]]] = {
 """How features are computed; a later way only if the model disagrees with them."""
 
 
-@dataclass(frozen=True)
-class _FrozenFeatures:
-    """The features of all images, plain and augmented, and what they cost."""
-
-    extraction: Extraction
-    precision: str
-    seconds: float
-
-    def rows(self, sources: Sequence[str], view: int = 0) -> Features:
-        digests = [self.extraction.digests[source] for source in sources]
-        return self.extraction.tables[view].features(digests)
-
-
-def _frozen_features(
-    config: Config,
-    base: keras.Model,
-    digest: str,
-    splits: Splits,
-    precision: Precision,
-    engine: Engine | None,
-    on_progress: OnProgress,
-) -> _FrozenFeatures:
-    started = time.perf_counter()
-    image_size = _image_size(config)
-    cache = FeatureCache(config.cache_dir)
-
-    def spec(precision: str, view: int) -> FeatureSpec:
-        return FeatureSpec(
-            base=base.name,
-            weights_digest=digest,
-            image_size=image_size,
-            split_point=POOL,
-            # Only asked for when OpenVINO's float32 was found to disagree.
-            precision="f32-keras" if engine == "keras" else precision,
-            decoder_version=DECODER_VERSION,
-            view=view,
-            augmentation=f"{AUGMENT_VERSION}:{config.seed}" if view else "",
-        )
-
-    cached: Precision | None = precision
-    if precision == "auto":  # what was measured before stands
-        f32, bf16 = (cache.rows(spec(name, view=0)) for name in ("f32", "bf16"))
-        cached = None if not f32 + bf16 else "f32" if f32 >= bf16 else "bf16"
-    sources = [source for _, table in splits.items() for source in table.sources]
-    seen = itertools.count(1)
-    extraction = extract_features(
-        sources,
-        splits.read,
-        make_decoder(image_size),
-        lambda sample: Extractor(base, cached or "auto", sample, engine),
-        lambda name: [cache.table(spec(name, v)) for v in range(config.augment + 1)],
-        cached,
-        make_augmenter(image_size, config.seed) if config.augment else None,
-        dict.fromkeys(splits.train.sources, config.augment),
-        lambda: on_progress("features", next(seen), len(sources)),
-        decoded_ahead=_WAITING_BYTES // (3 * image_size**2),
-    )
-    return _FrozenFeatures(
-        extraction,
-        cached or (extraction.extractor.precision if extraction.extractor else "f32"),
-        time.perf_counter() - started,
-    )
-
-
 def _usable(config: Config, splits: Splits, extraction: Extraction) -> Splits:
     """The splits without the images that could not be used."""
     skipped = extraction.skipped
@@ -286,7 +224,7 @@ def _usable(config: Config, splits: Splits, extraction: Extraction) -> Splits:
 
 
 def _train(
-    config: Config, splits: Splits, features: _FrozenFeatures, on_progress: OnProgress
+    config: Config, splits: Splits, features: FrozenFeatures, on_progress: OnProgress
 ) -> TrainedHead:
     num_classes = len(splits.class_names)
     weights = class_weights(
@@ -315,38 +253,20 @@ def _train(
     )
 
 
-def _sample(splits: Splits, image_size: int) -> list[tuple[str, bytes, np.ndarray]]:
-    """(source, bytes, pixels) of some validation images, decoded anew."""
-    table = next(t for t in (splits.val, splits.test, splits.train) if len(t))
-    decode = make_decoder(image_size)
-    return [
-        (source, encoded, decode(encoded))
-        for source, encoded in splits.read(_spread(table.sources, PARITY_IMAGES))
-        if isinstance(encoded, bytes)
-    ]
-
-
 def _compare(
     model: keras.Model,
     head: TrainedHead,
-    features: _FrozenFeatures,
+    features: FrozenFeatures,
     sample: Sequence[tuple[str, bytes, np.ndarray]],
 ) -> tuple[dict[str, float], np.ndarray]:
-    """(parity for the manifest, the model's own probabilities of the sample)."""
+    """Parity with the cached features, and the model's probabilities of the sample."""
     actual = Predictor(model)([pixels for _, _, pixels in sample])
     rows = features.rows([source for source, _, _ in sample])
-    from_features = predict_head(head.model, rows)
-    agreement = float((actual.argmax(1) == from_features.argmax(1)).mean())
-    difference = float(np.abs(actual - from_features).max())
-    return {
-        "images": len(sample),
-        "top1_agreement": agreement,
-        "max_probability_difference": difference,
-        "tolerance": PARITY_TOLERANCE[features.precision],
-    }, actual
+    expected = predict_head(head.model, rows)
+    return parity(expected, actual, PARITY_TOLERANCE[features.precision]), actual
 
 
-def _metrics(splits: Splits, head: TrainedHead, features: _FrozenFeatures) -> str:
+def _metrics(splits: Splits, head: TrainedHead, features: FrozenFeatures) -> str:
     """The text of metrics.json: figures of the images that were held out."""
     evaluations = {}
     for name, table in splits.items():
@@ -360,7 +280,7 @@ def _metrics(splits: Splits, head: TrainedHead, features: _FrozenFeatures) -> st
 
 def _history(head: TrainedHead) -> str:
     rows = [("fit", *epoch.values()) for epoch in head.history]
-    return _csv(("phase", *head.history[0]), rows)
+    return csv_text(("phase", *head.history[0]), rows)
 
 
 def _doubts(splits: Splits, extraction: Extraction) -> list[str]:
@@ -405,17 +325,3 @@ def _resolve(config: Config) -> tuple[Config, Path]:
 def _image_size(config: Config) -> int:
     assert config.image_size is not None
     return config.image_size
-
-
-def _spread(sources: Sequence[str], count: int) -> list[str]:
-    """At most `count` sources, evenly spread over all."""
-    picks = np.linspace(0, len(sources) - 1, min(count, len(sources))).astype(int)
-    return [sources[i] for i in picks]
-
-
-def _csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return text.getvalue()

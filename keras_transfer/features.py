@@ -27,6 +27,7 @@ from keras_transfer.run import write_atomic
 
 _SHARD_BYTES = 32 * 2**20
 _SHARD_SECONDS = 10.0
+_LARGEST_FLOAT16 = 65504.0
 _INDEX = np.dtype([("digest", "V32"), ("checksum", "<u4")])
 _VERSION = 1
 
@@ -44,6 +45,7 @@ class FeatureSpec:
         decoder_version: `decode.DECODER_VERSION`.
         view: 0 for the plain image, else the number of the augmented view.
         augmentation: Seed and version of the augmentation; "" for the plain image.
+        dtype: How they are kept: `float32`, `float16` or `uint8`.
     """
 
     base: str
@@ -54,6 +56,7 @@ class FeatureSpec:
     decoder_version: int
     view: int = 0
     augmentation: str = ""
+    dtype: str = "float32"
 
     def key(self) -> str:
         """The name of the folder."""
@@ -64,18 +67,20 @@ class FeatureSpec:
 class Features:
     """Rows of cached features, read from memory-mapped shards when they are needed.
 
-    `features[start:stop]` is a float32 array `[stop - start, ...]`.
+    `features[start:stop]` is an array `[stop - start, ...]` of the spec's dtype.
     """
 
-    def __init__(self, shards: Sequence[np.ndarray], rows: np.ndarray):
+    def __init__(self, shards: Sequence[np.ndarray], rows: np.ndarray, dtype: str):
         """Addresses rows.
 
         Args:
             shards: Memory-mapped arrays `[n, ...]`.
             rows: int64 `[N, 2]`: shard and row of each image.
+            dtype: Of the arrays.
         """
         self._shards = shards
         self._rows = rows
+        self.dtype = np.dtype(dtype)
         row_shape = shards[rows[0, 0]].shape[1:] if len(rows) else ()
         self.shape = (len(rows), *row_shape)
 
@@ -85,11 +90,11 @@ class Features:
     @property
     def nbytes(self) -> int:
         """Size of all rows in bytes."""
-        return 4 * int(np.prod(self.shape))
+        return self.dtype.itemsize * int(np.prod(self.shape))
 
     def __getitem__(self, index: slice | np.ndarray) -> np.ndarray:
         rows = self._rows[index]
-        out = np.empty((len(rows), *self.shape[1:]), np.float32)
+        out = np.empty((len(rows), *self.shape[1:]), self.dtype)
         for shard in np.unique(rows[:, 0]):
             here = rows[:, 0] == shard
             out[here] = self._shards[shard][rows[here, 1]]
@@ -120,6 +125,9 @@ class FeatureTable:
 
     def add(self, digest: bytes, row: np.ndarray) -> None:
         """Keeps the float32 features of an image; on disk within some seconds."""
+        if self._spec.dtype == "float16":
+            row = np.clip(row, -_LARGEST_FLOAT16, _LARGEST_FLOAT16)
+        row = row.astype(self._spec.dtype, copy=False)
         self._pending[digest] = row
         size = len(self._pending) * row.nbytes
         if size > _SHARD_BYTES or time.monotonic() - self._flushed > _SHARD_SECONDS:
@@ -137,7 +145,7 @@ class FeatureTable:
         spec_path = self.folder / "spec.json"
         if not spec_path.exists():
             write_atomic(spec_path, json.dumps(asdict(self._spec), indent=1))
-        rows = np.stack(list(self._pending.values())).astype(np.float32, copy=False)
+        rows = np.stack(list(self._pending.values()))
         index = np.array(
             [
                 (np.void(digest), zlib.crc32(row.tobytes()))
@@ -167,7 +175,9 @@ class FeatureTable:
             if digest not in self:
                 raise KeyError(digest.hex())
         rows = [self._rows[digest] for digest in digests]
-        return Features(self._shards, np.array(rows, np.int64).reshape(-1, 2))
+        return Features(
+            self._shards, np.array(rows, np.int64).reshape(-1, 2), self._spec.dtype
+        )
 
     def _open_shard(self, index_path: Path) -> None:
         try:
@@ -175,7 +185,7 @@ class FeatureTable:
             rows = np.load(index_path.with_suffix(".npy"), mmap_mode="r")
         except Exception:  # pruned a moment ago, or whatever a damaged header causes
             return
-        if rows.dtype != np.float32 or len(rows) != len(index):
+        if rows.dtype != self._spec.dtype or len(rows) != len(index):
             return
         shard = len(self._shards)
         self._shards.append(rows)

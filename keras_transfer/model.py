@@ -1,5 +1,6 @@
 """base + head -> one keras.Model on [0, 255] pixels, and cutting it in two."""
 
+import difflib
 import hashlib
 from collections.abc import Sequence
 
@@ -102,11 +103,12 @@ def attach_head(base: keras.Model, head: keras.Model) -> keras.Model:
 
 
 def cut(model: keras.Model, split_point: str) -> tuple[keras.Model, keras.Model]:
-    """Cuts a model in two at a split point of its base.
+    """Cuts a model in two above a layer.
 
     Args:
         model: What `build_base` or `attach_head` returned.
-        split_point: A layer's name, to cut above it, or `before:LAYER`.
+        split_point: The layer's name; the input's name for a first part that passes
+            pixels on as they are.
 
     Returns:
         (extractor, tail): the model below and the model above the cut; the output of
@@ -116,17 +118,8 @@ def cut(model: keras.Model, split_point: str) -> tuple[keras.Model, keras.Model]
         UsageError: If there is no such layer, or layers above read more than its
             output.
     """
-    layer_name = split_point.removeprefix("before:")
+    tensor = get_layer(model, split_point).output
     try:
-        layer = model.get_layer(layer_name)
-    except ValueError:
-        raise UsageError(
-            f"{model.name} has no such layer. Received: {layer_name!r}."
-        ) from None
-    tensor = layer.input if split_point.startswith("before:") else layer.output
-    try:
-        if not isinstance(tensor, keras.KerasTensor):
-            raise ValueError("the layer reads more than one tensor")
         tail = keras.Model(tensor, model.output, name=f"{model.name}_tail")
     except ValueError:
         raise UsageError(
@@ -134,6 +127,22 @@ def cut(model: keras.Model, split_point: str) -> tuple[keras.Model, keras.Model]
             "than its output."
         ) from None
     return keras.Model(model.input, tensor, name=f"{model.name}_extractor"), tail
+
+
+def get_layer(model: keras.Model, name: str) -> keras.layers.Layer:
+    """A layer by its name.
+
+    Raises:
+        UsageError: If there is no such layer; the nearest name is given.
+    """
+    layers = {layer.name: layer for layer in model.layers}
+    if name not in layers:
+        nearest = difflib.get_close_matches(name, layers, n=1, cutoff=0.0)[0]
+        raise UsageError(
+            f"{model.name} has no such layer. Received: {name!r}. Did you mean "
+            f"{nearest!r}?"
+        )
+    return layers[name]
 
 
 def weights_digest(model: keras.Model) -> str:

@@ -1,5 +1,6 @@
 """A run's model on images: predictions as a stream, and evaluation."""
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from keras_transfer import data
 from keras_transfer.decode import make_decoder
 from keras_transfer.errors import DecodeError, KerasTransferError, UsageError
 from keras_transfer.evaluation import Evaluation, evaluate
-from keras_transfer.run import Run, open_run
+from keras_transfer.run import Phase, Run, open_run
 
 _BATCH = 16
 
@@ -49,18 +50,24 @@ class Predictor:
         return np.concatenate([self._function(tf.constant(b)) for b in batches])
 
 
-def load_model(run: Run) -> keras.Model:
-    """Loads `model.keras`, from [0, 255] RGB pixels to probabilities.
+def load_model(run: Run, phase: Phase | None = None) -> keras.Model:
+    """Loads a model from [0, 255] RGB pixels to probabilities.
+
+    Args:
+        run: The run.
+        phase: `fit` or `finetune`; None for the run's model, `model.keras`.
 
     Raises:
+        UsageError: If the run has no such phase.
         KerasTransferError: If the file is missing or damaged.
     """
+    path = run.phase_model_path(phase) if phase else run.model_path
     try:
-        return keras.saving.load_model(run.model_path, compile=False)
+        return keras.saving.load_model(path, compile=False)
     except Exception as error:  # zip, HDF5 and JSON each raise their own types
         cause = str(error).strip().splitlines()
         raise KerasTransferError(
-            f"{run.model_path} cannot be loaded ({cause[0] if cause else error!r}). "
+            f"{path} cannot be loaded ({cause[0] if cause else error!r}). "
             "Train the run again."
         ) from None
 
@@ -127,8 +134,9 @@ def evaluate_run(
     source: str | None = None,
     data_dir: Path | None = None,
     on_image: Callable[[], object] = lambda: None,
+    phase: Phase | None = None,
 ) -> tuple[Evaluation, str, dict[str, str]]:
-    """Evaluates a run's model.keras on its test split, or on other labelled images.
+    """Evaluates a run's model on its test split, or on other labelled images.
 
     Args:
         run: A run or its directory.
@@ -136,14 +144,17 @@ def evaluate_run(
             test split (validation split, if it has no test split).
         data_dir: Where tensorflow-datasets keeps prepared data.
         on_image: Called once an image, as work goes on.
+        phase: `fit` or `finetune`; None for the run's model.
 
     Returns:
         (figures, what they are of, reason of each image left out).
 
     Raises:
-        UsageError: If there is no such run or data, or a label is none of the run's.
+        UsageError: If there is no such run, phase or data, or a label is none of the
+            run's.
     """
     run = open_run(run)
+    model = load_model(run, phase)
     if source is None:
         name, table, read = held_out_images(run)
     else:
@@ -153,7 +164,7 @@ def evaluate_run(
         name = source
     by_source = {}
     skipped = {}
-    for prediction in predict_sources(load_model(run), table.sources, read):
+    for prediction in predict_sources(model, table.sources, read):
         on_image()
         if prediction.probabilities is None:
             skipped[prediction.source] = prediction.error
@@ -172,6 +183,23 @@ def held_out_images(run: Run) -> tuple[str, data.Table, data.Reader]:
     Raises:
         KerasTransferError: If the data are gone, or the run held no image back.
     """
+    splits = run_splits(run)
+    for name in ("test", "val"):
+        table = getattr(splits, name)
+        if len(table):
+            return name, table, splits.read
+    raise KerasTransferError(
+        f"The run has no held-out images. Received: {run.run_dir}. Name labelled "
+        "images: kt evaluate RUN DATA."
+    )
+
+
+def run_splits(run: Run) -> data.Splits:
+    """The images of a run, in the splits they were in, as far as they still exist.
+
+    Raises:
+        KerasTransferError: If the data are gone.
+    """
     config = run.config
     splits = data.load(
         config.data,
@@ -179,14 +207,60 @@ def held_out_images(run: Run) -> tuple[str, data.Table, data.Reader]:
         config.seed,
         config.data_dir,
     )
-    used = {row["path"] for _, row in data.read_table(run.splits_path)}
-    for name in ("test", "val"):
-        table = getattr(splits, name).keep(used)
-        if len(table):
-            return name, table, splits.read
-    raise KerasTransferError(
-        f"The run has no held-out images. Received: {run.run_dir}. Name labelled "
-        "images: kt evaluate RUN DATA."
+    return splits.keep(row["path"] for _, row in data.read_table(run.splits_path))
+
+
+def sample_images(
+    splits: data.Splits, image_size: int, count: int
+) -> list[tuple[str, bytes, np.ndarray]]:
+    """(source, bytes, pixels) of some validation images, decoded anew.
+
+    They are spread evenly; of the test or training images where there is no
+    validation split. Unusable ones are left out.
+    """
+    table = next(t for t in (splits.val, splits.test, splits.train) if len(t))
+    picks = np.linspace(0, len(table) - 1, min(count, len(table))).astype(int)
+    decode = make_decoder(image_size)
+    sample = []
+    for source, encoded in splits.read([table.sources[i] for i in picks]):
+        if isinstance(encoded, bytes):
+            with contextlib.suppress(DecodeError):
+                sample.append((source, encoded, decode(encoded)))
+    return sample
+
+
+PARITY_IMAGES = 64
+PARITY_AGREEMENT = 0.99
+PARITY_TOLERANCE = {"f32": 1e-3, "bf16": 0.05}
+"""How far a model may be from what cached features say, in probability, by the
+arithmetic of the features."""
+
+
+def parity(
+    expected: np.ndarray, actual: np.ndarray, tolerance: float
+) -> dict[str, float]:
+    """How far two `[N, num_classes]` probabilities of the same images are apart.
+
+    Returns:
+        `images`, `top1_agreement` (0 to 1), `max_probability_difference`, `tolerance`;
+        of no images, full agreement.
+    """
+    images = len(expected)
+    if not images:
+        expected = actual = np.zeros((1, 1), np.float32)
+    return {
+        "images": images,
+        "top1_agreement": float((expected.argmax(1) == actual.argmax(1)).mean()),
+        "max_probability_difference": float(np.abs(expected - actual).max()),
+        "tolerance": tolerance,
+    }
+
+
+def is_close(parity: dict[str, float]) -> bool:
+    """Whether a parity is good enough."""
+    return (
+        parity["top1_agreement"] >= PARITY_AGREEMENT
+        and parity["max_probability_difference"] <= parity["tolerance"]
     )
 
 

@@ -7,21 +7,29 @@ built in a hidden sibling directory and renamed when it is complete, so whoever 
 """
 
 import contextlib
+import csv
+import io
 import json
 import os
 import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import BinaryIO, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from keras_transfer.config import Config, load_config
 from keras_transfer.errors import KerasTransferError, UsageError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 CONFIG = "config.yaml"
 HISTORY = "history.csv"
@@ -32,6 +40,13 @@ MODEL = "model.keras"
 SKIPPED = "skipped.csv"
 SPLITS = "splits.csv"
 
+CHECKPOINT = "checkpoint"
+"""The folder of a phase that is not finished."""
+
+_COMMITTED = ".committed"
+
+Phase = Literal["fit", "finetune"]
+
 _PACKAGES = (
     "keras-transfer",
     "keras",
@@ -41,6 +56,52 @@ _PACKAGES = (
     "scipy",
     "numpy",
 )
+
+
+class FinetuneReport(BaseModel):
+    """What `manifest.json` says of `kt unfreeze-and-finetune`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    created: str
+    kept: bool
+    """Whether the fine-tuned model became the run's model."""
+    reason: str
+    """Why, in words."""
+    metric: str
+    """What decided: `accuracy`, or of multi-label data `mean_average_precision`."""
+    before: float | None
+    """The metric of the run's model so far, on the validation images, if any."""
+    after: float | None
+    """The metric of the fine-tuned model, on the same images."""
+    p_value: float | None
+    """How likely a gain like this is if the new model is not better."""
+    alpha: float
+    """Share of the fine-tuned weights in the mix with those before; 1 is all."""
+    alphas: dict[str, float]
+    """alpha -> the metric on the validation images."""
+    groups: dict[str, float]
+    """Trained layer group -> its highest learning rate."""
+    trained_parameters: int
+    split_point: str
+    """The layer up to which activations were computed once; `image`: pixels."""
+    activation_bytes: int
+    """Size on disk of an image's cached activation."""
+    best_epoch: int
+    epochs: int
+    """Epochs trained, those before a `--resume` included."""
+    engine: str
+    """What ran the frozen part: `openvino` or `keras`; `cache` if it did not run."""
+    precision: str
+    """Arithmetic of training."""
+    parity: dict[str, float]
+    """The model on pixels against the cached activations; as in the manifest."""
+    images_per_second: float
+    """Of training, the median epoch."""
+    timings: dict[str, float]
+    """Wall seconds: `features`, `training`, `comparison`, `total`; of the last
+    process that worked on it."""
+    notes: list[str]
 
 
 class Manifest(BaseModel):
@@ -86,6 +147,9 @@ class Manifest(BaseModel):
     which it waited for images and for the base; then `head`, `model`, `total`."""
     images_decoded: int
     images_forwarded: int
+    phase: Phase = "fit"
+    """Whose model `model.keras` is; the other phase's is `model.PHASE.keras`."""
+    finetune: FinetuneReport | None = None
 
 
 class Run:
@@ -137,6 +201,27 @@ class Run:
         """The Keras model, from [0, 255] RGB pixels to probabilities."""
         return self.run_dir / MODEL
 
+    def phase_model_path(self, phase: Phase) -> Path:
+        """The Keras model of a phase.
+
+        Raises:
+            UsageError: If the run has no such phase.
+        """
+        manifest = self.manifest
+        if phase == manifest.phase:
+            return self.model_path
+        if phase == "finetune" and manifest.finetune is None:
+            raise UsageError(
+                f"The run was not fine-tuned. Received: {self.run_dir}. "
+                f"Run: kt unfreeze-and-finetune {self.run_dir}"
+            )
+        return self.run_dir / phase_model(phase)
+
+    @property
+    def checkpoint(self) -> Path:
+        """The folder of a phase that is not finished."""
+        return self.run_dir / CHECKPOINT
+
     @property
     def splits_path(self) -> Path:
         """Which image was used for what: path,label,split,group."""
@@ -153,6 +238,7 @@ def open_run(run: str | Path | Run) -> Run:
         return run
     for run_dir in (Path(run), Path("saved_models") / run):
         if (run_dir / MANIFEST).is_file():
+            _finish_update(run_dir)
             return Run(run_dir)
     raise UsageError(
         f"There is no run here. Received: {run}. A run is a directory that `kt fit` "
@@ -207,15 +293,82 @@ def building(run_dir: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def updating(run_dir: Path) -> Iterator[Path]:
+    """A hidden directory for new files of a run, which replace the old ones together.
+
+    When the block ends well the directory is renamed, and with that the update is
+    decided; a process killed while it moves the files leaves the rest to `open_run`.
+    """
+    for left_over in run_dir.glob(".updating.*"):  # of a killed process
+        shutil.rmtree(left_over, ignore_errors=True)
+    staging = Path(tempfile.mkdtemp(dir=run_dir, prefix=".updating."))
+    try:
+        yield staging
+        for path in staging.iterdir():
+            path.chmod(0o644)
+            _sync(path)
+        _sync(staging)
+        staging.rename(run_dir / _COMMITTED)
+        _sync(run_dir)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    _finish_update(run_dir)
+
+
+def _finish_update(run_dir: Path) -> None:
+    committed = run_dir / _COMMITTED
+    if not committed.is_dir():
+        return
+    for path in committed.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another process does the same
+            path.replace(run_dir / path.name)
+    with contextlib.suppress(FileNotFoundError):
+        committed.rmdir()
+    _sync(run_dir)
+
+
+@contextlib.contextmanager
+def only_process(run_dir: Path) -> Iterator[None]:
+    """Keeps a second process from changing the run meanwhile.
+
+    Raises:
+        KerasTransferError: If another process is changing it.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(run_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise KerasTransferError(
+            f"Another process is changing this run. Received: {run_dir}. Wait for it, "
+            "or stop it."
+        ) from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)  # and with it the lock
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Writes a file so that it is there whole or not at all."""
     data = content
     if isinstance(data, str):
         data = data.encode(errors="surrogateescape")  # names need not be UTF-8
+    with replacing(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes its place whole, when the block ends well."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
@@ -224,6 +377,20 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         Path(temporary).unlink(missing_ok=True)
         raise
     _sync(path.parent)
+
+
+def phase_model(phase: Phase) -> str:
+    """File name of the model of a phase that is not the run's."""
+    return f"model.{phase}.keras"
+
+
+def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """The text of a CSV file."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def now() -> str:
@@ -251,10 +418,10 @@ def host() -> dict[str, str | int]:
     }
 
 
-def _sync(directory: Path) -> None:
+def _sync(path: Path) -> None:
     if os.name == "nt":  # where a directory cannot be opened
         return
-    descriptor = os.open(directory, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -81,7 +81,7 @@ def import_tensorflow() -> None:
 def show_run(run: Run) -> None:
     """The result of `kt fit`."""
     manifest, metrics = run.manifest, run.metrics
-    splits = metrics[list(metrics)[-1]]
+    splits = metrics[manifest.phase]
     name = "test" if "test" in splits else "val"
     if name in splits:
         show_evaluation(splits[name], name)
@@ -99,7 +99,53 @@ def show_run(run: Run) -> None:
         f"model {seconds['model']:.1f} s, total {seconds['total']:.1f} s.",
     )
     console.print(f"Run: {run.run_dir}")
-    console.print(f"Next: kt predict {run.run_dir} IMAGE...")
+    console.print(
+        f"Next: kt predict {run.run_dir} IMAGE..., or kt unfreeze-and-finetune "
+        f"{run.run_dir}"
+    )
+
+
+def show_note(text: str) -> None:
+    """What was decided, while the work goes on."""
+    messages.print(f"- {text}", style="dim", markup=False, highlight=False)
+
+
+def show_finetuning(run: Run) -> None:
+    """The result of `kt unfreeze-and-finetune`: the phases side by side."""
+    report, metrics = run.manifest.finetune, run.metrics
+    if report is None:  # only where an earlier model stays, which cannot be
+        return
+    table = Table(box=None, pad_edge=False)
+    table.add_column("phase")
+    splits = list(metrics["fit"])
+    for split in splits:
+        table.add_column(f"{split} {report.metric.replace('_', ' ')}", justify="right")
+        table.add_column(f"{split} log loss", justify="right")
+    table.add_column("")
+    for phase, figures in metrics.items():
+        cells = [
+            f"{figures[split][key]:.4f}"
+            for split in splits
+            for key in (report.metric, "log_loss")
+        ]
+        mark = "<- the run's model" if phase == run.manifest.phase else ""
+        table.add_row(phase, *cells, mark)
+    console.print(table)
+    groups = ", ".join(f"{name} {rate:.1e}" for name, rate in report.groups.items())
+    console.print(
+        f"Trained {report.trained_parameters:,} parameters ({groups}) for "
+        f"{report.epochs} epochs, best after {report.best_epoch}; alpha "
+        f"{report.alpha:g}, {report.precision}, "
+        f"{report.images_per_second:,.0f} images/s.",
+    )
+    seconds = report.timings
+    console.print(
+        f"Time: features {seconds['features']:.1f} s, training "
+        f"{seconds['training']:.1f} s, comparison {seconds['comparison']:.1f} s, total "
+        f"{seconds['total']:.1f} s.",
+    )
+    console.print(f"Run: {run.run_dir}: {report.reason}")
+    console.print(f"Next: kt export {run.run_dir}")
 
 
 def show_evaluation(evaluation: dict, of: str) -> None:

@@ -1,0 +1,232 @@
+"""What the tail of a model reads: the frozen part's outputs, computed once.
+
+Activations at the split point are cached like the features of `kt fit`, in half
+precision where predictions do not change, within a disk budget. Where everything is
+unfrozen they are the decoded pixels. With online augmentation training images stay
+pixels, and go through augmentation and the frozen part in every epoch.
+"""
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from keras_transfer.augment import make_augmenter
+from keras_transfer.config import FinetuneConfig, Precision
+from keras_transfer.data import Splits
+from keras_transfer.errors import KerasTransferError
+from keras_transfer.extract import (
+    Engine,
+    Extractor,
+    FrozenFeatures,
+    FrozenPart,
+    frozen_features,
+)
+from keras_transfer.features import Features
+from keras_transfer.model import cut, weights_digest
+from keras_transfer.prediction import PARITY_TOLERANCE, is_close
+
+HALF_TOLERANCE = 0.01
+"""What keeping activations in half precision may change in a probability."""
+
+_FREE_BYTES = 10**9  # left on the disk
+
+_Way = tuple[Precision, Engine | None, str]
+_WAYS: tuple[_Way, ...] = (
+    ("auto", None, "float16"),
+    ("f32", None, "float16"),
+    ("f32", None, "float32"),
+    ("f32", "keras", "float32"),
+)
+"""Precision, engine and dtype; a later way only if the one before changes too much."""
+_PIXELS: _Way = ("f32", "keras", "uint8")
+
+Compare = Callable[[FrozenFeatures, float], dict[str, float]]
+"""From activations and a tolerance to the `prediction.parity` of what is predicted from
+them with what the whole model predicts."""
+
+Transform = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
+"""From rows `[n, ...]` of the training images at int64 `[n]`, and the epoch, to what
+the tail reads: what has to be done anew in every epoch."""
+
+OnNote = Callable[[str], object]
+OnProgress = Callable[[str, int, int], object]
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What the tail reads.
+
+    Attributes:
+        splits: The images that are usable.
+        train: Views of the training images, the plain one first.
+        transform: What is done to rows of `train` in every epoch.
+        digests: SHA-256 of the bytes of each image.
+        features: Of all images; of the held-out ones only if there is a `transform`.
+        parity: Predictions from these against those of the whole model.
+        nbytes: Of one image.
+    """
+
+    splits: Splits
+    train: Sequence[Features]
+    transform: Transform | None
+    digests: Mapping[str, bytes]
+    features: FrozenFeatures
+    parity: Mapping[str, float]
+    nbytes: int
+
+    @property
+    def engine(self) -> str:
+        """What ran the frozen part: `openvino` or `keras`; `cache` if nothing did."""
+        extractor = self.features.extraction.extractor
+        return extractor.engine if extractor else "cache"
+
+
+def frozen_activations(
+    part: FrozenPart,
+    splits: Splits,
+    config: FinetuneConfig,
+    compare: Compare,
+    on_note: OnNote = lambda _: None,
+    on_progress: OnProgress = lambda *_: None,
+) -> Activations:
+    """Computes what the tail reads, in the cheapest way that changes no prediction.
+
+    Args:
+        part: The model below the split point; one without weights passes pixels on.
+        splits: The images.
+        config: `augment`, `disk_budget_gb` and `precision` count.
+        compare: How much predictions change.
+        on_note: Told which way is taken, and what it costs, before it is.
+        on_progress: Told how the work goes on.
+
+    Raises:
+        KerasTransferError: If they would take more than the disk budget or the free
+            space, or in no way give the model's own predictions.
+    """
+    online = config.augment == "online"
+    views = 0 if config.augment == "online" else config.augment
+    nothing = splits.train.keep(())
+    cached = replace(splits, train=nothing) if online else splits
+    if not part.model.weights:
+        on_note("everything is trained: only decoding can be done once")
+        ways: Sequence[_Way] = (_PIXELS,)
+    else:
+        on_note(
+            f"the {part.model.count_params():,} weights up to "
+            f"{part.model.layers[-1].name} are frozen: what they say of an image is "
+            "computed once"
+        )
+        ways = _WAYS[1:] if config.precision == "f32" else _WAYS
+    for way in ways:
+        features = _cached(part, cached, views, way, config, on_note, on_progress)
+        tolerance = PARITY_TOLERANCE[features.precision]
+        if "float16" in way:
+            tolerance = max(tolerance, HALF_TOLERANCE)
+        parity = compare(features, tolerance)
+        if is_close(parity):
+            break
+        on_note(
+            f"{features.precision} activations kept as {way[-1]} were given up: "
+            f"probabilities change by up to {parity['max_probability_difference']:.2g}"
+        )
+    else:
+        raise KerasTransferError(
+            "What cached activations say does not agree with the model: "
+            f"{parity}. Please report this."
+        )
+    train: list[Features]
+    transform = None
+    digests = features.extraction.digests
+    if online:
+        on_note(
+            "--augment online: training images go through augmentation and the frozen "
+            "part in every epoch, as in the usual recipe"
+        )
+        pixels_model, _ = cut(part.model, part.model.layers[0].name)
+        pixels_part = replace(
+            part,
+            model=pixels_model,
+            weights_digest=weights_digest(pixels_model),
+            split_point=pixels_model.layers[0].name,
+        )
+        only_train = replace(splits, val=nothing, test=nothing)
+        pixels = _cached(
+            pixels_part, only_train, 0, _PIXELS, config, on_note, on_progress
+        )
+        digests = digests | pixels.extraction.digests
+        usable = splits.keep(digests)
+        train = [pixels.rows(usable.train.sources)]
+        transform = _make_transform(
+            part, [digests[source] for source in usable.train.sources]
+        )
+    else:
+        usable = splits.keep(digests)
+        sources = usable.train.sources
+        train = [features.rows(sources, view) for view in range(views + 1)]
+    nbytes = _row_bytes(part, way)
+    return Activations(usable, train, transform, digests, features, parity, nbytes)
+
+
+def _cached(
+    part: FrozenPart,
+    splits: Splits,
+    views: int,
+    way: _Way,
+    config: FinetuneConfig,
+    on_note: OnNote,
+    on_progress: OnProgress,
+) -> FrozenFeatures:
+    """Computes what is not in the cache, if the disk has room for it."""
+    precision, engine, dtype = way
+    count = sum(len(table) for _, table in splits.items()) + views * len(splits.train)
+    total = count * _row_bytes(part, way)
+    directory = part.cache.directory
+    fix = (
+        "Unfreeze fewer stages, use fewer views or --augment online, or allow more "
+        "with --disk-budget."
+    )
+    if total > config.disk_budget_gb * 1e9:
+        raise KerasTransferError(
+            f"{count:,} activations would take {total / 1e9:.2f} GB, more than the "
+            f"disk budget of {config.disk_budget_gb:g} GB. Received: --augment "
+            f"{config.augment}, --unfreeze {config.unfreeze}. {fix}"
+        )
+
+    def on_extractor(extractor: Extractor, sample: np.ndarray) -> None:
+        seconds = count * extractor.measure(sample)
+        on_note(
+            f"{count:,} rows of {_row_bytes(part, way) / 1e3:,.0f} KB as {dtype}: "
+            f"{total / 1e6:,.0f} MB in {directory}, about {seconds:.0f} s"
+        )
+        free = shutil.disk_usage(directory).free
+        if total > free - _FREE_BYTES:
+            raise KerasTransferError(
+                f"{count:,} activations take {total / 1e9:.2f} GB, and {directory} has "
+                f"{free / 1e9:.2f} GB left. {fix}"
+            )
+
+    return frozen_features(
+        part, splits, views, precision, engine, dtype, on_extractor, on_progress
+    )
+
+
+def _row_bytes(part: FrozenPart, way: _Way) -> int:
+    return int(np.prod(part.model.output_shape[1:])) * np.dtype(way[-1]).itemsize
+
+
+def _make_transform(part: FrozenPart, digests: Sequence[bytes]) -> Transform:
+    """Augments pixels, a new view in every epoch, and runs the frozen part on them."""
+    augment = make_augmenter(part.image_size, part.seed)
+    extractor = Extractor(part.model) if part.model.weights else None
+
+    def transform(rows: np.ndarray, picked: np.ndarray, epoch: int) -> np.ndarray:
+        views = [
+            augment(pixels, digests[index], epoch + 1)
+            for pixels, index in zip(rows, picked, strict=True)
+        ]
+        pixels = np.stack(views)
+        return extractor.predict(pixels) if extractor else pixels
+
+    return transform

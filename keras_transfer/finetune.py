@@ -1,0 +1,478 @@
+"""The workflow of `kt unfreeze-and-finetune`.
+
+The head of a run of `kt fit` is trained already: linear probing, then fine-tuning
+(Kumar et al. 2022). Pretrained layers learn slowly, the head faster, what is frozen is
+computed once, and the result replaces the run's model only if it is better.
+"""
+
+import csv
+import itertools
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_transfer.activations import Activations, frozen_activations
+from keras_transfer.bases import get_base
+from keras_transfer.config import (
+    Config,
+    FinetuneConfig,
+    load_config,
+    to_yaml,
+    with_finetune,
+)
+from keras_transfer.data import Splits, Table
+from keras_transfer.errors import KerasTransferError, UsageError
+from keras_transfer.evaluation import (
+    Comparison,
+    Evaluation,
+    compare,
+    deciding_metric,
+    evaluate,
+    score,
+)
+from keras_transfer.extract import FrozenFeatures, FrozenPart, cpu_has_bf16
+from keras_transfer.features import FeatureCache, Features
+from keras_transfer.head import LabelledFeatures, class_weights
+from keras_transfer.model import HEAD, cut, dense_layers, weights_digest
+from keras_transfer.optim import group_multipliers, layer_patterns
+from keras_transfer.prediction import (
+    PARITY_IMAGES,
+    Predictor,
+    is_close,
+    load_model,
+    parity,
+    predict_sources,
+    run_splits,
+    sample_images,
+)
+from keras_transfer.run import (
+    CONFIG,
+    HISTORY,
+    MANIFEST,
+    METRICS,
+    MODEL,
+    FinetuneReport,
+    Run,
+    csv_text,
+    now,
+    only_process,
+    open_run,
+    phase_model,
+    updating,
+    write_atomic,
+)
+from keras_transfer.tail import (
+    TrainedTail,
+    images_per_second,
+    predict_rows,
+    probability_function,
+    train_tail,
+)
+from keras_transfer.unfreeze import (
+    LayerGroups,
+    TrainingCopy,
+    changed_variables,
+    split_point,
+    training_copy,
+    unfrozen_groups,
+)
+
+ALPHAS = (0.25, 0.5, 0.75, 1.0)
+"""Shares of the fine-tuned weights that are tried (WiSE-FT, Wortsman et al. 2022)."""
+
+_MEASURED_FROM = 100  # steps of training; with fewer, measuring would take longer
+
+OnNote = Callable[[str], object]
+OnProgress = Callable[[str, int, int], object]
+
+
+def unfreeze_and_finetune(
+    run: str | Path | Run,
+    *,
+    resume: bool | None = None,
+    on_progress: OnProgress = lambda *_: None,
+    on_note: OnNote = lambda _: None,
+    **options: Any,
+) -> Run:
+    """Fine-tunes a run's model, and keeps the result if it is better.
+
+    Args:
+        run: A run of `fit`, or its directory. A run that was fine-tuned before starts
+            from its head-only model again, and the better of the results stays.
+        resume: True goes on after the last finished epoch of a process that was
+            killed, False starts over; None is an error if there is something to go
+            on with.
+        on_progress: Told how the work goes on.
+        on_note: Told what was decided, before it takes its time.
+        **options: Keys of `config.FinetuneConfig`: `unfreeze="all"`, `epochs=5`.
+
+    Returns:
+        The run, with a phase more.
+
+    Raises:
+        UsageError: If an option does not fit the run.
+        KerasTransferError: If the data are gone, activations do not fit the disk
+            budget, or a loss is not finite. The run is then as it was.
+    """
+    run = open_run(run)
+    with only_process(run.run_dir):
+        config = _resolve(run, options, resume)
+        try:
+            report = _finetune(run, config, on_progress, on_note)
+        except KerasTransferError:
+            shutil.rmtree(run.checkpoint)
+            raise
+        shutil.rmtree(run.checkpoint)
+    on_note(report.reason)
+    return run
+
+
+def _finetune(
+    run: Run, config: Config, on_progress: OnProgress, on_note: OnNote
+) -> FinetuneReport:
+    started = time.perf_counter()
+    tuning, class_names = config.finetune, run.class_names
+    notes: list[str] = []
+
+    def note(text: str) -> None:
+        notes.append(text)
+        on_note(text)
+
+    # What is trained, and what lies below it
+    splits = _labelled_splits(run, tuning)
+    model = load_model(run, "fit")
+    groups = unfrozen_groups(model, get_base(config.base), tuning.unfreeze)
+    unfrozen = {layer for layers in groups.values() for layer in layers}
+    point = split_point(model, unfrozen)
+    frozen, tail = cut(model, point)
+
+    # The frozen part, once
+    whole, upper = Predictor(model), probability_function(tail)
+    sample = sample_images(splits, model.input_shape[1], PARITY_IMAGES)
+
+    def parity_with_whole(
+        features: FrozenFeatures, tolerance: float
+    ) -> dict[str, float]:
+        known = features.extraction.digests
+        images = {source: pixels for source, _, pixels in sample if source in known}
+        if not images:
+            return parity(np.zeros((0, 1)), np.zeros((0, 1)), tolerance)
+        from_rows = predict_rows(upper, features.rows(list(images)))
+        return parity(whole(list(images.values())), from_rows, tolerance)
+
+    activations = frozen_activations(
+        FrozenPart(
+            frozen,
+            config.base,
+            weights_digest(frozen),
+            # Keras numbers layers without a name of their own: positions are certain.
+            f"{point}#{len(frozen.operations)}",
+            config.seed,
+            FeatureCache(config.cache_dir),
+        ),
+        splits,
+        tuning,
+        parity_with_whole,
+        note,
+        on_progress,
+    )
+    splits = activations.splits
+    _check_same_images(run, activations)
+
+    # The tail, its head trained already
+    training_started = time.perf_counter()
+    relative = tuning.base_lr and tuning.base_lr / tuning.learning_rate
+    multipliers = group_multipliers(list(groups), tuning.decay, relative)
+
+    def make_copy(precision: str) -> TrainingCopy:
+        copy = training_copy(tail, unfrozen, tuning.train_bn, precision)
+        if tuning.from_scratch_head:
+            _forget_head(copy.model.get_layer(HEAD), config.seed)
+        return copy
+
+    balanced = config.head.class_weight == "balanced"
+    weights = class_weights(splits.train.targets, len(class_names), balanced)
+
+    def labelled(views: Sequence[Features], table: Table) -> LabelledFeatures:
+        return LabelledFeatures(views, table.targets, len(class_names), weights)
+
+    val = activations.features.rows(splits.val.sources)
+    steps = tuning.epochs * math.ceil(len(splits.train) / tuning.batch_size)
+    done = itertools.count(1)
+    trained = train_tail(
+        tuning,
+        make_copy,
+        lambda copy: layer_patterns(_trained_layers(copy, groups), multipliers),
+        labelled(activations.train, splits.train),
+        labelled([val], splits.val),
+        class_names,
+        config.seed,
+        run.checkpoint,
+        activations.transform,
+        _precisions(tuning, steps),
+        note,
+        lambda: on_progress("training", next(done), steps),
+    )
+    training_seconds = time.perf_counter() - training_started
+
+    # The best mix of the weights before and after
+    comparison_started = time.perf_counter()
+    variables = changed_variables(tail, unfrozen, tuning.train_bn)
+    before = [variable.numpy() for variable in variables]
+
+    def mix(alpha: float) -> None:
+        for variable, old, new in zip(variables, before, trained.weights, strict=True):
+            variable.assign((1 - alpha) * old + alpha * new)
+
+    alphas: dict[float, tuple[float, float]] = {}
+    if len(splits.val):
+        for alpha in (1.0,) if tuning.from_scratch_head else ALPHAS:
+            mix(alpha)
+            probabilities = predict_rows(upper, val)
+            evaluation = evaluate(splits.val.targets, probabilities, class_names)
+            alphas[alpha] = score(evaluation)
+    alpha = max(alphas, key=lambda a: alphas[a], default=1.0)
+
+    # The run's model so far and the new one, on the same validation images
+    comparison = None
+    if len(splits.val):
+        if run.manifest.phase == "fit":
+            mix(0.0)
+            old_probabilities = predict_rows(upper, val)
+        else:
+            old_probabilities = _predict_files(load_model(run), splits, splits.val)
+    mix(alpha)
+    found = parity_with_whole(activations.features, activations.parity["tolerance"])
+    if not is_close(found):
+        note(
+            "figures are of the model on image files: what it says of cached "
+            f"activations differs by up to {found['max_probability_difference']:.2g}"
+        )
+    new_probabilities = {
+        name: predict_rows(upper, activations.features.rows(table.sources))
+        if is_close(found)
+        else _predict_files(model, splits, table)
+        for name, table in splits.items()
+        if name != "train" and len(table)
+    }
+    if len(splits.val):
+        comparison = compare(
+            splits.val.targets,
+            old_probabilities,
+            new_probabilities["val"],
+            class_names,
+            config.seed,
+        )
+    kept, reason = _verdict(run, comparison, tuning.force, len(splits.val))
+
+    # Everything in the run, at once
+    report = FinetuneReport(
+        created=now(),
+        kept=kept,
+        reason=reason,
+        metric=deciding_metric(splits.val.targets),
+        before=comparison.before if comparison else None,
+        after=comparison.after if comparison else None,
+        p_value=comparison.p_value if comparison else None,
+        alpha=alpha,
+        alphas={f"{a:g}": metric for a, (metric, _) in alphas.items()},
+        groups={name: m * tuning.learning_rate for name, m in multipliers.items()},
+        trained_parameters=sum(value.size for value in before),
+        split_point=point,
+        activation_bytes=activations.nbytes,
+        best_epoch=trained.best_epoch,
+        epochs=len(trained.history),
+        engine=activations.engine,
+        precision=trained.precision,
+        parity=found,
+        images_per_second=images_per_second(trained, len(splits.train)),
+        timings={
+            "features": activations.features.seconds,
+            "training": training_seconds,
+            "comparison": time.perf_counter() - comparison_started,
+            "total": time.perf_counter() - started,
+        },
+        notes=notes,
+    )
+    if kept or run.manifest.phase == "fit":
+        metrics = {
+            name: evaluate(table.targets, new_probabilities[name], class_names)
+            for name, table in splits.items()
+            if name in new_probabilities
+        }
+        _commit(run, config, model, report, trained, metrics)
+    return report
+
+
+def _resolve(run: Run, options: dict[str, Any], resume: bool | None) -> Config:
+    """The run's config with the options of this phase, kept in its checkpoint."""
+    saved = run.checkpoint / CONFIG
+    if resume:
+        if not saved.exists():
+            raise UsageError(
+                f"There is nothing to go on with. Received: {run.run_dir} and "
+                "--resume. Start without it."
+            )
+        config = load_config(saved)
+        asked = with_finetune(config, options)
+        if asked != config:
+            old, new = config.finetune.model_dump(), asked.finetune.model_dump()
+            key = next(key for key in old if old[key] != new[key])
+            raise UsageError(
+                "--resume goes on with the options it was started with. Received: "
+                f"{key} {new[key]!r} instead of {old[key]!r}. Leave it out, or start "
+                "over with --no-resume."
+            )
+        return config
+    config = with_finetune(run.config, options)
+    if saved.exists() and resume is None:
+        raise UsageError(
+            f"An earlier fine-tuning was not finished. Received: {run.run_dir}. Go on "
+            "with --resume, or start over with --no-resume."
+        )
+    shutil.rmtree(run.checkpoint, ignore_errors=True)
+    run.checkpoint.mkdir()
+    write_atomic(saved, to_yaml(config))
+    return config
+
+
+def _labelled_splits(run: Run, tuning: FinetuneConfig) -> Splits:
+    splits = run_splits(run)
+    if not len(splits.val) and not tuning.force:
+        raise UsageError(
+            "Without validation images nothing can tell whether a fine-tuned model is "
+            f"better. Received: {run.run_dir}, which has none. Train it again with "
+            "some, or keep the model whatever it is with --force."
+        )
+    return splits
+
+
+def _check_same_images(run: Run, activations: Activations) -> None:
+    """A checkpoint is of the images it was made with."""
+    path = run.checkpoint / "images.txt"
+    fingerprint = activations.splits.fingerprint(activations.digests)
+    if not path.exists():
+        write_atomic(path, fingerprint)
+    elif path.read_text() != fingerprint:
+        raise UsageError(
+            f"The images changed since the training that --resume goes on with. "
+            f"Received: {run.config.data}. Start over with --no-resume."
+        )
+
+
+def _precisions(tuning: FinetuneConfig, steps: int) -> list[str]:
+    """What training may be done in; the first is what others are measured against."""
+    if tuning.precision != "auto":
+        return [tuning.precision]
+    if steps < _MEASURED_FROM:
+        return ["f32"]
+    if tf.config.list_physical_devices("GPU"):
+        return ["f32", "bf16", "f16"]
+    return ["f32", "bf16"] if cpu_has_bf16() else ["f32"]
+
+
+def _forget_head(head: keras.Model, seed: int) -> None:
+    """Gives a head random weights, as if it had never been trained."""
+    for index, layer in enumerate(dense_layers(head)):
+        initializer = keras.initializers.GlorotUniform(seed + index)
+        layer.kernel.assign(initializer(layer.kernel.shape))
+        layer.bias.assign(keras.ops.zeros_like(layer.bias))
+
+
+def _trained_layers(copy: TrainingCopy, groups: LayerGroups) -> dict[str, list[str]]:
+    """Group to the names of the layers in it that have something to train."""
+    layers = {layer.name: layer for layer in copy.model.layers}
+    head = layers.pop(HEAD)
+    trained = {layer.name for layer in layers.values() if layer.trainable_variables}
+    names = {
+        group: [layer.name for layer in members if layer.name in trained]
+        for group, members in groups.items()
+    }
+    return {**names, HEAD: [layer.name for layer in dense_layers(head)]}
+
+
+def _predict_files(model: keras.Model, splits: Splits, table: Table) -> np.ndarray:
+    """float32 `[N, num_classes]` of a table's images, read again."""
+    by_source = {
+        prediction.source: prediction.probabilities
+        for prediction in predict_sources(model, table.sources, splits.read)
+    }
+    return np.stack([by_source[source] for source in table.sources])  # type: ignore[misc]
+
+
+def _verdict(
+    run: Run, comparison: Comparison | None, force: bool, images: int
+) -> tuple[bool, str]:
+    """Whether the new model becomes the run's, and why."""
+    if comparison is None:
+        return True, "the fine-tuned model was kept by --force, compared with nothing"
+    name = comparison.metric.replace("_", " ")
+    figures = (
+        f"{name} on the {images:,} validation images {comparison.before:.4f} -> "
+        f"{comparison.after:.4f} (p = {comparison.p_value:.2g})"
+    )
+    if comparison.is_better:
+        return True, f"the fine-tuned model was kept: {figures}"
+    if force:
+        return True, f"the fine-tuned model was kept by --force: {figures}"
+    old = "head-only" if run.manifest.phase == "fit" else "earlier fine-tuned"
+    return False, f"the {old} model stays, for the new one is not better: {figures}"
+
+
+def _commit(
+    run: Run,
+    config: Config,
+    model: keras.Model,
+    report: FinetuneReport,
+    trained: TrainedTail,
+    metrics: dict[str, Evaluation],
+) -> None:
+    """Puts the phase into the run; it is there whole or not at all."""
+    manifest = run.manifest
+    with updating(run.run_dir) as staging:
+        if report.kept:
+            model.save(staging / MODEL)
+            if manifest.phase == "fit":
+                _link(run.model_path, staging / phase_model("fit"))
+        else:
+            model.save(staging / phase_model("finetune"))
+        figures = {
+            **run.metrics,
+            "finetune": {name: found.model_dump() for name, found in metrics.items()},
+        }
+        text = json.dumps(figures, indent=1, ensure_ascii=False) + "\n"
+        write_atomic(staging / METRICS, text)
+        write_atomic(staging / HISTORY, _history(run, trained))
+        write_atomic(staging / CONFIG, to_yaml(config))
+        update = {"phase": "finetune" if report.kept else "fit", "finetune": report}
+        write_atomic(
+            staging / MANIFEST,
+            manifest.model_copy(update=update).model_dump_json(indent=1),
+        )
+    if report.kept:  # of an earlier fine-tuning that was not
+        (run.run_dir / phase_model("finetune")).unlink(missing_ok=True)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, target)
+
+
+def _history(run: Run, trained: TrainedTail) -> str:
+    """The text of history.csv, with a row an epoch."""
+    with (run.run_dir / HISTORY).open(newline="", encoding="utf-8") as file:
+        rows: list[dict] = [r for r in csv.DictReader(file) if r["phase"] == "fit"]
+    rows += [{"phase": "finetune", **epoch} for epoch in trained.history]
+    header = list(dict.fromkeys(key for row in rows for key in row))
+    return csv_text(header, [[row.get(key, "") for key in header] for row in rows])

@@ -1,0 +1,150 @@
+"""Learning rates: lower for layers that know more already, and a schedule for all."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+
+LrMultipliers = Sequence[tuple[str, float]]
+"""(regular expression, multiplier): a variable whose path starts with a match of the
+expression is trained with the learning rate times the multiplier."""
+
+
+@keras.saving.register_keras_serializable("keras_transfer")
+class LayerwiseAdamW(keras.optimizers.AdamW):
+    """AdamW (Loshchilov & Hutter 2019) with a learning rate of its own per variable.
+
+    `learning_rate` is the rate of variables with the multiplier 1, a number or a
+    schedule, and reads and sets as of every Keras optimizer. Scaling gradients would
+    do nothing here: Adam's step does not depend on their size.
+    """
+
+    def __init__(
+        self,
+        learning_rate: Any = 1e-3,
+        lr_multipliers: LrMultipliers = (("", 1.0),),
+        **options: Any,
+    ):
+        """Sets rates.
+
+        Args:
+            learning_rate: A number, a `LearningRateSchedule` or a callable.
+            lr_multipliers: Ordered patterns; every trainable variable must be matched
+                by exactly one, and every pattern must match something.
+            **options: As of `keras.optimizers.AdamW`. Weight decay is multiplied
+                like the learning rate.
+        """
+        super().__init__(learning_rate, **options)
+        self._lr_multipliers = [(str(p), float(m)) for p, m in lr_multipliers]
+        self._multipliers: list[float] = []
+
+    def build(self, variables: Sequence[keras.Variable]) -> None:
+        """Creates the optimizer's variables.
+
+        Raises:
+            ValueError: If patterns do not match every variable exactly once.
+        """
+        if not self.built:
+            paths = [variable.path for variable in variables]
+            self._multipliers = match_once(paths, self._lr_multipliers)
+        super().build(variables)
+
+    def update_step(self, gradient, variable, learning_rate):
+        """One step of one variable."""
+        super().update_step(gradient, variable, learning_rate * self._of(variable))
+
+    def _apply_weight_decay(self, variables):
+        for variable in variables:
+            if self._use_weight_decay(variable):
+                rate = keras.ops.cast(self.learning_rate, variable.dtype)
+                decay = rate * self._of(variable) * self.weight_decay
+                self.assign_sub(variable, keras.ops.multiply(variable, decay))
+
+    def _of(self, variable: keras.Variable) -> float:
+        return self._multipliers[self._get_variable_index(variable)]
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments of the constructor."""
+        return {**super().get_config(), "lr_multipliers": self._lr_multipliers}
+
+
+def match_once(paths: Sequence[str], lr_multipliers: LrMultipliers) -> list[float]:
+    """The multiplier of each variable.
+
+    Raises:
+        ValueError: If a path is matched by no pattern or by several, or a pattern
+            matches nothing.
+    """
+    found = []
+    unused = [pattern for pattern, _ in lr_multipliers]
+    for path in paths:
+        hits = [(p, m) for p, m in lr_multipliers if re.match(p, path)]
+        if len(hits) != 1:
+            raise ValueError(
+                "Every trainable variable must match exactly one pattern of "
+                f"lr_multipliers. Received: {path!r}, matched by "
+                f"{[pattern for pattern, _ in hits]}."
+            )
+        pattern, multiplier = hits[0]
+        found.append(multiplier)
+        if pattern in unused:
+            unused.remove(pattern)
+    if unused:
+        raise ValueError(
+            "Every pattern of lr_multipliers must match a trainable variable. "
+            f"Received: {unused}, which match none of {len(paths)}."
+        )
+    return found
+
+
+def group_multipliers(
+    groups: Sequence[str], layer_decay: float, base_rate: float | None = None
+) -> dict[str, float]:
+    """The multiplier of each layer group, from the input up, the head's being 1.
+
+    Args:
+        groups: Names of the groups; the last is the head.
+        layer_decay: Each group's rate over that of the group above it (Howard & Ruder
+            2018).
+        base_rate: The rate of the base's last group, over the head's; None for
+            `layer_decay`.
+    """
+    top = layer_decay if base_rate is None else base_rate
+    *base, head = groups
+    depths = range(len(base) - 1, -1, -1)
+    multipliers = {
+        name: top * layer_decay**depth for name, depth in zip(base, depths, strict=True)
+    }
+    return {**multipliers, head: 1.0}
+
+
+def layer_patterns(
+    layer_names: Mapping[str, Sequence[str]], multipliers: Mapping[str, float]
+) -> list[tuple[str, float]]:
+    """Patterns for `LayerwiseAdamW` that match the variables of layers by group.
+
+    Args:
+        layer_names: Group to the names of its layers that have trainable variables.
+        multipliers: Group to multiplier.
+    """
+    return [
+        (rf"(?:{'|'.join(re.escape(name) for name in names)})/", multipliers[group])
+        for group, names in layer_names.items()
+        if names
+    ]
+
+
+def warmup_cosine(
+    learning_rate: float, steps: int, warmup: float
+) -> keras.optimizers.schedules.LearningRateSchedule:
+    """Up from 0 in a share of the steps, then down to 0 along a cosine."""
+    warmup_steps = round(warmup * steps)
+    if not warmup_steps:
+        return keras.optimizers.schedules.CosineDecay(learning_rate, steps)
+    return keras.optimizers.schedules.CosineDecay(
+        initial_learning_rate=0.0,
+        decay_steps=max(steps - warmup_steps, 1),
+        warmup_target=learning_rate,
+        warmup_steps=warmup_steps,
+    )
