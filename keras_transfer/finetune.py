@@ -129,7 +129,8 @@ def unfreeze_and_finetune(
         try:
             report = _finetune(run, config, on_progress, on_note)
         except KerasTransferError:
-            shutil.rmtree(run.checkpoint)
+            if not resume:  # what was there to go on with is not lost by an error
+                shutil.rmtree(run.checkpoint)
             raise
         shutil.rmtree(run.checkpoint)
     on_note(report.reason)
@@ -152,126 +153,75 @@ def _finetune(
     model = load_model(run, "fit")
     groups = unfrozen_groups(model, get_base(config.base), tuning.unfreeze)
     unfrozen = {layer for layers in groups.values() for layer in layers}
-    point = split_point(model, unfrozen)
-    frozen, tail = cut(model, point)
+    sample = sample_images(splits, model.input_shape[1], PARITY_IMAGES)
+    classifier = _Classifier(model, split_point(model, unfrozen), sample)
 
     # The frozen part, once
-    whole, upper = Predictor(model), probability_function(tail)
-    sample = sample_images(splits, model.input_shape[1], PARITY_IMAGES)
-
-    def parity_with_whole(
-        features: FrozenFeatures, tolerance: float
-    ) -> dict[str, float]:
-        known = features.extraction.digests
-        images = {source: pixels for source, _, pixels in sample if source in known}
-        if not images:
-            return parity(np.zeros((0, 1)), np.zeros((0, 1)), tolerance)
-        from_rows = predict_rows(upper, features.rows(list(images)))
-        return parity(whole(list(images.values())), from_rows, tolerance)
-
     activations = frozen_activations(
-        FrozenPart(
-            frozen,
-            config.base,
-            weights_digest(frozen),
-            # Keras numbers layers without a name of their own: positions are certain.
-            f"{point}#{len(frozen.operations)}",
-            config.seed,
-            FeatureCache(config.cache_dir),
-        ),
+        classifier.frozen_part(config),
         splits,
         tuning,
-        parity_with_whole,
+        classifier.parity,
         note,
         on_progress,
     )
-    splits = activations.splits
+    splits, rows = activations.splits, activations.features.rows
     _check_same_images(run, activations)
 
     # The tail, its head trained already
     training_started = time.perf_counter()
     relative = tuning.base_lr and tuning.base_lr / tuning.learning_rate
     multipliers = group_multipliers(list(groups), tuning.decay, relative)
-
-    def make_copy(precision: str) -> TrainingCopy:
-        copy = training_copy(tail, unfrozen, tuning.train_bn, precision)
-        if tuning.from_scratch_head:
-            _forget_head(copy.model.get_layer(HEAD), config.seed)
-        return copy
-
-    balanced = config.head.class_weight == "balanced"
-    weights = class_weights(splits.train.targets, len(class_names), balanced)
-
-    def labelled(views: Sequence[Features], table: Table) -> LabelledFeatures:
-        return LabelledFeatures(views, table.targets, len(class_names), weights)
-
-    val = activations.features.rows(splits.val.sources)
-    steps = tuning.epochs * math.ceil(len(splits.train) / tuning.batch_size)
-    done = itertools.count(1)
-    trained = train_tail(
-        tuning,
-        make_copy,
-        lambda copy: layer_patterns(_trained_layers(copy, groups), multipliers),
-        labelled(activations.train, splits.train),
-        labelled([val], splits.val),
-        class_names,
-        config.seed,
-        run.checkpoint,
-        activations.transform,
-        _precisions(tuning, steps),
+    trained = _train(
+        run,
+        config,
+        classifier.tail,
+        groups,
+        multipliers,
+        activations,
         note,
-        lambda: on_progress("training", next(done), steps),
+        on_progress,
     )
     training_seconds = time.perf_counter() - training_started
 
-    # The best mix of the weights before and after
+    # The best mix of the weights before and after, by the validation images
     comparison_started = time.perf_counter()
-    variables = changed_variables(tail, unfrozen, tuning.train_bn)
-    before = [variable.numpy() for variable in variables]
-
-    def mix(alpha: float) -> None:
-        for variable, old, new in zip(variables, before, trained.weights, strict=True):
-            variable.assign((1 - alpha) * old + alpha * new)
-
-    alphas: dict[float, tuple[float, float]] = {}
+    variables = changed_variables(classifier.tail, unfrozen, tuning.train_bn)
+    mix = interpolation(variables, trained.weights)
+    scores = {}
     if len(splits.val):
         for alpha in (1.0,) if tuning.from_scratch_head else ALPHAS:
             mix(alpha)
-            probabilities = predict_rows(upper, val)
+            probabilities = classifier.predict(rows(splits.val.sources))
             evaluation = evaluate(splits.val.targets, probabilities, class_names)
-            alphas[alpha] = score(evaluation)
-    alpha = max(alphas, key=lambda a: alphas[a], default=1.0)
+            scores[alpha] = score(evaluation)
+    alpha = max(scores, key=lambda alpha: scores[alpha], default=1.0)
 
-    # The run's model so far and the new one, on the same validation images
-    comparison = None
-    if len(splits.val):
-        if run.manifest.phase == "fit":
-            mix(0.0)
-            old_probabilities = predict_rows(upper, val)
-        else:
-            old_probabilities = _predict_files(load_model(run), splits, splits.val)
+    # The run's model so far and the new one, on the same images
+    so_far = None
+    if len(splits.val) and run.manifest.phase == "fit":
+        mix(0.0)
+        so_far = classifier.predict(rows(splits.val.sources))
+    elif len(splits.val):
+        so_far = _predict_files(load_model(run), splits, splits.val)
     mix(alpha)
-    found = parity_with_whole(activations.features, activations.parity["tolerance"])
-    if not is_close(found):
+    parity = classifier.parity(activations.features, activations.parity["tolerance"])
+    if not is_close(parity):
         note(
             "figures are of the model on image files: what it says of cached "
-            f"activations differs by up to {found['max_probability_difference']:.2g}"
+            f"activations differs by up to {parity['max_probability_difference']:.2g}"
         )
-    new_probabilities = {
-        name: predict_rows(upper, activations.features.rows(table.sources))
-        if is_close(found)
+    new = {
+        name: classifier.predict(rows(table.sources))
+        if is_close(parity)
         else _predict_files(model, splits, table)
         for name, table in splits.items()
         if name != "train" and len(table)
     }
-    if len(splits.val):
-        comparison = compare(
-            splits.val.targets,
-            old_probabilities,
-            new_probabilities["val"],
-            class_names,
-            config.seed,
-        )
+    comparison = None
+    if so_far is not None:
+        targets = splits.val.targets
+        comparison = compare(targets, so_far, new["val"], class_names, config.seed)
     kept, reason = _verdict(run, comparison, tuning.force, len(splits.val))
 
     # Everything in the run, at once
@@ -284,16 +234,16 @@ def _finetune(
         after=comparison.after if comparison else None,
         p_value=comparison.p_value if comparison else None,
         alpha=alpha,
-        alphas={f"{a:g}": metric for a, (metric, _) in alphas.items()},
+        alphas={f"{a:g}": metric for a, (metric, _) in scores.items()},
         groups={name: m * tuning.learning_rate for name, m in multipliers.items()},
-        trained_parameters=sum(value.size for value in before),
-        split_point=point,
+        trained_parameters=sum(math.prod(v.shape) for v in variables),
+        split_point=classifier.split_point,
         activation_bytes=activations.nbytes,
         best_epoch=trained.best_epoch,
         epochs=len(trained.history),
         engine=activations.engine,
         precision=trained.precision,
-        parity=found,
+        parity=parity,
         images_per_second=images_per_second(trained, len(splits.train)),
         timings={
             "features": activations.features.seconds,
@@ -305,12 +255,125 @@ def _finetune(
     )
     if kept or run.manifest.phase == "fit":
         metrics = {
-            name: evaluate(table.targets, new_probabilities[name], class_names)
-            for name, table in splits.items()
-            if name in new_probabilities
+            name: evaluate(getattr(splits, name).targets, probabilities, class_names)
+            for name, probabilities in new.items()
         }
         _commit(run, config, model, report, trained, metrics)
     return report
+
+
+class _Classifier:
+    """A model cut in two, and what it says of pixels and of activations.
+
+    Attributes:
+        model: From [0, 255] pixels to probabilities.
+        split_point: Where it is cut.
+        tail: The part above.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        split_point: str,
+        sample: Sequence[tuple[str, bytes, np.ndarray]],
+    ):
+        self.model = model
+        self.split_point = split_point
+        self._frozen, self.tail = cut(model, split_point)
+        self._sample = sample
+        self._of_pixels = Predictor(model)
+        self._of_rows = probability_function(self.tail)
+
+    def frozen_part(self, config: Config) -> FrozenPart:
+        """The part below the split point."""
+        # Keras numbers layers without a name of their own: positions are certain.
+        where = f"{self.split_point}#{len(self._frozen.operations)}"
+        return FrozenPart(
+            self._frozen,
+            config.base,
+            weights_digest(self._frozen),
+            where,
+            config.seed,
+            FeatureCache(config.cache_dir),
+        )
+
+    def predict(self, rows: Features) -> np.ndarray:
+        """float32 `[N, num_classes]` probabilities of activations."""
+        return predict_rows(self._of_rows, rows)
+
+    def parity(self, features: FrozenFeatures, tolerance: float) -> dict[str, float]:
+        """What activations say of a sample of images against what pixels do."""
+        known = features.extraction.digests
+        images = {source: x for source, _, x in self._sample if source in known}
+        if not images:
+            return parity(np.zeros((0, 1)), np.zeros((0, 1)), tolerance)
+        from_rows = self.predict(features.rows(list(images)))
+        return parity(self._of_pixels(list(images.values())), from_rows, tolerance)
+
+
+def _train(
+    run: Run,
+    config: Config,
+    tail: keras.Model,
+    groups: LayerGroups,
+    multipliers: dict[str, float],
+    activations: Activations,
+    on_note: OnNote,
+    on_progress: OnProgress,
+) -> TrainedTail:
+    """Trains copies of the tail; the tail stays as it is."""
+    tuning, splits, num_classes = (
+        config.finetune,
+        activations.splits,
+        len(run.class_names),
+    )
+    unfrozen = {layer for layers in groups.values() for layer in layers}
+    balanced = config.head.class_weight == "balanced"
+    weights = class_weights(splits.train.targets, num_classes, balanced)
+
+    def make_copy(precision: str) -> TrainingCopy:
+        copy = training_copy(tail, unfrozen, tuning.train_bn, precision)
+        if tuning.from_scratch_head:
+            _forget_head(copy.model.get_layer(HEAD), config.seed)
+        return copy
+
+    def labelled(views: Sequence[Features], table: Table) -> LabelledFeatures:
+        return LabelledFeatures(views, table.targets, num_classes, weights)
+
+    steps = tuning.epochs * math.ceil(len(splits.train) / tuning.batch_size)
+    done = itertools.count(1)
+    return train_tail(
+        tuning,
+        make_copy,
+        lambda copy: layer_patterns(_trained_layers(copy, groups), multipliers),
+        labelled(activations.train, splits.train),
+        labelled([activations.features.rows(splits.val.sources)], splits.val),
+        run.class_names,
+        config.seed,
+        run.checkpoint,
+        activations.transform,
+        _precisions(tuning, steps),
+        on_note,
+        lambda: on_progress("training", next(done), steps),
+    )
+
+
+def interpolation(
+    variables: Sequence[keras.Variable], after: Sequence[np.ndarray]
+) -> Callable[[float], None]:
+    """A function that sets variables to a mix of their values now and others.
+
+    Returns:
+        From alpha, the share of the others: 0 restores the values exactly, 1 sets the
+        others exactly.
+    """
+    before = [variable.numpy() for variable in variables]
+
+    def mix(alpha: float) -> None:
+        for variable, old, new in zip(variables, before, after, strict=True):
+            variable.assign((1 - alpha) * old + alpha * new)
+
+    return mix
 
 
 def _resolve(run: Run, options: dict[str, Any], resume: bool | None) -> Config:

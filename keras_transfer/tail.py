@@ -382,4 +382,4 @@ _KINDS = ("best_", "state_")
 
 
 def _shown(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

@@ -50,6 +50,17 @@ def without_weights(base, weights: str = "none") -> keras.Model:
         keras.utils.clear_session()  # which would fill them in later
 
 
+def stage_ends(model: keras.Model, base) -> list[str]:
+    """The layers that end a base's stem and stages, by their names in this model."""
+    ends = []
+    for end in base.stage_ends:
+        if end.startswith("before:"):
+            tensor = model.get_layer(end.removeprefix("before:")).input
+            end = tensor._keras_history.operation.name
+        ends.append(end)
+    return ends
+
+
 def test_the_table_holds_every_model_of_keras_applications():
     of_keras = {name for name in dir(keras.applications) if name[0].isupper()}
     assert len(of_keras) == 40
@@ -124,18 +135,24 @@ def test_weights_of_the_default_base_are_installed():
 
 
 @EVERY_BASE
-def test_parameters_and_split_points_of_every_base(base):
+def test_parameters_and_stage_ends_of_every_base(base):
     model = without_weights(base)
     assert model.input_shape == (None, base.image_size, base.image_size, 3)
     assert model.count_params() == base.parameters
     assert not model.trainable_weights
     below = [0]
-    for split_point in base.split_points:
-        extractor, tail = cut(model, split_point)
-        assert tail.input_shape == extractor.output_shape
-        assert extractor.count_params() + tail.count_params() == base.parameters
+    for end in stage_ends(model, base):
+        if "NASNet" in base.name:  # each of its cells reads the two before it
+            with pytest.raises(UsageError, match=f"cannot be cut at '{end}'"):
+                cut(model, end)
+            extractor = keras.Model(model.input, model.get_layer(end).output)
+        else:
+            extractor, tail = cut(model, end)
+            assert tail.input_shape == extractor.output_shape
+            assert extractor.count_params() + tail.count_params() == base.parameters
         below.append(extractor.count_params())
-    assert below == sorted(set(below)), "split points go from the input up"
+    assert 3 <= len(below) <= 5
+    assert [*below, base.parameters] == sorted({*below, base.parameters})
 
 
 @pytest.mark.parametrize("base", SMALLEST, ids=lambda base: base.name)
@@ -148,8 +165,9 @@ def test_a_base_cut_in_two_computes_the_same(base):
     whole = np.asarray(model(pixels, training=False))
     assert whole.shape == (2, model.output_shape[1])
     assert not np.array_equal(whole[0], whole[1])
-    for split_point in base.split_points:
-        extractor, tail = cut(model, split_point)
+    ends = ["stem_bn1"] if "NASNet" in base.name else stage_ends(model, base)
+    for layer in ("image", *ends):
+        extractor, tail = cut(model, layer)
         halves = tail(extractor(pixels, training=False), training=False)
         largest = np.abs(whole).max()
         np.testing.assert_allclose(halves, whole, rtol=0, atol=1e-5 * largest)
@@ -160,24 +178,40 @@ def mobilenet() -> keras.Model:
     return build_base(get_base("MobileNetV2"), "none", 64, seed=0)
 
 
+@pytest.mark.parametrize("layer", ["block_2_expand_relu", "block_2_project_BN"])
+def test_a_cut_beside_a_branch_is_refused(mobilenet, layer):
+    with pytest.raises(UsageError) as caught:
+        cut(mobilenet, layer)
+    assert str(caught.value) == (
+        f"MobileNetV2 cannot be cut at {layer!r}: layers above it read more than its "
+        "output."
+    )
+
+
 @pytest.mark.parametrize(
-    "split_point",
+    ("name", "nearest"),
     [
-        "block_2_expand_relu",
-        "block_2_project_BN",
-        "before:block_2_depthwise",
-        "block_99_add",
-        "before:nothing",
-        "",
-        "before:block_2_add",
+        ("block_99_add", "block_9_add"),
+        ("before:block_2_add", "block_2_add"),
+        ("Image", "image"),
+        ("", None),
     ],
 )
-def test_where_a_base_cannot_be_cut_is_refused(mobilenet, split_point):
+def test_an_unknown_layer_brings_up_the_nearest(mobilenet, name, nearest):
     with pytest.raises(UsageError) as caught:
-        cut(mobilenet, split_point)
-    assert repr(split_point.removeprefix("before:"))[1:-1] in str(caught.value)
-    assert "MobileNetV2" in str(caught.value)
+        cut(mobilenet, name)
+    assert f"MobileNetV2 has no such layer. Received: {name!r}." in str(caught.value)
+    if nearest:
+        assert f"Did you mean {nearest!r}?" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_below_the_input_layer_pixels_are_passed_on(mobilenet):
+    extractor, tail = cut(mobilenet, "image")
+    pixels = np.random.default_rng(0).uniform(0, 255, (2, 64, 64, 3))
+    pixels = pixels.astype(np.float32)
+    assert np.array_equal(extractor(pixels), pixels)
+    assert tail.count_params() == mobilenet.count_params()
 
 
 def test_a_classifier_is_cut_between_base_and_head(mobilenet):

@@ -2,7 +2,9 @@
 
 Source: keras.io/guides/transfer_learning: image_dataset_from_directory, random flip
 and rotation, a frozen base called with training=False, global average pooling,
-dropout, one Dense layer, Adam. Prints one line of JSON.
+dropout, one Dense layer, Adam; then, with --finetune-epochs, base.trainable = True (or,
+with --finetune-from, of the layers above one only) and Adam(1e-5). Prints one line of
+JSON.
 
     python tests/benchmarks/recipe.py FOLDER --base MobileNetV2 --epochs 1
 
@@ -23,6 +25,10 @@ parser.add_argument("folder", type=Path)
 parser.add_argument("--base", default="MobileNetV2")
 parser.add_argument("--image-size", type=int, default=224)
 parser.add_argument("--epochs", type=int, default=1)
+parser.add_argument("--weights", default="imagenet")
+parser.add_argument("--finetune-epochs", type=int, default=0)
+parser.add_argument("--finetune-from", help="the last layer that stays frozen")
+parser.add_argument("--no-augmentation", action="store_true")
 arguments = parser.parse_args()
 
 keras.utils.set_random_seed(0)
@@ -49,13 +55,16 @@ def augment(images: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]
     return images, labels
 
 
-train = train.map(augment, num_parallel_calls=tf.data.AUTOTUNE)
+if not arguments.no_augmentation:
+    train = train.map(augment, num_parallel_calls=tf.data.AUTOTUNE)
 train, val, test = (
     dataset.prefetch(tf.data.AUTOTUNE) for dataset in (train, val, test)
 )
 
 base = getattr(keras.applications, arguments.base)(
-    include_top=False, input_shape=(*size, 3)
+    include_top=False,
+    input_shape=(*size, 3),
+    weights=None if arguments.weights == "none" else arguments.weights,
 )
 base.trainable = False
 inputs = keras.Input((*size, 3))
@@ -90,6 +99,12 @@ class EpochTimes(keras.callbacks.Callback):
         self.whole.append(time.perf_counter() - self._start)
 
 
+def test_accuracy() -> float:
+    logits = np.concatenate([model.predict_on_batch(images) for images, _ in test])
+    labels = np.concatenate([labels for _, labels in test])
+    return float((logits.argmax(1) == labels).mean())
+
+
 times = EpochTimes()
 model.fit(
     train,
@@ -98,14 +113,29 @@ model.fit(
     callbacks=[times],
     verbose=0,
 )
-logits = np.concatenate([model.predict_on_batch(images) for images, _ in test])
-labels = np.concatenate([labels for _, labels in test])
-print(
-    json.dumps(
-        {
-            "train_seconds": times.training,
-            "epoch_seconds": times.whole,
-            "test_accuracy": float((logits.argmax(1) == labels).mean()),
-        }
+result = {
+    "train_seconds": times.training,
+    "epoch_seconds": times.whole,
+    "test_accuracy": test_accuracy(),
+}
+
+if arguments.finetune_epochs:
+    base.trainable = True
+    if arguments.finetune_from:
+        for layer in base.layers:
+            layer.trainable = False
+            if layer.name == arguments.finetune_from:
+                break
+    model.compile(
+        keras.optimizers.Adam(1e-5),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
     )
-)
+    result["finetune_accuracy"] = []
+    times = EpochTimes()
+    for _ in range(arguments.finetune_epochs):
+        model.fit(train, validation_data=val, callbacks=[times], verbose=0)
+        result["finetune_accuracy"].append(test_accuracy())
+    result["finetune_train_seconds"] = times.training
+    result["finetune_epoch_seconds"] = times.whole
+print(json.dumps(result))
