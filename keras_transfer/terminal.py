@@ -28,7 +28,7 @@ console = Console(
     emoji=False,
     width=None if sys.stdout.isatty() else 200,
 )
-messages = Console(stderr=True)
+messages = Console(stderr=True, width=None if sys.stderr.isatty() else 200)
 
 
 @contextlib.contextmanager
@@ -113,8 +113,7 @@ def show_note(text: str) -> None:
 def show_finetuning(run: Run) -> None:
     """The result of `kt unfreeze-and-finetune`: the phases side by side."""
     report, metrics = run.manifest.finetune, run.metrics
-    if report is None:  # only where an earlier model stays, which cannot be
-        return
+    assert report is not None
     table = Table(box=None, pad_edge=False)
     table.add_column("phase")
     splits = list(metrics["fit"])
@@ -144,8 +143,10 @@ def show_finetuning(run: Run) -> None:
         f"{seconds['training']:.1f} s, comparison {seconds['comparison']:.1f} s, total "
         f"{seconds['total']:.1f} s.",
     )
-    console.print(f"Run: {run.run_dir}: {report.reason}")
-    console.print(f"Next: kt export {run.run_dir}")
+    console.print(f"Run: {run.run_dir}")
+    console.print(
+        f"Next: kt predict {run.run_dir} IMAGE..., or kt export {run.run_dir}"
+    )
 
 
 def show_evaluation(evaluation: dict, of: str) -> None:

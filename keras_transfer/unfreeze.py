@@ -89,8 +89,7 @@ def split_point(model: keras.Model, unfrozen: Collection[keras.layers.Layer]) ->
     comes after those it reads, nothing written before it is read after it.
 
     Returns:
-        The layer's name; the input's, where nothing can be cut off. Layers that do
-        not change what they are given, such as the input, never end the frozen part.
+        The layer's name; the input's, where nothing that has weights can be cut off.
     """
     operations = _operations_of_base(model)
     written = {id(tensor): i for i, op in enumerate(operations) for tensor in _out(op)}
