@@ -64,7 +64,25 @@ class HeadConfig(_Section):
 
 
 class FinetuneConfig(_Section):
-    """What `kt unfreeze-and-finetune` needs to know besides the run."""
+    """What `kt unfreeze-and-finetune` needs to know besides the run.
+
+    Where the defaults come from: accuracy on validation / test images of flowers (4,311
+    small photos, five classes, 70/15/15), MobileNetV2, eight epochs, seed 0. The head
+    alone has 0.736 / 0.711.
+
+        learning_rate 1e-3, layer_decay 0.3         0.758 / 0.788
+        learning_rate 3e-3                          0.755 / 0.759
+        learning_rate 3e-4                          0.753 / 0.753
+        layer_decay 1 (one rate for all layers)     0.753 / 0.750
+        layer_decay 0.1                             0.764 / 0.756
+        augment 3, ten epochs                       0.781 / 0.787
+        augment 2, ten epochs, stages:2             0.785 / 0.801, four times the time
+        unfreeze all, layer_decay 0.5               0.765 / 0.774, six times the time
+
+    On 245 photos of ants and bees (validation, the head alone 0.954): layer_decay 1
+    gives 0.902, 0.1 or a learning_rate of 3e-4 0.954, augment 3 0.974; that is why
+    little data call for low rates and views, and why nothing worse is kept.
+    """
 
     unfreeze: Annotated[
         str, Field(pattern=r"^(top|all|stages:[1-9][0-9]*|from:.+)$")
