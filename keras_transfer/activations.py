@@ -6,7 +6,6 @@ unfrozen they are the decoded pixels. With online augmentation training images s
 pixels, and go through augmentation and the frozen part in every epoch.
 """
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -66,6 +65,8 @@ class Activations:
         features: Of all images; of the held-out ones only if there is a `transform`.
         parity: Predictions from these against those of the whole model.
         nbytes: Of one image.
+        engine: What ran the frozen part: `openvino` or `keras`; `cache` if nothing
+            had to.
     """
 
     splits: Splits
@@ -75,12 +76,7 @@ class Activations:
     features: FrozenFeatures
     parity: Mapping[str, float]
     nbytes: int
-
-    @property
-    def engine(self) -> str:
-        """What ran the frozen part: `openvino` or `keras`; `cache` if nothing did."""
-        extractor = self.features.extraction.extractor
-        return extractor.engine if extractor else "cache"
+    engine: str
 
 
 def frozen_activations(
@@ -128,16 +124,17 @@ def frozen_activations(
         if is_close(parity):
             break
         on_note(
-            f"{features.precision} activations kept as {way[-1]} were given up: "
-            f"probabilities change by up to {parity['max_probability_difference']:.2g}"
+            f"{features.precision} activations kept as {way[-1]} were given up: on "
+            f"{parity['images']} images {parity['top1_agreement']:.1%} of the classes "
+            "are the same and probabilities change by up to "
+            f"{parity['max_probability_difference']:.2g}"
         )
     else:
         raise KerasTransferError(
             "What cached activations say does not agree with the model: "
             f"{parity}. Please report this."
         )
-    train: list[Features]
-    transform = None
+    transform, ran = None, features.extraction.extractor
     digests = features.extraction.digests
     if online:
         on_note(
@@ -158,15 +155,19 @@ def frozen_activations(
         digests = digests | pixels.extraction.digests
         usable = splits.keep(digests)
         train = [pixels.rows(usable.train.sources)]
+        ran = Extractor(part.model) if part.model.weights else None
         transform = _make_transform(
-            part, [digests[source] for source in usable.train.sources]
+            part, ran, [digests[source] for source in usable.train.sources]
         )
     else:
         usable = splits.keep(digests)
         sources = usable.train.sources
         train = [features.rows(sources, view) for view in range(views + 1)]
     nbytes = _row_bytes(part, way)
-    return Activations(usable, train, transform, digests, features, parity, nbytes)
+    engine = ran.engine if ran else "cache"
+    return Activations(
+        usable, train, transform, digests, features, parity, nbytes, engine
+    )
 
 
 def _cached(
@@ -200,7 +201,7 @@ def _cached(
             f"{count:,} rows of {_row_bytes(part, way) / 1e3:,.0f} KB as {dtype}: "
             f"{total / 1e6:,.0f} MB in {directory}, about {seconds:.0f} s"
         )
-        free = shutil.disk_usage(directory).free
+        free = part.cache.free_bytes()
         if total > free - _FREE_BYTES:
             raise KerasTransferError(
                 f"{count:,} activations take {total / 1e9:.2f} GB, and {directory} has "
@@ -216,10 +217,11 @@ def _row_bytes(part: FrozenPart, way: _Way) -> int:
     return int(np.prod(part.model.output_shape[1:])) * np.dtype(way[-1]).itemsize
 
 
-def _make_transform(part: FrozenPart, digests: Sequence[bytes]) -> Transform:
+def _make_transform(
+    part: FrozenPart, extractor: Extractor | None, digests: Sequence[bytes]
+) -> Transform:
     """Augments pixels, a new view in every epoch, and runs the frozen part on them."""
     augment = make_augmenter(part.image_size, part.seed)
-    extractor = Extractor(part.model) if part.model.weights else None
 
     def transform(rows: np.ndarray, picked: np.ndarray, epoch: int) -> np.ndarray:
         views = [

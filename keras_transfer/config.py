@@ -24,7 +24,7 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class SplitsConfig(_Section):
@@ -98,7 +98,7 @@ class FinetuneConfig(_Section):
     weight_decay: Annotated[float, Field(ge=0)] = 1e-2
     warmup: Fraction = 0.1
     """Share of the steps in which the learning rate rises."""
-    epochs: Annotated[int, Field(ge=1)] = 10
+    epochs: Annotated[int, Field(ge=1, le=100_000)] = 10
     patience: Annotated[int, Field(ge=1)] = 4
     """Epochs without a better validation figure before training stops."""
     batch_size: Annotated[int, Field(ge=1)] = 32
@@ -177,10 +177,7 @@ def load_config(
             _assign(values, key, value)
     for key, value in parse_assignments(assignments).items():
         _assign(values, key, value)
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        raise UsageError(_explain(error)) from None
+    return _validated(values)
 
 
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
@@ -212,8 +209,10 @@ def with_finetune(config: Config, options: Mapping[str, Any]) -> Config:
     Raises:
         UsageError: If a key is unknown or a value is not allowed.
     """
-    overrides = {f"finetune.{key}": value for key, value in options.items()}
-    return load_config(overrides={**config.model_dump(mode="json"), **overrides})
+    values = config.model_dump(mode="json")
+    for key, value in options.items():
+        _assign(values, f"finetune.{key}", value)
+    return _validated(values)
 
 
 def to_yaml(config: Config) -> str:
@@ -221,6 +220,13 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(
         config.model_dump(mode="json"), sort_keys=False, allow_unicode=True
     )
+
+
+def _validated(values: dict[str, Any]) -> Config:
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(_explain(error)) from None
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

@@ -128,6 +128,37 @@ class Splits:
             test=self.test.keep(kept),
         )
 
+    def relabel(self, class_names: Sequence[str]) -> "Splits":
+        """The same splits with targets that are indices into other class names.
+
+        Raises:
+            KerasTransferError: If an image shows a class that has no name there.
+        """
+        position = {name: index for index, name in enumerate(class_names)}
+        columns = np.array([position.get(name, -1) for name in self.class_names])
+
+        def relabelled(table: Table) -> Table:
+            shown = count_classes(table.targets, len(columns)) > 0
+            for index in np.flatnonzero(shown & (columns < 0)):
+                raise KerasTransferError(
+                    "The classes of the data are not those that were trained on. "
+                    f"Received: {self.class_names[index]!r}, which is none of "
+                    f"{', '.join(class_names)}. Train again with kt fit."
+                )
+            if not self.multi_label:
+                return replace(table, targets=columns[table.targets])
+            targets = np.zeros((len(table), len(class_names)), np.uint8)
+            targets[:, columns[columns >= 0]] = table.targets[:, columns >= 0]
+            return replace(table, targets=targets)
+
+        return replace(
+            self,
+            class_names=tuple(class_names),
+            train=relabelled(self.train),
+            val=relabelled(self.val),
+            test=relabelled(self.test),
+        )
+
     def to_csv(self) -> str:
         """The text of splits.csv: path,label,split,group, an image a line."""
         text = io.StringIO()

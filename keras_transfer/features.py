@@ -218,6 +218,16 @@ class FeatureCache:
             os.utime(folder)  # its age, for `prune`
         return FeatureTable(folder, spec)
 
+    def free_bytes(self) -> int:
+        """Room that is left on the disk.
+
+        Raises:
+            KerasTransferError: If the cache directory cannot be used.
+        """
+        with _writing(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            return shutil.disk_usage(self.directory).free
+
     def rows(self, spec: FeatureSpec) -> int:
         """How many images a spec has features of, without reading them."""
         folder = self.directory / spec.key()

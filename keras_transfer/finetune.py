@@ -5,6 +5,7 @@ The head of a run of `kt fit` is trained already: linear probing, then fine-tuni
 computed once, and the result replaces the run's model only if it is better.
 """
 
+import contextlib
 import csv
 import itertools
 import json
@@ -12,7 +13,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ from keras_transfer.run import (
 )
 from keras_transfer.tail import (
     TrainedTail,
+    has_state,
     images_per_second,
     predict_rows,
     probability_function,
@@ -82,6 +84,7 @@ from keras_transfer.unfreeze import (
     TrainingCopy,
     changed_variables,
     split_point,
+    trained_layers,
     training_copy,
     unfrozen_groups,
 )
@@ -124,17 +127,31 @@ def unfreeze_and_finetune(
             budget, or a loss is not finite. The run is then as it was.
     """
     run = open_run(run)
-    with only_process(run.run_dir):
-        config = _resolve(run, options, resume)
-        try:
-            report = _finetune(run, config, on_progress, on_note)
-        except KerasTransferError:
-            if not resume:  # what was there to go on with is not lost by an error
-                shutil.rmtree(run.checkpoint)
-            raise
-        shutil.rmtree(run.checkpoint)
+    try:
+        with only_process(run.run_dir):
+            config = _resolve(run, options, resume)
+            with _checkpoint_removed(run, resume):
+                report = _finetune(run, config, on_progress, on_note)
+    except OSError as error:
+        raise KerasTransferError(
+            f"A file cannot be read or written. Received: {error.filename} "
+            f"({error.strerror})."
+        ) from None
     on_note(report.reason)
     return run
+
+
+@contextlib.contextmanager
+def _checkpoint_removed(run: Run, resume: bool | None) -> Iterator[None]:
+    """Removes the checkpoint at the end, unless there is something to go on with."""
+    try:
+        yield
+    except Exception as error:
+        explained = isinstance(error, KerasTransferError)
+        if not resume and (explained or not has_state(run.checkpoint)):
+            shutil.rmtree(run.checkpoint)
+        raise
+    shutil.rmtree(run.checkpoint)
 
 
 def _finetune(
@@ -227,6 +244,7 @@ def _finetune(
     # Everything in the run, at once
     report = FinetuneReport(
         created=now(),
+        config=tuning,
         kept=kept,
         reason=reason,
         metric=deciding_metric(splits.val.targets),
@@ -258,7 +276,7 @@ def _finetune(
             name: evaluate(getattr(splits, name).targets, probabilities, class_names)
             for name, probabilities in new.items()
         }
-        _commit(run, config, model, report, trained, metrics)
+        _commit(run, model, report, trained, metrics)
     return report
 
 
@@ -345,7 +363,7 @@ def _train(
     return train_tail(
         tuning,
         make_copy,
-        lambda copy: layer_patterns(_trained_layers(copy, groups), multipliers),
+        layer_patterns(trained_layers(groups, tuning.train_bn), multipliers),
         labelled(activations.train, splits.train),
         labelled([activations.features.rows(splits.val.sources)], splits.val),
         run.class_names,
@@ -451,18 +469,6 @@ def _forget_head(head: keras.Model, seed: int) -> None:
         layer.bias.assign(keras.ops.zeros_like(layer.bias))
 
 
-def _trained_layers(copy: TrainingCopy, groups: LayerGroups) -> dict[str, list[str]]:
-    """Group to the names of the layers in it that have something to train."""
-    layers = {layer.name: layer for layer in copy.model.layers}
-    head = layers.pop(HEAD)
-    trained = {layer.name for layer in layers.values() if layer.trainable_variables}
-    names = {
-        group: [layer.name for layer in members if layer.name in trained]
-        for group, members in groups.items()
-    }
-    return {**names, HEAD: [layer.name for layer in dense_layers(head)]}
-
-
 def _predict_files(model: keras.Model, splits: Splits, table: Table) -> np.ndarray:
     """float32 `[N, num_classes]` of a table's images, read again."""
     by_source = {
@@ -493,7 +499,6 @@ def _verdict(
 
 def _commit(
     run: Run,
-    config: Config,
     model: keras.Model,
     report: FinetuneReport,
     trained: TrainedTail,
@@ -515,7 +520,6 @@ def _commit(
         text = json.dumps(figures, indent=1, ensure_ascii=False) + "\n"
         write_atomic(staging / METRICS, text)
         write_atomic(staging / HISTORY, _history(run, trained))
-        write_atomic(staging / CONFIG, to_yaml(config))
         update = {"phase": "finetune" if report.kept else "fit", "finetune": report}
         write_atomic(
             staging / MANIFEST,

@@ -129,7 +129,10 @@ def layer_patterns(
         multipliers: Group to multiplier.
     """
     return [
-        (rf"(?:{'|'.join(re.escape(name) for name in names)})/", multipliers[group])
+        (
+            rf"(?:.+/)?(?:{'|'.join(re.escape(name) for name in names)})/[^/]+$",
+            multipliers[group],
+        )
         for group, names in layer_names.items()
         if names
     ]

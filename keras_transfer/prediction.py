@@ -198,16 +198,17 @@ def run_splits(run: Run) -> data.Splits:
     """The images of a run, in the splits they were in, as far as they still exist.
 
     Raises:
-        KerasTransferError: If the data are gone.
+        KerasTransferError: If the data are gone, or an image has a new class.
     """
-    config = run.config
+    config, class_names = run.config, run.class_names
     splits = data.load(
         config.data,
         config.splits.model_copy(update={"file": run.splits_path}),
         config.seed,
         config.data_dir,
     )
-    return splits.keep(row["path"] for _, row in data.read_table(run.splits_path))
+    used = {row["path"] for _, row in data.read_table(run.splits_path)}
+    return splits.keep(used).relabel(class_names)
 
 
 def sample_images(

@@ -23,7 +23,7 @@ from typing import BinaryIO, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from keras_transfer.config import Config, load_config
+from keras_transfer.config import Config, FinetuneConfig, load_config
 from keras_transfer.errors import KerasTransferError, UsageError
 
 try:
@@ -64,6 +64,8 @@ class FinetuneReport(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     created: str
+    config: FinetuneConfig
+    """What the user chose, resolved."""
     kept: bool
     """Whether the fine-tuned model became the run's model."""
     reason: str
@@ -194,7 +196,12 @@ class Run:
     @property
     def metrics(self) -> dict[str, dict]:
         """For each phase and split, what `evaluation.Evaluation` documents."""
-        return json.loads((self.run_dir / METRICS).read_text(encoding="utf-8"))
+        try:
+            return json.loads((self.run_dir / METRICS).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise KerasTransferError(
+                f"{self.run_dir / METRICS} is damaged: {error}. Train the run again."
+            ) from None
 
     @property
     def model_path(self) -> Path:

@@ -20,7 +20,7 @@ import tensorflow as tf
 
 from keras_transfer.activations import Transform
 from keras_transfer.config import FinetuneConfig
-from keras_transfer.errors import KerasTransferError
+from keras_transfer.errors import KerasTransferError, UsageError
 from keras_transfer.evaluation import evaluate, score
 from keras_transfer.features import Features
 from keras_transfer.head import LabelledFeatures
@@ -33,6 +33,10 @@ _MEASURED_STEPS = 4  # after one that traces
 _WORTH_IT = 1.05  # how much faster less precise arithmetic has to be
 _SAME_LOSS = 0.05  # and how near its first loss to that of float32, in relation to it
 _PREDICTION_BATCH = 64
+_FIX = (
+    "Training diverged; the run is as it was. Use a lower learning rate (--lr, "
+    "--base-lr), or --precision f32."
+)
 
 
 @dataclass
@@ -56,7 +60,7 @@ class TrainedTail:
 def train_tail(
     config: FinetuneConfig,
     make_copy: Callable[[str], TrainingCopy],
-    make_multipliers: Callable[[TrainingCopy], LrMultipliers],
+    lr_multipliers: LrMultipliers,
     train: LabelledFeatures,
     val: LabelledFeatures,
     class_names: Sequence[str],
@@ -72,7 +76,7 @@ def train_tail(
     Args:
         config: Rates, epochs, batch size.
         make_copy: From a precision to a copy of the tail to train.
-        make_multipliers: The learning rates of a copy's variables.
+        lr_multipliers: Of the learning rate, by the path of a variable.
         train: Rows to learn from; each epoch takes one view of every image.
         val: Rows that tell the best epoch; of no image, the last epoch is taken.
         class_names: In the order of the outputs.
@@ -94,14 +98,14 @@ def train_tail(
         return _batches(train, config.batch_size, seed, epoch, transform)
 
     tail, kept = TrainedTail(), None
-    if (checkpoint / _STATE).exists():
+    if has_state(checkpoint):
         tail, kept = _load(checkpoint / _STATE)
         precisions = [tail.precision]
     started = time.perf_counter()
     batch = next(batches(0))
     batch_seconds = time.perf_counter() - started
     learner = _fastest(
-        lambda name: _Learner(make_copy, make_multipliers, name, config, steps, train),
+        lambda name: _Learner(make_copy, lr_multipliers, name, config, steps, train),
         precisions,
         batch,
         on_note,
@@ -136,6 +140,11 @@ def train_tail(
     return tail
 
 
+def has_state(checkpoint: Path) -> bool:
+    """Whether a checkpoint holds a finished epoch."""
+    return (checkpoint / _STATE).exists()
+
+
 def _score(row: dict[str, float]) -> tuple[float, float]:
     """Larger is better; without validation images, later is better."""
     return row.get("val_metric", row["epoch"]), -row["val_loss"]
@@ -146,11 +155,20 @@ def images_per_second(tail: TrainedTail, images: int) -> float:
     return images / statistics.median(row["seconds"] for row in tail.history)
 
 
-def predict_rows(function: Callable[[Any], Any], rows: Features | np.ndarray):
-    """float32 `[N, num_classes]` of rows `[N, ...]`, in batches."""
+def predict_rows(
+    function: Callable[[Any], Any], rows: Features | np.ndarray
+) -> np.ndarray:
+    """float32 `[N, num_classes]` of rows `[N, ...]`, in batches.
+
+    Raises:
+        KerasTransferError: If a probability is not finite.
+    """
     starts = range(0, len(rows), _PREDICTION_BATCH)
     parts = (rows[start : start + _PREDICTION_BATCH] for start in starts)
-    return np.concatenate([function(tf.constant(part)).numpy() for part in parts])
+    values = np.concatenate([function(tf.constant(part)).numpy() for part in parts])
+    if not np.isfinite(values).all():
+        raise KerasTransferError(f"The model's probabilities are not finite. {_FIX}")
+    return values
 
 
 def probability_function(model: keras.Model, multi_label: bool | None = None):
@@ -179,7 +197,7 @@ class _Learner:
     def __init__(
         self,
         make_copy: Callable[[str], TrainingCopy],
-        make_multipliers: Callable[[TrainingCopy], LrMultipliers],
+        lr_multipliers: LrMultipliers,
         precision: str,
         config: FinetuneConfig,
         steps: int,
@@ -191,7 +209,7 @@ class _Learner:
         self._model = self._copy.model
         optimizer = LayerwiseAdamW(
             warmup_cosine(config.learning_rate, steps * config.epochs, config.warmup),
-            make_multipliers(self._copy),
+            lr_multipliers,
             weight_decay=config.weight_decay,
         )
         # Biases and scales are not decayed, as is usual (He et al. 2019, 3.1).
@@ -234,10 +252,10 @@ class _Learner:
         loss = self._fit(batches, steps, watch)
         if not math.isfinite(loss):
             raise KerasTransferError(
-                f"The loss became {loss} in batch {len(watch.times)} of an epoch. The "
-                "run is as it was. Use a lower learning rate (--lr, --base-lr), or "
-                "--precision f32."
+                f"The loss is {loss} after {len(watch.times)} batches. {_FIX}"
             )
+        if not all(np.isfinite(value).all() for value in self.weights()):
+            raise KerasTransferError(f"Weights are not finite. {_FIX}")
         return loss
 
     def predict(self, rows: Features | np.ndarray) -> np.ndarray:
@@ -369,16 +387,21 @@ def _save(path: Path, tail: TrainedTail, state: Sequence[np.ndarray]) -> None:
 
 
 def _load(path: Path) -> tuple[TrainedTail, list[np.ndarray]]:
-    with np.load(path) as file:
-        text = json.loads(str(file["text"]))
-        counts = {kind: sum(k.startswith(kind) for k in file) for kind in _KINDS}
-        best, state = (
-            [file[f"{kind}{i}"] for i in range(counts[kind])] for kind in _KINDS
-        )
+    try:
+        with path.open("rb") as opened, np.load(opened) as file:
+            text = json.loads(str(file["text"]))
+            best, state = (
+                [
+                    file[f"{kind}_{i}"]
+                    for i in range(sum(k.startswith(kind) for k in file))
+                ]
+                for kind in ("best", "state")
+            )
+    except Exception as error:  # zip, NumPy and JSON each raise their own types
+        raise UsageError(
+            f"{path} is damaged ({type(error).__name__}). Start over with --no-resume."
+        ) from None
     return TrainedTail(weights=best, **text), state
-
-
-_KINDS = ("best_", "state_")
 
 
 def _shown(seconds: float) -> str:

@@ -116,7 +116,7 @@ def show_finetuning(run: Run) -> None:
     assert report is not None
     table = Table(box=None, pad_edge=False)
     table.add_column("phase")
-    splits = list(metrics["fit"])
+    splits = [name for name in metrics["fit"] if name in metrics["finetune"]]
     for split in splits:
         table.add_column(f"{split} {report.metric.replace('_', ' ')}", justify="right")
         table.add_column(f"{split} log loss", justify="right")

@@ -5,7 +5,7 @@ What is unfrozen is a run of groups from the head down. Everything below the fir
 unfrozen layer can be computed once; `split_point` finds how far up that reaches.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,6 @@ LayerGroups = dict[str, list[keras.layers.Layer]]
 """Group name to layers, from the input up; the last group is the head."""
 
 _POLICIES = {"f32": "float32", "bf16": "mixed_bfloat16", "f16": "mixed_float16"}
-_FLOAT32_LAYERS = (keras.layers.Rescaling, keras.layers.Normalization)
 
 
 def layer_groups(model: keras.Model, base: Base) -> LayerGroups:
@@ -61,6 +60,8 @@ def unfrozen_groups(model: keras.Model, base: Base, unfreeze: str) -> LayerGroup
         UsageError: If there are fewer stages, or there is no such layer.
     """
     groups = layer_groups(model, base)
+    if unfreeze == f"from:{HEAD}":
+        return {HEAD: groups[HEAD]}
     if unfreeze.startswith("from:"):
         layer = get_layer(model, unfreeze.removeprefix("from:"))
         frozen = {*keras.Model(model.input, layer.output).layers} - {layer}
@@ -97,7 +98,10 @@ def split_point(model: keras.Model, unfrozen: Collection[keras.layers.Layer]) ->
     for index, operation in enumerate(operations):
         for tensor in _in(operation):
             last_read[written[id(tensor)]] = index
-    first = min(i for i, op in enumerate(operations) if op in unfrozen)
+    first = min(
+        (i for i, op in enumerate(operations) if op in unfrozen),
+        default=len(operations),
+    )
     best, reach = 0, 0
     for index in range(first):
         is_layer = isinstance(operations[index], keras.layers.Layer)
@@ -105,8 +109,9 @@ def split_point(model: keras.Model, unfrozen: Collection[keras.layers.Layer]) ->
             best = index
         reach = max(reach, last_read[index])
     # With nothing but scaling below, pixels are smaller to keep than scaled ones.
-    below = keras.Model(model.input, operations[best].output)
-    return operations[best].name if below.count_params() else operations[0].name
+    below = keras.Model(model.input, operations[best].output).layers
+    is_worth_it = any(_can_change(layer) for layer in below if layer.weights)
+    return operations[best if is_worth_it else 0].name
 
 
 def _operations_of_base(model: keras.Model) -> list[keras.Operation]:
@@ -160,30 +165,38 @@ def training_copy(
     """
     folded = {} if train_bn else _convolutions_to_fold(tail)
     absorbed = set(folded.values())
+    twins: dict[int, keras.Variable] = {}
     copies: list[tuple[keras.layers.Layer, keras.layers.Layer]] = []
 
     def copy_layer(layer: Any) -> Any:
         if not isinstance(layer, keras.layers.Layer):
             return layer  # an operation without weights
-        trained = layer in unfrozen
-        policy = "float32"
-        if layer.name != POOL and not isinstance(layer, _FLOAT32_LAYERS):
-            policy = _POLICIES[precision]
-        if layer in absorbed or (not trained and hasattr(layer, "seed_generator")):
+        trained, in_head = layer in unfrozen, layer.name == HEAD
+        if isinstance(layer, keras.Model):
+            return keras.models.clone_model(
+                layer, clone_function=lambda inner: copy_leaf(inner, trained, in_head)
+            )
+        return copy_leaf(layer, trained, in_head)
+
+    def copy_leaf(
+        layer: keras.layers.Layer, trained: bool, in_head: bool
+    ) -> keras.layers.Layer:
+        stays_float32 = in_head or layer.name == POOL or not _can_change(layer)
+        policy = "float32" if stays_float32 else _POLICIES[precision]
+        if layer in absorbed or (not trained and _is_random(layer)):
             return _Through(name=layer.name, dtype=policy)
-        if layer.name == HEAD:
-            copy = keras.models.clone_model(layer, clone_function=_copy_of_head_layer)
-        elif layer in folded:
+        if layer in folded:
             copy = FoldedConvolution(layer, folded[layer], policy)
         else:
             config = {**layer.get_config(), "dtype": policy}
+            if in_head and config.get("activation") in ("softmax", "sigmoid"):
+                config["activation"] = "linear"
             copy = layer.__class__.from_config(config)
-        copy.trainable = trained and (train_bn or not _is_bn(layer))
+        copy.trainable = trained and _can_change(layer, train_bn)
         copies.append((layer, copy))
         return copy
 
     model = keras.models.clone_model(tail, clone_function=copy_layer)
-    twins = {}
     for layer, copy in copies:
         for variable, twin in zip(layer.weights, copy.weights, strict=True):
             twin.assign(variable)
@@ -199,20 +212,48 @@ def changed_variables(
     return [
         variable
         for layer in tail.layers
-        if layer in unfrozen and (train_bn or not _is_bn(layer))
-        for variable in layer.weights
+        if layer in unfrozen
+        for leaf in _leaves(layer)
+        if _can_change(leaf, train_bn)
+        for variable in leaf.weights
     ]
+
+
+def trained_layers(groups: LayerGroups, train_bn: bool) -> dict[str, list[str]]:
+    """Group to the names of the layers in it that have weights to train."""
+    return {
+        group: [
+            leaf.name
+            for layer in members
+            for leaf in _leaves(layer)
+            if leaf.weights and _can_change(leaf, train_bn)
+        ]
+        for group, members in groups.items()
+    }
+
+
+def _leaves(layer: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
+    """The layers in a layer that is a model itself, or else the layer."""
+    if isinstance(layer, keras.Model):
+        for inner in layer.layers:
+            yield from _leaves(inner)
+    else:
+        yield layer
+
+
+def _can_change(layer: keras.layers.Layer, train_bn: bool = True) -> bool:
+    """Whether training can change a layer's weights, if it has any."""
+    if isinstance(layer, (keras.layers.Rescaling, keras.layers.Normalization)):
+        return False  # the base's input scaling
+    return train_bn or not _is_bn(layer)
+
+
+def _is_random(layer: keras.layers.Layer) -> bool:
+    return hasattr(layer, "seed_generator") or hasattr(layer, "drop_path_rate")
 
 
 def _is_bn(layer: keras.layers.Layer) -> bool:
     return isinstance(layer, keras.layers.BatchNormalization)
-
-
-def _copy_of_head_layer(layer: keras.layers.Layer) -> keras.layers.Layer:
-    config = layer.get_config()
-    if config.get("activation") in ("softmax", "sigmoid"):
-        config["activation"] = "linear"
-    return layer.__class__.from_config(config)
 
 
 def _convolutions_to_fold(
@@ -228,6 +269,7 @@ def _convolutions_to_fold(
         if (
             type(layer) in _CONVOLUTIONS
             and layer.activation is keras.activations.linear
+            and getattr(layer, "groups", 1) == 1
         ):
             of_layer = readers.get(id(layer.output), [])
             if len(of_layer) == 1 and isinstance(

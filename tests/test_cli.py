@@ -28,7 +28,14 @@ def commands(group: click.Group = main, prefix: str = "kt") -> dict[str, click.C
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["fit", "--help"], ["bases"], ["cache", "list"]]
+    "arguments",
+    [
+        ["--help"],
+        ["fit", "--help"],
+        ["unfreeze-and-finetune", "--help"],
+        ["bases"],
+        ["cache", "list"],
+    ],
 )
 def test_what_needs_no_tensorflow_does_not_import_it(arguments):
     script = (
@@ -54,6 +61,7 @@ def test_what_needs_no_tensorflow_does_not_import_it(arguments):
         (["fit", "digits", "--weights", "nope.h5"], ["nope.h5"]),
         (["fit", "digits", "--image-size", "3"], ["image_size", "3"]),
         (["fit", "--config", "nope.yaml"], ["nope.yaml"]),
+        (["unfreeze-and-finetune", "nowhere"], ["nowhere", "kt fit"]),
         (["evaluate", "nowhere"], ["nowhere", "kt fit"]),
         (["predict", "nowhere", "x.jpg"], ["nowhere"]),
         (["export", "nowhere"], ["nowhere"]),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from keras_transfer.config import Config, load_config, to_yaml
+from keras_transfer.config import Config, load_config, to_yaml, with_finetune
 from keras_transfer.errors import UsageError
 
 
@@ -39,6 +39,11 @@ def test_saved_config_loads_to_the_same_config(tmp_path):
         ({"data": "x"}, ["image_size=4"], ["image_size", "4"]),
         ({"data": "x"}, ["head.kind=tree"], ["head.kind", "tree", "linear"]),
         ({"data": "x"}, ["nonsense"], ["key=value", "nonsense"]),
+        ({"data": "x"}, ["finetune.unfreeze=stages:0"], ["finetune.unfreeze"]),
+        ({"data": "x"}, ["finetune.unfreeze=from:"], ["finetune.unfreeze"]),
+        ({"data": "x"}, ["finetune.layer_decay=1.5"], ["finetune.layer_decay", "1.5"]),
+        ({"data": "x"}, ["finetune.augment=off line"], ["finetune.augment"]),
+        ({"data": "x"}, ["finetune.warm_up=0.2"], ["'finetune.warmup'"]),
         ({"data": "x"}, ["seed.x=1"], ["seed"]),
         ({"data": "x", "splits.val": 0.6, "splits.test": 0.5}, [], ["less than 1"]),
         ({}, [], ["No data"]),
@@ -68,3 +73,30 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UsageError, match=r"nope\.yaml"):
         load_config(tmp_path / "nope.yaml")
+
+
+def test_options_of_fine_tuning_go_into_its_section():
+    before = load_config(None, {"data": "x", "finetune.epochs": 3, "head.l2": [0.1]})
+    after = with_finetune(before, {"unfreeze": "from:block_1", "augment": "2"})
+    assert after.finetune.unfreeze == "from:block_1"
+    assert after.finetune.augment == 2
+    assert after.finetune.epochs == 3
+    assert after.model_dump(exclude={"finetune"}) == before.model_dump(
+        exclude={"finetune"}
+    )
+    assert with_finetune(before, {"augment": "online"}).finetune.augment == "online"
+    with pytest.raises(UsageError, match=r"Did you mean 'finetune\.epochs'"):
+        with_finetune(before, {"epoch": 3})
+
+
+@pytest.mark.parametrize(
+    ("values", "decay"),
+    [
+        ({}, 0.3),
+        ({"base_lr": 1e-4}, 1.0),
+        ({"layer_decay": 0.5}, 0.5),
+        ({"layer_decay": 0.5, "base_lr": 1e-4}, 0.5),
+    ],
+)
+def test_rates_fall_from_stage_to_stage_unless_one_is_given(values, decay):
+    assert with_finetune(Config(data="x"), values).finetune.decay == decay

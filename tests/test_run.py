@@ -10,8 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from keras_transfer.errors import UsageError
-from keras_transfer.run import MANIFEST, Run, building, open_run, run_path, write_atomic
+from keras_transfer.errors import KerasTransferError, UsageError
+from keras_transfer.run import (
+    MANIFEST,
+    Run,
+    building,
+    only_process,
+    open_run,
+    replacing,
+    run_path,
+    updating,
+    write_atomic,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -186,3 +196,147 @@ def test_a_run_that_is_not_there_is_named(tmp_path, run):
         open_run(run)
     assert f"Received: {run}." in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir() if path.is_file()}
+
+
+def test_files_of_a_run_are_replaced_together(tmp_path):
+    run_dir = make_run(tmp_path / "run", "old")
+    (run_dir / "model").write_text("old")
+    (run_dir / "other").write_text("kept")
+    with updating(run_dir) as staging:
+        assert staging.parent == run_dir and staging.name.startswith(".")
+        (staging / MANIFEST).write_text("new")
+        (staging / "model").write_text("new")
+        (staging / "one more").write_text("new")
+        assert (run_dir / MANIFEST).read_text() == "old"
+        assert (run_dir / "model").read_text() == "old"
+    assert contents(run_dir) == {
+        MANIFEST: "new",
+        "model": "new",
+        "one more": "new",
+        "other": "kept",
+    }
+    assert not [name for name in names(run_dir) if name.startswith(".")]
+    assert stat.S_IMODE((run_dir / "one more").stat().st_mode) == 0o644
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_update_that_fails_changes_nothing(tmp_path, error):
+    run_dir = make_run(tmp_path / "run", "old")
+    with pytest.raises(error), updating(run_dir) as staging:
+        (staging / MANIFEST).write_text("new")
+        raise error
+    assert contents(run_dir) == {MANIFEST: "old"}
+    assert names(run_dir) == [MANIFEST]
+
+
+KILLED_UPDATE = """
+import os, signal, sys
+from pathlib import Path
+from keras_transfer.run import MANIFEST, updating
+moment = int(sys.argv[2])
+replace, rename, calls = Path.replace, Path.rename, []
+
+def counted(original):
+    def move(self, target):
+        if len(calls) == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+        calls.append(target)
+        return original(self, target)
+    return move
+
+Path.replace, Path.rename = counted(replace), counted(rename)
+with updating(Path(sys.argv[1])) as staging:
+    for name in (MANIFEST, "model", "history"):
+        (staging / name).write_text("new")
+"""
+
+
+@pytest.mark.parametrize("moment", range(5))
+def test_an_update_killed_at_any_move_is_there_whole_or_not_at_all(tmp_path, moment):
+    run_dir = make_run(tmp_path / "run", "old")
+    for name in ("model", "history"):
+        (run_dir / name).write_text("old")
+    command = [sys.executable, "-c", KILLED_UPDATE, str(run_dir), str(moment)]
+    done = subprocess.run(command, capture_output=True)
+    assert done.returncode == (-signal.SIGKILL if moment < 4 else 0), done.stderr
+    opened = open_run(run_dir)
+    text = "new" if moment else "old"  # the first move decides
+    assert contents(opened.run_dir) == dict.fromkeys(
+        (MANIFEST, "model", "history"), text
+    )
+
+    with updating(run_dir) as staging:  # and what was left over does not matter
+        (staging / MANIFEST).write_text("next")
+    assert names(run_dir) == sorted((MANIFEST, "model", "history"))
+    assert (run_dir / MANIFEST).read_text() == "next"
+
+
+def test_a_decided_update_is_finished_by_whoever_opens_the_run(tmp_path):
+    run_dir = make_run(tmp_path / "saved_models" / "mine", "old")
+    committed = run_dir / ".committed"
+    committed.mkdir()
+    (committed / MANIFEST).write_text("new")
+    assert open_run("mine").run_dir.resolve() == run_dir
+    assert contents(run_dir) == {MANIFEST: "new"}
+    assert names(run_dir) == [MANIFEST]
+
+
+def test_a_replaced_file_is_the_old_one_until_the_block_ends(tmp_path):
+    path = tmp_path / "state"
+    path.write_bytes(b"old")
+    with replacing(path) as file:
+        file.write(b"new and " * 100_000)
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new and " * 100_000
+    assert names(tmp_path) == ["state"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_replacement_that_fails_leaves_the_old_file_alone(tmp_path, error):
+    path = tmp_path / "state"
+    path.write_bytes(b"old")
+    with pytest.raises(error), replacing(path) as file:
+        file.write(b"half")
+        raise error
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["state"]
+
+
+LOCKING = """
+import sys, time
+from pathlib import Path
+from keras_transfer.run import only_process
+with only_process(Path(sys.argv[1])):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_one_process_at_a_time_changes_a_run(tmp_path):
+    run_dir = make_run(tmp_path / "run")
+    command = [sys.executable, "-c", LOCKING, str(run_dir)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"locked\n"
+    try:
+        with pytest.raises(KerasTransferError) as caught, only_process(run_dir):
+            pass
+        assert str(run_dir) in str(caught.value)
+        assert "\n" not in str(caught.value)
+        with only_process(make_run(tmp_path / "other")):
+            pass
+    finally:
+        process.kill()  # which frees the run, whatever the process was doing
+        process.communicate()
+    with only_process(run_dir):
+        pass
+    with pytest.raises(ValueError, match="inside"), only_process(run_dir):
+        raise ValueError("inside")
+    with only_process(run_dir):
+        pass
+    assert names(run_dir) == [MANIFEST]
