@@ -92,8 +92,6 @@ from keras_transfer.unfreeze import (
 ALPHAS = (0.25, 0.5, 0.75, 1.0)
 """Shares of the fine-tuned weights that are tried (WiSE-FT, Wortsman et al. 2022)."""
 
-_MEASURED_FROM = 100  # steps of training; with fewer, measuring would take longer
-
 OnNote = Callable[[str], object]
 OnProgress = Callable[[str, int, int], object]
 
@@ -370,7 +368,7 @@ def _train(
         config.seed,
         run.checkpoint,
         activations.transform,
-        _precisions(tuning, steps),
+        _precisions(tuning),
         on_note,
         lambda: on_progress("training", next(done), steps),
     )
@@ -450,12 +448,10 @@ def _check_same_images(run: Run, activations: Activations) -> None:
         )
 
 
-def _precisions(tuning: FinetuneConfig, steps: int) -> list[str]:
+def _precisions(tuning: FinetuneConfig) -> list[str]:
     """What training may be done in; the first is what others are measured against."""
     if tuning.precision != "auto":
         return [tuning.precision]
-    if steps < _MEASURED_FROM:
-        return ["f32"]
     if tf.config.list_physical_devices("GPU"):
         return ["f32", "bf16", "f16"]
     return ["f32", "bf16"] if cpu_has_bf16() else ["f32"]

@@ -30,6 +30,7 @@ from keras_transfer.unfreeze import TrainingCopy
 
 _STATE = "state.npz"
 _MEASURED_STEPS = 4  # after one that traces
+_A_MOMENT = 10.0  # seconds of training, in which measuring would not pay
 _WORTH_IT = 1.05  # how much faster less precise arithmetic has to be
 _SAME_LOSS = 0.05  # and how near its first loss to that of float32, in relation to it
 _PREDICTION_BATCH = 64
@@ -108,6 +109,7 @@ def train_tail(
         lambda name: _Learner(make_copy, lr_multipliers, name, config, steps, train),
         precisions,
         batch,
+        steps * config.epochs,
         on_note,
     )
     tail.precision = learner.precision
@@ -313,11 +315,17 @@ def _fastest(
     make_learner: Callable[[str], _Learner],
     precisions: Sequence[str],
     batch: tuple[np.ndarray, np.ndarray],
+    steps: int,
     on_note: Callable[[str], object],
 ) -> _Learner:
-    """Measures some steps with each; a later one is taken if it is worth it."""
+    """Measures some steps with each; a later one is taken if it is worth it.
+
+    Where all steps together take a moment only, the first is taken.
+    """
     chosen, first_loss = None, math.nan
     for precision in precisions:
+        if chosen and chosen.seconds_a_step * steps < _A_MOMENT:
+            break
         learner = make_learner(precision)
         loss = learner.measure(batch, _MEASURED_STEPS)
         if chosen is None:

@@ -1,15 +1,16 @@
 """`kt unfreeze-and-finetune` beside the keras.io recipe: speed, and accuracy.
 
     python tests/benchmarks/finetune_vs_recipe.py speed PHOTOS
+    python tests/benchmarks/finetune_vs_recipe.py speed PHOTOS --base ResNet50
     python tests/benchmarks/finetune_vs_recipe.py accuracy PHOTOS
 
 PHOTOS holds class folders, or train/ and val/ (or test/) folders of them.
 
-speed: images a second of training, the median epoch after the first, on --images
-distinct photos of about 43 KB (as in fit_vs_recipe.py), without augmentation, for
-MobileNetV2 and ResNet50 (random weights), once with the last stage trainable and once
-with all layers. The recipe trains the same layers with Keras's `fit`; runs alternate,
-and ratios are of neighbouring runs.
+speed: images a second of training, on --images distinct photos of about 43 KB (as in
+fit_vs_recipe.py), without augmentation, with random weights, once with the last stage
+trainable and once with all layers: of this package the median of three epochs, of the
+recipe the second epoch after base.trainable = True. Runs alternate, and ratios are of
+neighbouring runs.
 
 accuracy: a stratified split of 70/15/15 (where PHOTOS names none), seed 0; the
 test accuracy of the head alone and after fine-tuning, and the seconds of both, of this
@@ -29,6 +30,7 @@ from fit_vs_recipe import HERE, find_photos, make_photos, run, shown
 
 KT = Path(sys.executable).with_name("kt")
 LAST_FROZEN = {"MobileNetV2": "block_12_add", "ResNet50": "conv4_block6_out"}
+"""The layer below the last stage, of the bases that the speed is measured of."""
 
 
 def finetune(run_dir: Path, *options: object) -> dict:
@@ -47,34 +49,33 @@ def recipe(data: Path, *options: object) -> dict:
     return json.loads(run(sys.executable, script, data, *options)[2].splitlines()[-1])
 
 
-def speed(photos: Path, work: Path, images: int, repeats: int) -> None:
+def speed(photos: Path, work: Path, base: str, images: int, repeats: int) -> None:
     data = work / "photos"
     make_photos(find_photos(photos), images, data)
     count = len(list((data / "train").rglob("*.jpg")))
-    for base, last_frozen in LAST_FROZEN.items():
-        fit = [KT, "fit", data, "--base", base, "--weights", "none", "--name", base]
-        run(*fit, "--runs-dir", work, "--cache-dir", work / "cache")
-        for unfreeze in ("top", "all"):
-            ours, theirs, notes = [], [], []
-            for _ in range(repeats):
-                lower = ["--finetune-from", last_frozen] if unfreeze == "top" else []
-                options = ["--base", base, "--weights", "none", "--no-augmentation"]
-                found = recipe(
-                    data, *options, "--epochs", 1, "--finetune-epochs", 2, *lower
-                )
-                theirs.append(count / found["finetune_train_seconds"][-1])
-                report = finetune(
-                    work / base, "--unfreeze", unfreeze, "--epochs", 3, "--force"
-                )
-                ours.append(report["images_per_second"])
-                notes = report["notes"]
-            ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-            print(
-                f"{base} {unfreeze}: {shown(ours)} img/s ({report['precision']}), "
-                f"recipe {shown(theirs)} img/s, ratio {shown(ratios)}",
-                flush=True,
+    fit = [KT, "fit", data, "--base", base, "--weights", "none", "--name", base]
+    run(*fit, "--runs-dir", work, "--cache-dir", work / "cache")
+    for unfreeze in ("top", "all"):
+        ours, theirs, notes = [], [], []
+        for _ in range(repeats):
+            lower = ["--finetune-from", LAST_FROZEN[base]] if unfreeze == "top" else []
+            options = ["--base", base, "--weights", "none", "--no-augmentation"]
+            found = recipe(
+                data, *options, "--epochs", 1, "--finetune-epochs", 2, *lower
             )
-            print("  " + "; ".join(note for note in notes if "precision" in note))
+            theirs.append(count / found["finetune_train_seconds"][-1])
+            report = finetune(
+                work / base, "--unfreeze", unfreeze, "--epochs", 3, "--force"
+            )
+            ours.append(report["images_per_second"])
+            notes = report["notes"]
+        ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+        print(
+            f"{base} {unfreeze}: {shown(ours)} img/s ({report['precision']}), "
+            f"recipe {shown(theirs)} img/s, ratio {shown(ratios)}",
+            flush=True,
+        )
+        print("  " + "; ".join(note for note in notes if "precision" in note))
 
 
 def accuracy(photos: Path, work: Path, head_epochs: int, epochs: int) -> None:
@@ -119,7 +120,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["speed", "accuracy"])
     parser.add_argument("photos", type=Path)
-    parser.add_argument("--images", type=int, default=640)
+    parser.add_argument("--base", choices=LAST_FROZEN, default="MobileNetV2")
+    parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--head-epochs", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=3)
@@ -127,7 +129,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         photos, work = arguments.photos.resolve(), Path(folder)
         if arguments.what == "speed":
-            speed(photos, work, arguments.images, arguments.repeats)
+            speed(photos, work, arguments.base, arguments.images, arguments.repeats)
         else:
             accuracy(photos, work, arguments.head_epochs, arguments.epochs)
 
