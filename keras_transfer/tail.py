@@ -286,9 +286,11 @@ class _Learner:
             lambda: batches, output_signature=self._signature
         )
         dataset = dataset.apply(tf.data.experimental.assert_cardinality(steps))
-        log = self._model.fit(
-            dataset.prefetch(2), shuffle=False, callbacks=[watch], verbose=0
-        )
+        options = tf.data.Options()
+        # There is nothing to tune, and the end of an epoch may wait for its thread.
+        options.autotune.enabled = False
+        dataset = dataset.prefetch(2).with_options(options)
+        log = self._model.fit(dataset, shuffle=False, callbacks=[watch], verbose=0)
         return log.history["loss"][0]
 
 
