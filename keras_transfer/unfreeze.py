@@ -5,15 +5,22 @@ What is unfrozen is a run of groups from the head down. Everything below the fir
 unfrozen layer can be computed once; `split_point` finds how far up that reaches.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import keras
-import numpy as np
 
 from keras_transfer.bases import Base
 from keras_transfer.errors import UsageError
+from keras_transfer.fold import (
+    FoldedConvolution,
+    Through,
+    convolutions_to_fold,
+    copy_layers,
+    inputs_of,
+    operations_of_base,
+    outputs_of,
+)
 from keras_transfer.model import HEAD, POOL, get_layer
 
 LayerGroups = dict[str, list[keras.layers.Layer]]
@@ -92,11 +99,13 @@ def split_point(model: keras.Model, unfrozen: Collection[keras.layers.Layer]) ->
     Returns:
         The layer's name; the input's, where nothing that has weights can be cut off.
     """
-    operations = _operations_of_base(model)
-    written = {id(tensor): i for i, op in enumerate(operations) for tensor in _out(op)}
+    operations = operations_of_base(model)
+    written = {
+        id(tensor): i for i, op in enumerate(operations) for tensor in outputs_of(op)
+    }
     last_read = dict.fromkeys(range(len(operations)), 0)
     for index, operation in enumerate(operations):
-        for tensor in _in(operation):
+        for tensor in inputs_of(operation):
             last_read[written[id(tensor)]] = index
     first = min(
         (i for i, op in enumerate(operations) if op in unfrozen),
@@ -112,20 +121,6 @@ def split_point(model: keras.Model, unfrozen: Collection[keras.layers.Layer]) ->
     below = keras.Model(model.input, operations[best].output).layers
     is_worth_it = any(_can_change(layer) for layer in below if layer.weights)
     return operations[best if is_worth_it else 0].name
-
-
-def _operations_of_base(model: keras.Model) -> list[keras.Operation]:
-    """In an order in which each comes after those it reads."""
-    return [operation for operation in model.operations if operation.name != HEAD]
-
-
-def _in(operation: keras.Operation) -> Sequence[keras.KerasTensor]:
-    is_input = isinstance(operation, keras.layers.InputLayer)
-    return [] if is_input else keras.tree.flatten(operation.input)
-
-
-def _out(operation: keras.Operation) -> Sequence[keras.KerasTensor]:
-    return keras.tree.flatten(operation.output)
 
 
 @dataclass(frozen=True)
@@ -163,28 +158,18 @@ def training_copy(
         precision: `f32`, `bf16` or `f16`: of the base's layers, the weights and the
             head staying float32.
     """
-    folded = {} if train_bn else _convolutions_to_fold(tail)
+    folded = {} if train_bn else convolutions_to_fold(tail)
     absorbed = set(folded.values())
-    twins: dict[int, keras.Variable] = {}
+    trained_leaves = {leaf for layer in unfrozen for leaf in _leaves(layer)}
+    head_leaves = {*_leaves(get_layer(tail, HEAD))}
     copies: list[tuple[keras.layers.Layer, keras.layers.Layer]] = []
 
-    def copy_layer(layer: Any) -> Any:
-        if not isinstance(layer, keras.layers.Layer):
-            return layer  # an operation without weights
-        trained, in_head = layer in unfrozen, layer.name == HEAD
-        if isinstance(layer, keras.Model):
-            return keras.models.clone_model(
-                layer, clone_function=lambda inner: copy_leaf(inner, trained, in_head)
-            )
-        return copy_leaf(layer, trained, in_head)
-
-    def copy_leaf(
-        layer: keras.layers.Layer, trained: bool, in_head: bool
-    ) -> keras.layers.Layer:
+    def copy_layer(layer: keras.layers.Layer) -> keras.layers.Layer:
+        trained, in_head = layer in trained_leaves, layer in head_leaves
         stays_float32 = in_head or layer.name == POOL or not _can_change(layer)
         policy = "float32" if stays_float32 else _POLICIES[precision]
         if layer in absorbed or (not trained and _is_random(layer)):
-            return _Through(name=layer.name, dtype=policy)
+            return Through(name=layer.name, dtype=policy)
         if layer in folded:
             copy = FoldedConvolution(layer, folded[layer], policy)
         else:
@@ -196,7 +181,8 @@ def training_copy(
         copies.append((layer, copy))
         return copy
 
-    model = keras.models.clone_model(tail, clone_function=copy_layer)
+    model = copy_layers(tail, copy_layer)
+    twins: dict[int, keras.Variable] = {}
     for layer, copy in copies:
         for variable, twin in zip(layer.weights, copy.weights, strict=True):
             twin.assign(variable)
@@ -254,132 +240,3 @@ def _is_random(layer: keras.layers.Layer) -> bool:
 
 def _is_bn(layer: keras.layers.Layer) -> bool:
     return isinstance(layer, keras.layers.BatchNormalization)
-
-
-def _convolutions_to_fold(
-    model: keras.Model,
-) -> dict[keras.layers.Layer, keras.layers.BatchNormalization]:
-    """Convolution to the BatchNormalization that alone reads its output."""
-    readers: dict[int, list[keras.Operation]] = {}
-    for operation in _operations_of_base(model):
-        for tensor in _in(operation):
-            readers.setdefault(id(tensor), []).append(operation)
-    folded = {}
-    for layer in model.layers:
-        if (
-            type(layer) in _CONVOLUTIONS
-            and layer.activation is keras.activations.linear
-            and getattr(layer, "groups", 1) == 1
-        ):
-            of_layer = readers.get(id(layer.output), [])
-            if len(of_layer) == 1 and isinstance(
-                of_layer[0], keras.layers.BatchNormalization
-            ):
-                folded[layer] = of_layer[0]
-    return folded
-
-
-def _convolve(layer: "FoldedConvolution", x: Any, kernel: Any) -> Any:
-    if layer.kernel_size == (1, 1) and layer.strides == (1, 1):
-        # A matrix product: its gradient is faster than the convolution's.
-        flat = keras.ops.reshape(x, (-1, x.shape[-1]))
-        product = keras.ops.matmul(flat, kernel[0, 0])
-        return keras.ops.reshape(product, (-1, *x.shape[1:3], kernel.shape[-1]))
-    return keras.ops.conv(
-        x, kernel, layer.strides, layer.padding, "channels_last", layer.dilation_rate
-    )
-
-
-def _convolve_depthwise(layer: "FoldedConvolution", x: Any, kernel: Any) -> Any:
-    return keras.ops.depthwise_conv(
-        x, kernel, layer.strides, layer.padding, "channels_last", layer.dilation_rate
-    )
-
-
-def _convolve_separable(
-    layer: "FoldedConvolution", x: Any, depthwise: Any, pointwise: Any
-) -> Any:
-    return keras.ops.separable_conv(
-        x,
-        depthwise,
-        pointwise,
-        layer.strides,
-        layer.padding,
-        "channels_last",
-        layer.dilation_rate,
-    )
-
-
-_CONVOLUTIONS: dict[type, Callable] = {
-    keras.layers.Conv2D: _convolve,
-    keras.layers.DepthwiseConv2D: _convolve_depthwise,
-    keras.layers.SeparableConv2D: _convolve_separable,
-}
-
-
-class FoldedConvolution(keras.layers.Layer):
-    """A convolution and the frozen BatchNormalization above it, as one convolution.
-
-    The weights are the convolution's own; what normalization multiplies its output
-    with is multiplied into the kernel at every step. So gradients, and what an
-    optimizer makes of them, are those of the two layers, and nothing has to be
-    unfolded afterwards.
-    """
-
-    def __init__(
-        self,
-        convolution: keras.layers.Layer,
-        normalization: keras.layers.BatchNormalization,
-        dtype: str,
-    ):
-        super().__init__(name=convolution.name, dtype=dtype)
-        self.kernel_size = tuple(convolution.kernel_size)
-        self.strides = tuple(convolution.strides)
-        self.padding = convolution.padding
-        self.dilation_rate = tuple(convolution.dilation_rate)
-        self._convolve = _CONVOLUTIONS[type(convolution)]
-        self._output_of = convolution.compute_output_shape
-        scale = 1 / np.sqrt(
-            normalization.moving_variance.numpy() + normalization.epsilon
-        )
-        if normalization.gamma is not None:
-            scale = scale * normalization.gamma.numpy()
-        shift = -normalization.moving_mean.numpy() * scale
-        if normalization.beta is not None:
-            shift = shift + normalization.beta.numpy()
-        self._scale, self._shift = scale.astype(np.float32), shift.astype(np.float32)
-        for variable in convolution.weights:
-            self.add_weight(
-                name=variable.name, shape=variable.shape, initializer="zeros"
-            )
-        self._use_bias = convolution.use_bias
-        self.built = True
-
-    def call(self, x):
-        """Float `[N, H, W, C]` in and out."""
-        *kernels, kernel = [
-            keras.ops.convert_to_tensor(weight.value)
-            for weight in self.weights[: -1 if self._use_bias else None]
-        ]
-        # A depthwise kernel is [h, w, C, multiplier], the others [h, w, C, filters].
-        scale = self._scale
-        if self._convolve is _convolve_depthwise:
-            scale = scale.reshape(kernel.shape[2:])
-        cast = [keras.ops.cast(k, x.dtype) for k in (*kernels, kernel * scale)]
-        shift = self._shift
-        if self._use_bias:
-            shift = shift + self._scale * keras.ops.convert_to_tensor(
-                self.weights[-1].value
-            )
-        return self._convolve(self, x, *cast) + keras.ops.cast(shift, x.dtype)
-
-    def compute_output_shape(self, input_shape):
-        """As of the convolution."""
-        return self._output_of(input_shape)
-
-
-class _Through(keras.layers.Layer):
-    """In the place of a layer that has nothing left to do."""
-
-    def call(self, x, mask=None, training=None):
-        return x

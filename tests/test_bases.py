@@ -41,6 +41,17 @@ SMALLEST = list(
 )
 
 
+EVERY_BASE_IN_TIME = pytest.mark.parametrize(
+    "base",
+    [
+        pytest.param(base, marks=[] if base in SMALLEST else pytest.mark.slow)
+        for base in BASES
+    ],
+    ids=lambda base: base.name,
+)
+"""One of every family; all of them only with `-m slow`."""
+
+
 def without_weights(base, weights: str = "none") -> keras.Model:
     """A base at its own size, whose variables have shapes but no values."""
     try:

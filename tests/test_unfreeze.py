@@ -5,9 +5,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras.src.applications.convnext import StochasticDepth
-from test_bases import EVERY_BASE, SMALLEST, stage_ends, without_weights
+from test_bases import (
+    EVERY_BASE,
+    EVERY_BASE_IN_TIME,
+    SMALLEST,
+    stage_ends,
+    without_weights,
+)
 
-from keras_transfer.bases import BASES, get_base
+from keras_transfer.bases import get_base
 from keras_transfer.config import HeadConfig
 from keras_transfer.errors import UsageError
 from keras_transfer.model import HEAD, POOL, attach_head, build_base, build_head, cut
@@ -728,14 +734,7 @@ def test_folded_layers_train_like_the_two():
 # One step of every base
 
 
-@pytest.mark.parametrize(
-    "base",
-    [
-        pytest.param(base, marks=[] if base in SMALLEST else pytest.mark.slow)
-        for base in BASES
-    ],
-    ids=lambda base: base.name,
-)
+@EVERY_BASE_IN_TIME
 def test_every_base_can_be_trained(base):
     keras.utils.clear_session()
     model = with_head(build_base(base, "none", SIZES.get(base.name, 32), 0))
