@@ -25,6 +25,7 @@ from keras_transfer.extract import (
 from keras_transfer.features import Features
 from keras_transfer.model import cut, weights_digest
 from keras_transfer.prediction import PARITY_TOLERANCE, is_close
+from keras_transfer.run import OnNote, OnProgress
 
 HALF_TOLERANCE = 0.01
 """What keeping activations in half precision may change in a probability."""
@@ -48,9 +49,6 @@ them with what the whole model predicts."""
 Transform = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
 """From rows `[n, ...]` of the training images at int64 `[n]`, and the epoch, to what
 the tail reads: what has to be done anew in every epoch."""
-
-OnNote = Callable[[str], object]
-OnProgress = Callable[[str, int, int], object]
 
 
 @dataclass(frozen=True)

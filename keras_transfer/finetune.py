@@ -62,6 +62,8 @@ from keras_transfer.run import (
     METRICS,
     MODEL,
     FinetuneReport,
+    OnNote,
+    OnProgress,
     Run,
     csv_text,
     now,
@@ -91,9 +93,6 @@ from keras_transfer.unfreeze import (
 
 ALPHAS = (0.25, 0.5, 0.75, 1.0)
 """Shares of the fine-tuned weights that are tried (WiSE-FT, Wortsman et al. 2022)."""
-
-OnNote = Callable[[str], object]
-OnProgress = Callable[[str, int, int], object]
 
 
 def unfreeze_and_finetune(

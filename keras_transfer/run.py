@@ -15,7 +15,7 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -44,6 +44,12 @@ CHECKPOINT = "checkpoint"
 """The folder of a phase that is not finished."""
 
 _COMMITTED = ".committed"
+
+OnNote = Callable[[str], object]
+"""Told what was decided, in words."""
+
+OnProgress = Callable[[str, int, int], object]
+"""Told what is being done, how much of it is done, and of how much."""
 
 Phase = Literal["fit", "finetune"]
 
@@ -279,6 +285,12 @@ def run_path(runs_dir: Path, name: str, overwrite: bool) -> Path:
     return run_dir
 
 
+def version_dirs(run_dir: Path) -> list[Path]:
+    """What TensorFlow Serving takes for a version, oldest first; even files."""
+    found = [p for p in run_dir.iterdir() if p.name.isascii() and p.name.isdecimal()]
+    return sorted(found, key=lambda path: int(path.name))
+
+
 @contextlib.contextmanager
 def building(run_dir: Path) -> Iterator[Path]:
     """A hidden directory to build a run in; it becomes `run_dir` on success only."""
@@ -287,7 +299,7 @@ def building(run_dir: Path) -> Iterator[Path]:
     try:
         yield staging
         staging.chmod(0o755)  # mkdtemp's 0700 would lock TensorFlow Serving out
-        _sync(staging)
+        sync(staging)
         if run_dir.exists():
             replaced = Path(tempfile.mkdtemp(dir=run_dir.parent, prefix=".replaced."))
             run_dir.rename(replaced / run_dir.name)
@@ -295,7 +307,7 @@ def building(run_dir: Path) -> Iterator[Path]:
             shutil.rmtree(replaced)
         else:
             staging.rename(run_dir)
-        _sync(run_dir.parent)
+        sync(run_dir.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -314,10 +326,10 @@ def updating(run_dir: Path) -> Iterator[Path]:
         yield staging
         for path in staging.iterdir():
             path.chmod(0o644)
-            _sync(path)
-        _sync(staging)
+            sync(path)
+        sync(staging)
         staging.rename(run_dir / _COMMITTED)
-        _sync(run_dir)
+        sync(run_dir)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     _finish_update(run_dir)
@@ -332,7 +344,7 @@ def _finish_update(run_dir: Path) -> None:
             path.replace(run_dir / path.name)
     with contextlib.suppress(FileNotFoundError):
         committed.rmdir()
-    _sync(run_dir)
+    sync(run_dir)
 
 
 @contextlib.contextmanager
@@ -342,19 +354,30 @@ def only_process(run_dir: Path) -> Iterator[None]:
     Raises:
         KerasTransferError: If another process is changing it.
     """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(run_dir))
+        except BlockingIOError:
+            raise KerasTransferError(
+                f"Another process is changing this run. Received: {run_dir}. Wait for "
+                "it, or stop it."
+            ) from None
+        yield
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Holds a lock on a directory, which a process that is killed gives back.
+
+    Raises:
+        BlockingIOError: If another process holds it.
+    """
     if fcntl is None:
         yield
         return
-    descriptor = os.open(run_dir, os.O_RDONLY)
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise KerasTransferError(
-            f"Another process is changing this run. Received: {run_dir}. Wait for it, "
-            "or stop it."
-        ) from None
-    try:
         yield
     finally:
         os.close(descriptor)  # and with it the lock
@@ -383,7 +406,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def phase_model(phase: Phase) -> str:
@@ -425,7 +448,8 @@ def host() -> dict[str, str | int]:
     }
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until a file or a directory is on the disk."""
     if os.name == "nt":  # where a directory cannot be opened
         return
     descriptor = os.open(path, os.O_RDONLY)

@@ -17,6 +17,18 @@ from keras_transfer.cli import main
 
 CLASSES = ("circle", "square", "stripes")
 
+RUN_FILES = {
+    "config.yaml",
+    "history.csv",
+    "labels.txt",
+    "manifest.json",
+    "metrics.json",
+    "model.keras",
+    "skipped.csv",
+    "splits.csv",
+}
+"""What `kt fit` leaves."""
+
 
 @pytest.fixture(autouse=True)
 def _own_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

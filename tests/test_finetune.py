@@ -18,7 +18,7 @@ import keras
 import numpy as np
 import pytest
 import yaml
-from conftest import CLASSES, draw, encode
+from conftest import CLASSES, RUN_FILES, draw, encode
 
 import keras_transfer
 from keras_transfer import finetune as finetune_module
@@ -31,17 +31,6 @@ UNTRAINED = {"kind": "mlp", "hidden": [16], "epochs": 1, "learning_rate": 1e-7}
 
 QUICK = ("--unfreeze", "from:top_conv", "--lr", 0.01, "--batch-size", 8)
 """Trains the last convolution and the head, in a second or two."""
-
-FIT_FILES = {
-    "config.yaml",
-    "history.csv",
-    "labels.txt",
-    "manifest.json",
-    "metrics.json",
-    "model.keras",
-    "skipped.csv",
-    "splits.csv",
-}
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +141,7 @@ def assert_one_line(result, exit_code: int, *words: str) -> None:
 
 def test_a_fine_tuned_run_holds_exactly_what_is_documented(tuned, guessing):
     names = {path.name for path in tuned.iterdir()}
-    assert names == FIT_FILES | {"model.fit.keras"}
+    assert names == RUN_FILES | {"model.fit.keras"}
     model, fit_model = tuned / "model.keras", tuned / "model.fit.keras"
     assert fit_model.read_bytes() == (guessing / "model.keras").read_bytes()
     assert model.read_bytes() != fit_model.read_bytes()
@@ -352,7 +341,7 @@ def test_force_keeps_a_model_that_is_worse(perfect, tune, kt, copy):
     assert "--force" in report.reason
     assert report.after < report.before == 1.0  # it guesses
     assert list(report.alphas) == ["1"] and report.alpha == 1  # and is not mixed
-    assert {path.name for path in run_dir.iterdir()} == FIT_FILES | {"model.fit.keras"}
+    assert {path.name for path in run_dir.iterdir()} == RUN_FILES | {"model.fit.keras"}
     assert digests(run_dir)["model.fit.keras"] == digests(perfect)["model.keras"]
     evaluated = json.loads(kt("evaluate", run_dir, "--json", "--phase", "fit").stdout)
     assert evaluated["confusion"] == run.metrics["fit"]["test"]["confusion"]
@@ -498,7 +487,7 @@ def test_activations_beyond_the_disk_budget_are_refused(guessing, kt, copy):
     fixes = ("--disk-budget", "--augment online", "Unfreeze fewer")
     assert_one_line(result, 1, "60 activations", "1e-06 GB", *fixes)
     assert digests(run_dir) == before
-    assert {path.name for path in run_dir.iterdir()} == FIT_FILES
+    assert {path.name for path in run_dir.iterdir()} == RUN_FILES
 
 
 @pytest.mark.parametrize("options", [(), ("--epochs", 1, "--batch-size", 100)])
@@ -511,7 +500,7 @@ def test_a_loss_that_is_not_finite_leaves_the_run_as_it_was(
     result = kt("unfreeze-and-finetune", run_dir, *arguments)
     assert_one_line(result, 1, "--lr")
     assert digests(run_dir) == before
-    assert {path.name for path in run_dir.iterdir()} == FIT_FILES
+    assert {path.name for path in run_dir.iterdir()} == RUN_FILES
 
 
 @pytest.mark.parametrize(
@@ -544,7 +533,7 @@ def test_a_mistake_in_usage_is_one_line_and_changes_nothing(
     result = kt("unfreeze-and-finetune", run_dir, *options)
     assert_one_line(result, 2, *words)
     assert digests(run_dir) == before
-    assert {path.name for path in run_dir.iterdir()} == FIT_FILES
+    assert {path.name for path in run_dir.iterdir()} == RUN_FILES
 
 
 def test_mistakes_are_found_before_tensorflow_starts(guessing):
@@ -705,7 +694,7 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(
     twice = changes(state, 2)
     assert killed(run_dir, twice, *DROPOUT, "--resume") == -signal.SIGKILL
     before = digests(run_dir)
-    assert {name for name in before if "/" not in name} == FIT_FILES
+    assert {name for name in before if "/" not in name} == RUN_FILES
     assert before["model.keras"] == digests(guessing)["model.keras"]
     with np.load(state) as file:
         epochs = len(json.loads(str(file["text"]))["history"])
@@ -888,7 +877,7 @@ def test_data_that_are_gone_are_one_line(vanishing, kt, split):
     assert_one_line(result, result.exit_code)
     assert "fault of kt" not in result.stderr
     assert digests(run_dir) == before
-    assert {path.name for path in run_dir.iterdir()} == FIT_FILES
+    assert {path.name for path in run_dir.iterdir()} == RUN_FILES
 
 
 # From Python
