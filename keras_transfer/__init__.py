@@ -8,9 +8,10 @@
         ...
 
 Reading order of the modules, each of which imports only those before it: errors,
-config, run, data, decode, augment, bases, efficientnet_lite, torch_checkpoint,
-weights, model, features, extract, head, evaluation, prediction, savedmodel,
-feature_extraction, unfreeze, activations, optim, tail, finetune, terminal, cli.
+config, run, data, c_api, serving, decode, augment, bases, efficientnet_lite,
+torch_checkpoint, weights, model, fold, features, extract, head, evaluation, prediction,
+bundle, warmup, savedmodel, formats, feature_extraction, unfreeze, activations, optim,
+tail, finetune, terminal, cli.
 """
 
 from importlib import import_module

@@ -7,6 +7,8 @@ answer at once.
 import csv
 import io
 import json
+import os
+import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,9 +19,12 @@ import click
 from keras_transfer import __version__
 from keras_transfer.config import (
     ClassWeight,
+    Format,
     HeadKind,
     Precision,
+    Quantization,
     TrainingPrecision,
+    check_quantization,
     choices,
     load_config,
     parse_assignments,
@@ -29,7 +34,7 @@ from keras_transfer.errors import KerasTransferError, UsageError
 from keras_transfer.run import Phase, open_run
 
 if TYPE_CHECKING:
-    from keras_transfer.prediction import Prediction
+    from keras_transfer.data import Prediction
 
 
 class _Commands(click.Group):
@@ -202,27 +207,45 @@ def evaluate(
 
 
 @main.command()
-@click.argument("run", type=_PATH)
-@click.argument("paths", nargs=-1, required=True, type=_PATH)
+@click.argument("run_and_paths", nargs=-1, type=_PATH, metavar="RUN IMAGE...")
+@click.option("--bundle", type=_PATH, help="Exported version, instead of a RUN.")
 @click.option("--recursive", is_flag=True, help="Search folders inside folders.")
 @click.option("--top", type=click.IntRange(min=1), default=1, metavar="K")
 @click.option("--format", "form", type=click.Choice(["csv", "jsonl"]), default="csv")
 def predict(
-    run: Path, paths: tuple[Path, ...], recursive: bool, top: int, form: str
+    run_and_paths: tuple[Path, ...],
+    bundle: Path | None,
+    recursive: bool,
+    top: int,
+    form: str,
 ) -> None:
     """Classify images: files, or folders of them, a row each as they are done.
 
     \b
     kt predict saved_models/photos-efficientnet_lite0 new/ --top 3 > result.csv
+    kt predict --bundle saved_models/photos-efficientnet_lite0/1 new/
     """
-    opened = open_run(run)
-    _import_tensorflow()
-    from keras_transfer.prediction import predict as run_predict
+    run, paths = run_and_paths[:1], run_and_paths[1:]
+    if bundle:
+        run, paths = (), run_and_paths
+    if not paths:
+        wanted = "images" if bundle else "a RUN and images"
+        raise click.UsageError(f"Name {wanted}. Received: {len(run_and_paths)} paths.")
+    if bundle:
+        from keras_transfer.serving import predict_bundle
 
+        class_names, predictions = predict_bundle(bundle, paths, recursive)
+    else:
+        opened = open_run(run[0])
+        _import_tensorflow()
+        from keras_transfer.prediction import predict as run_predict
+
+        class_names, predictions = (
+            opened.class_names,
+            run_predict(opened, paths, recursive),
+        )
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names need not be UTF-8
         sys.stdout.reconfigure(errors="surrogateescape")
-    class_names = opened.class_names
-    predictions = run_predict(opened, paths, recursive)
     write = _csv_rows if form == "csv" else _json_rows
     if not write(predictions, class_names, min(top, len(class_names))):
         raise KerasTransferError("None of the images could be classified.")
@@ -230,17 +253,88 @@ def predict(
 
 @main.command()
 @click.argument("run", type=_PATH)
-def export(run: Path) -> None:
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["savedmodel", *choices(Format)]),
+    default="savedmodel",
+)
+@click.option("--quantize", type=click.Choice(choices(Quantization)), help="Of litert.")
+@click.option("--min-accuracy", type=click.FloatRange(0, 1), help="On test images.")
+@click.option("--keep", type=click.IntRange(min=1), metavar="N", help="Versions left.")
+@click.option("--write-serving-config", is_flag=True, help="Of TensorFlow Serving.")
+def export(
+    run: Path,
+    form: Any,
+    quantize: Quantization | None,
+    min_accuracy: float | None,
+    keep: int | None,
+    write_serving_config: bool,
+) -> None:
     """Publish a RUN's model as a SavedModel for TensorFlow Serving.
 
     \b
     kt export saved_models/photos-efficientnet_lite0
+    kt export saved_models/photos-efficientnet_lite0 --format litert
     """
+    check_quantization(form, quantize)
+    if keep and form != "savedmodel":
+        raise UsageError(
+            f"Only a SavedModel has versions. Received: --keep {keep} and --format "
+            f"{form}. Leave one of them out."
+        )
     opened = open_run(run)
     _import_tensorflow()
-    from keras_transfer.savedmodel import export as run_export
+    from keras_transfer import terminal
 
-    click.echo(run_export(opened, on_note=lambda note: click.echo(note, err=True)))
+    if form == "savedmodel":
+        from keras_transfer.savedmodel import export as run_export
+
+        path = run_export(
+            opened, min_accuracy=min_accuracy, keep=keep, on_note=terminal.show_note
+        )
+        click.echo(path)
+    else:
+        from keras_transfer.formats import export_format
+
+        notes: list[str] = []
+        with terminal.quiet_stderr():  # converters talk
+            exported = export_format(
+                opened,
+                form,
+                quantize=quantize,
+                min_accuracy=min_accuracy,
+                on_note=notes.append,
+            )
+        for note in notes:
+            terminal.show_note(note)
+        click.echo(exported)
+    if write_serving_config:
+        from keras_transfer.serving import write_serving_config as run_write
+
+        for path in run_write(opened):
+            click.echo(path)
+
+
+@main.command()
+@click.argument("run", type=_PATH)
+@click.option("--port", type=click.IntRange(1, 65535), default=8500, help="Of gRPC.")
+@click.option("--rest-port", type=click.IntRange(1, 65535), default=8501)
+def serve(run: Path, port: int, rest_port: int) -> None:
+    """Serve a RUN's exported versions with TensorFlow Serving, until Ctrl-C.
+
+    It starts tensorflow_model_server, or where that is not on PATH, docker.
+
+    \b
+    kt serve saved_models/photos-efficientnet_lite0
+    """
+    from keras_transfer.serving import server_command
+
+    command = server_command(run, port, rest_port)
+    name = open_run(run).run_dir.resolve().name
+    click.echo(shlex.join(command), err=True)
+    click.echo(f"http://localhost:{rest_port}/v1/models/{name}", err=True)
+    os.execv(command[0], command)
 
 
 @main.command()

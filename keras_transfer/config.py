@@ -19,6 +19,8 @@ Precision = Literal["auto", "f32", "bf16"]
 TrainingPrecision = Literal["auto", "f32", "bf16", "f16"]
 HeadKind = Literal["linear", "mlp"]
 ClassWeight = Literal["balanced", "none"]
+Format = Literal["litert", "onnx", "openvino", "keras"]
+Quantization = Literal["dynamic", "int8"]
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -278,6 +280,19 @@ def _dotted_keys(section: type[_Section], prefix: str = "") -> Iterable[str]:
         ):
             yield from _dotted_keys(field.annotation, f"{prefix}{name}.")
         yield f"{prefix}{name}"
+
+
+def check_quantization(form: str, quantize: Quantization | None) -> None:
+    """Refuses to quantize where that is not possible.
+
+    Raises:
+        UsageError: With the format.
+    """
+    if quantize and form != "litert":
+        raise UsageError(
+            f"Only litert is quantized. Received: --quantize {quantize} and --format "
+            f"{form}. Leave one of them out."
+        )
 
 
 def choices(literal: Any) -> tuple[str, ...]:

@@ -303,6 +303,48 @@ def count_classes(targets: np.ndarray, num_classes: int) -> np.ndarray:
     return np.bincount(targets, minlength=num_classes)
 
 
+def image_files(paths: Iterable[str | Path], recursive: bool) -> Iterator[str]:
+    """The image files that are named, or are in folders that are.
+
+    Args:
+        paths: Image files, and folders of them.
+        recursive: Whether folders inside folders are searched too.
+
+    Raises:
+        UsageError: If there is no image in a folder.
+    """
+    for path in map(Path, paths):
+        if path.is_dir():
+            found = [
+                str(image)
+                for image in find_images(path)
+                if recursive or image.parent == path
+            ]
+            if not found:
+                raise UsageError(
+                    f"There are no images. Received: {path}. "
+                    + ("" if recursive else "Search folders inside with --recursive.")
+                )
+            yield from found
+        else:
+            yield str(path)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a run's model says of one image.
+
+    Attributes:
+        source: The image's path, or its id in the data.
+        probabilities: float32 `[num_classes]`; None if the image is unusable.
+        error: Why it is unusable, or "".
+    """
+
+    source: str
+    probabilities: np.ndarray | None
+    error: str = ""
+
+
 def read_files(
     paths: Sequence[str], root: Path
 ) -> Iterator[tuple[str, bytes | OSError]]:

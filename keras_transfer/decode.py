@@ -11,13 +11,12 @@ Its antialiased bilinear, the usual alternative, is the slowest step of a pipeli
 """
 
 import functools
-import re
 from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
 
-from keras_transfer.errors import DecodeError
+from keras_transfer.errors import REFUSED, DecodeError, refusal
 
 DECODER_VERSION = 1
 """Changes whenever the pixels of any image change: cached features depend on it."""
@@ -25,7 +24,6 @@ DECODER_VERSION = 1
 MAX_PIXELS = 178_956_970
 """Images with more pixels are refused; the limit at which Pillow raises."""
 
-_REFUSED = "refused: "
 _HEADER_BYTES = 70
 _MOST_SEGMENTS = 64  # before the EXIF one; a file of many tiny ones would take seconds
 _EXIF = 0x1E1  # our own mark for "APP1 that holds EXIF"; no marker has nine bits
@@ -72,6 +70,23 @@ def decode_image(encoded: tf.Tensor, image_size: int) -> tf.Tensor:
     )
 
 
+def resize_image(image: tf.Tensor, image_size: int) -> tf.Tensor:
+    """Resizes as `decode_image` does: shrinks by area, enlarges bilinearly.
+
+    Args:
+        image: uint8 `[H, W, 3]`; each side is resized on its own.
+        image_size: Side of the result in pixels.
+
+    Returns:
+        uint8 `[image_size, image_size, 3]`.
+    """
+    image = tf.ensure_shape(image, (None, None, 3))
+    size = tf.minimum(tf.shape(image)[:2], image_size)
+    image = tf.image.resize(image, size, method="area")
+    image = tf.image.resize(image, (image_size, image_size), method="bilinear")
+    return tf.cast(tf.round(image), tf.uint8)
+
+
 @functools.cache
 def make_decoder(image_size: int) -> Callable[[bytes], np.ndarray]:
     """`decode_image` as a Python function that may be called from many threads.
@@ -89,7 +104,7 @@ def make_decoder(image_size: int) -> Callable[[bytes], np.ndarray]:
         try:
             return decode_bytes(tf.constant(encoded)).numpy()
         except tf.errors.OpError as error:
-            raise DecodeError(_reason(encoded, error)) from None
+            raise DecodeError(refusal(error.message, len(encoded))) from None
 
     return decode
 
@@ -109,13 +124,13 @@ def _decode_jpeg(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> tf.T
     index = tf.reduce_sum(tf.cast(fitting >= tf.constant(ratios[1:]), tf.int32))
     image = tf.switch_case(index, [lambda r=r: decode_scaled(r) for r in ratios])
     # Turning the small square is the same as turning the photo, and much cheaper.
-    return _upright(_resize(image, image_size), _exif_orientation(encoded))
+    return _upright(resize_image(image, image_size), _exif_orientation(encoded))
 
 
 def _decode_png(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> tf.Tensor:
     height, width = _big_endian(header[20:24]), _big_endian(header[16:20])
     encoded = _within_pixel_limit(encoded, height, width)
-    return _resize(tf.io.decode_png(encoded, channels=3), image_size)
+    return resize_image(tf.io.decode_png(encoded, channels=3), image_size)
 
 
 def _decode_gif(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> tf.Tensor:
@@ -127,7 +142,7 @@ def _decode_gif(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> tf.Te
     missing = tf.stack([height - top, width - left]) - tf.shape(image)[:2]
     below, right = tf.unstack(tf.maximum(missing, 0))
     image = tf.pad(image, [[top, below], [left, right], [0, 0]])
-    return _resize(image, image_size)
+    return resize_image(image, image_size)
 
 
 def _decode_bmp(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> tf.Tensor:
@@ -143,7 +158,7 @@ def _decode_bmp(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> tf.Te
         "a BMP with a palette, 16 bits or compression; only 24 and 32 bit BMP",
     )
     encoded = _within_pixel_limit(encoded, height, width)
-    return _resize(tf.io.decode_bmp(encoded)[..., :3], image_size)
+    return resize_image(tf.io.decode_bmp(encoded)[..., :3], image_size)
 
 
 def _decode_webp(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> tf.Tensor:
@@ -175,7 +190,7 @@ def _decode_webp(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> tf.T
     encoded = _within_pixel_limit(encoded, height, width)
     # With channels=3 TensorFlow refuses a WebP that has alpha.
     frames = tf.io.decode_image(encoded, channels=0, expand_animations=True)
-    return _resize(tf.ensure_shape(frames, [None] * 4)[0, ..., :3], image_size)
+    return resize_image(tf.ensure_shape(frames, [None] * 4)[0, ..., :3], image_size)
 
 
 def _refuse_unknown(
@@ -189,15 +204,6 @@ def _refuse_unknown(
     reason = tf.where(avif, "an AVIF or HEIC; convert it to JPEG or PNG", reason)
     with tf.control_dependencies([_require(encoded, tf.constant(False), reason)]):
         return tf.zeros((image_size, image_size, 3), tf.uint8)
-
-
-def _resize(image: tf.Tensor, image_size: int) -> tf.Tensor:
-    """Shrinks by averaging areas, enlarges bilinearly, each side on its own."""
-    image = tf.ensure_shape(image, (None, None, 3))
-    size = tf.minimum(tf.shape(image)[:2], image_size)
-    image = tf.image.resize(image, size, method="area")
-    image = tf.image.resize(image, (image_size, image_size), method="bilinear")
-    return tf.cast(tf.round(image), tf.uint8)
 
 
 def _upright(image: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
@@ -340,7 +346,7 @@ def _require(
     An assertion alone would not do: decoders have no side effects, so TensorFlow
     may run them before it.
     """
-    message = tf.strings.join([_REFUSED, reason])
+    message = tf.strings.join([REFUSED, reason])
     with tf.control_dependencies([tf.debugging.Assert(condition, [message])]):
         return tf.identity(encoded)
 
@@ -362,12 +368,3 @@ def _little_endian(data: tf.Tensor) -> tf.Tensor:
 def _big_endian(data: tf.Tensor) -> tf.Tensor:
     shifts = 8 * tf.range(tf.size(data) - 1, -1, -1)
     return tf.reduce_sum(tf.bitwise.left_shift(data, shifts))
-
-
-def _reason(encoded: bytes, error: tf.errors.OpError) -> str:
-    refused = re.search(_REFUSED + r"(.*?)\]", error.message, re.DOTALL)
-    if refused:
-        return refused[1]
-    if isinstance(error, tf.errors.ResourceExhaustedError):
-        return "not enough memory to decode it"
-    return f"damaged or truncated ({len(encoded):,} bytes)"

@@ -3,6 +3,11 @@
 Each message is one line: what is wrong, what was received, how to fix it.
 """
 
+import re
+
+REFUSED = "refused: "
+"""What the decoder's own messages start with, among what TensorFlow adds."""
+
 
 class KerasTransferError(Exception):
     """Something failed that the message explains; the CLI exits with 1."""
@@ -18,3 +23,13 @@ class DecodeError(KerasTransferError):
 
 class WeightsError(KerasTransferError):
     """The weights of a base are missing, damaged or do not fit."""
+
+
+def refusal(message: str, size: int) -> str:
+    """Why the decoder refused a file of `size` bytes, from TensorFlow's message."""
+    refused = re.search(REFUSED + r"(.*?)\]", message, re.DOTALL)
+    if refused:
+        return refused[1]
+    if "OOM when allocating" in message:
+        return "not enough memory to decode it"
+    return f"damaged or truncated ({size:,} bytes)"

@@ -195,7 +195,7 @@ class Extractor:
             self.notes.append("engine keras: there is a GPU")
             return
         try:
-            self._converted = _openvino().convert_model(
+            self._converted = import_openvino().convert_model(
                 self._function.get_concrete_function()
             )
         except Exception as error:  # OpenVINO raises many types for "cannot convert"
@@ -205,7 +205,7 @@ class Extractor:
 
     def _compile(self, precision: str):
         return (
-            _openvino()
+            import_openvino()
             .Core()
             .compile_model(
                 self._converted,
@@ -241,11 +241,11 @@ class Extractor:
 
 def cpu_has_bf16() -> bool:
     """Whether this CPU computes with bfloat16."""
-    core = _openvino().Core()
+    core = import_openvino().Core()
     return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-def _openvino():
+def import_openvino():
     """The openvino module, without its telemetry.
 
     By itself it reports every conversion over the network and writes to the home

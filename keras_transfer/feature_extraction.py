@@ -3,7 +3,7 @@
 import itertools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ from keras_transfer.run import (
     SKIPPED,
     SPLITS,
     Manifest,
+    OnProgress,
     Run,
     building,
     csv_text,
@@ -60,10 +61,7 @@ from keras_transfer.run import (
     versions,
     write_atomic,
 )
-from keras_transfer.savedmodel import export_model
-
-OnProgress = Callable[[str, int, int], object]
-"""Called with (what is being done, how much is done, of how much)."""
+from keras_transfer.savedmodel import export
 
 
 def fit(
@@ -129,7 +127,7 @@ def _fit(config: Config, on_progress: OnProgress) -> Run:
         model_started = time.perf_counter()
         model = attach_head(base, head.model)
         sample = sample_images(usable, _image_size(config), PARITY_IMAGES)
-        found, expected = _compare(model, head, features, sample)
+        found = _compare(model, head, features, sample)
         if is_close(found):
             break
         notes.append(
@@ -155,9 +153,6 @@ def _fit(config: Config, on_progress: OnProgress) -> Run:
             METRICS: _metrics(usable, head, features),
         }.items():
             write_atomic(staging / name, text)
-        if config.export:
-            images = [encoded for _, encoded, _ in sample]
-            export_model(Run(staging), model, images, expected)
         finished = time.perf_counter()
         manifest = Manifest(
             created=now(),
@@ -191,7 +186,10 @@ def _fit(config: Config, on_progress: OnProgress) -> Run:
             images_forwarded=extractor.images if extractor else 0,
         )
         write_atomic(staging / MANIFEST, manifest.model_dump_json(indent=1))
-    return Run(run_dir)
+    run = Run(run_dir)
+    if config.export:
+        export(run)
+    return run
 
 
 _ATTEMPTS: dict[str, list[tuple[Precision, Engine | None]]] = {
@@ -258,12 +256,12 @@ def _compare(
     head: TrainedHead,
     features: FrozenFeatures,
     sample: Sequence[tuple[str, bytes, np.ndarray]],
-) -> tuple[dict[str, float], np.ndarray]:
-    """Parity with the cached features, and the model's probabilities of the sample."""
+) -> dict[str, float]:
+    """Parity of a model on a sample of images with its head on cached features."""
     actual = Predictor(model)([pixels for _, _, pixels in sample])
     rows = features.rows([source for source, _, _ in sample])
     expected = predict_head(head.model, rows)
-    return parity(expected, actual, PARITY_TOLERANCE[features.precision]), actual
+    return parity(expected, actual, PARITY_TOLERANCE[features.precision])
 
 
 def _metrics(splits: Splits, head: TrainedHead, features: FrozenFeatures) -> str:

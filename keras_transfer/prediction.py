@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import keras
@@ -11,26 +10,11 @@ import tensorflow as tf
 
 from keras_transfer import data
 from keras_transfer.decode import make_decoder
-from keras_transfer.errors import DecodeError, KerasTransferError, UsageError
+from keras_transfer.errors import DecodeError, KerasTransferError
 from keras_transfer.evaluation import Evaluation, evaluate
 from keras_transfer.run import Phase, Run, open_run
 
 _BATCH = 16
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a run's model says of one image.
-
-    Attributes:
-        source: The image's path, or its id in the data.
-        probabilities: float32 `[num_classes]`; None if the image is unusable.
-        error: Why it is unusable, or "".
-    """
-
-    source: str
-    probabilities: np.ndarray | None
-    error: str = ""
 
 
 class Predictor:
@@ -74,7 +58,7 @@ def load_model(run: Run, phase: Phase | None = None) -> keras.Model:
 
 def predict(
     run: str | Path | Run, paths: Iterable[str | Path], recursive: bool = False
-) -> Iterator[Prediction]:
+) -> Iterator[data.Prediction]:
     """Predicts images as they are read, in order, with bounded memory.
 
     Args:
@@ -89,7 +73,7 @@ def predict(
         UsageError: If there is no such run or path.
     """
     run = open_run(run)
-    sources = list(_image_files(paths, recursive))
+    sources = list(data.image_files(paths, recursive))
     model = load_model(run)
     yield from predict_sources(
         model, sources, lambda names: data.read_files(names, Path())
@@ -98,7 +82,7 @@ def predict(
 
 def predict_sources(
     model: keras.Model, sources: Sequence[str], read: data.Reader
-) -> Iterator[Prediction]:
+) -> Iterator[data.Prediction]:
     """Predicts what a reader yields; see `predict`."""
     predictor = Predictor(model)
     decode = make_decoder(model.input_shape[1])
@@ -114,11 +98,11 @@ def predict_sources(
         except DecodeError as error:
             return source, None, str(error)
 
-    def flush() -> Iterator[Prediction]:
+    def flush() -> Iterator[data.Prediction]:
         usable = [pixels for _, pixels, _ in batch if pixels is not None]
         rows = iter(predictor(usable)) if usable else iter(())
         for source, pixels, error in batch:
-            yield Prediction(source, None if pixels is None else next(rows), error)
+            yield data.Prediction(source, None if pixels is None else next(rows), error)
 
     batch: list[tuple[str, np.ndarray | None, str]] = []
     for item in data.map_ahead(decoded, read(sources), threads=2):
@@ -263,21 +247,3 @@ def is_close(parity: dict[str, float]) -> bool:
         parity["top1_agreement"] >= PARITY_AGREEMENT
         and parity["max_probability_difference"] <= parity["tolerance"]
     )
-
-
-def _image_files(paths: Iterable[str | Path], recursive: bool) -> Iterator[str]:
-    for path in map(Path, paths):
-        if path.is_dir():
-            found = [
-                str(image)
-                for image in data.find_images(path)
-                if recursive or image.parent == path
-            ]
-            if not found:
-                raise UsageError(
-                    f"There are no images. Received: {path}. "
-                    + ("" if recursive else "Search folders inside with --recursive.")
-                )
-            yield from found
-        else:
-            yield str(path)

@@ -1,152 +1,355 @@
 """A run's model -> a SavedModel version directory for TensorFlow Serving, verified.
 
-The graph holds the decoder of `decode.py` and calls the model with `training=False`:
-a file's bytes go in, and the same probabilities come out as in training.
+What is published was loaded before by TensorFlow's own C++ loader, in a process
+without Python's TensorFlow, and said of real images what the model says.
 """
 
+import contextlib
+import hashlib
+import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
+from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
+from tensorflow.python.saved_model.fingerprinting_utils import write_fingerprint
 
-from keras_transfer.decode import decode_image, make_decoder
-from keras_transfer.errors import KerasTransferError
-from keras_transfer.prediction import Predictor, held_out_images, load_model
-from keras_transfer.run import Run, open_run
+from keras_transfer.bundle import EXAMPLE_KEY, TOLERANCE, ServingBundle, frozen_network
+from keras_transfer.c_api import ABOUT, Arrays, Request, answer_elsewhere
+from keras_transfer.decode import DECODER_VERSION
+from keras_transfer.errors import KerasTransferError, UsageError
+from keras_transfer.model import POOL, weights_digest
+from keras_transfer.prediction import (
+    Predictor,
+    load_model,
+    run_splits,
+    sample_images,
+)
+from keras_transfer.run import (
+    OnNote,
+    Run,
+    locked,
+    now,
+    open_run,
+    sync,
+    version_dirs,
+    versions,
+    write_atomic,
+)
+from keras_transfer.warmup import RECORDS, read_records, write_records
 
-TOLERANCE = 1e-5
-_TOP = 5
-_VERIFIED_IMAGES = 16
+FEATURES_TOLERANCE = 1e-4
+"""How far served features may be from the model's, over the largest of them."""
+
+_BATCHES = (1, 8)  # images in the requests of verification and of warm-up
+_STAGING, _PRUNED = ".export.", ".pruned."
+_FORBIDDEN_OPS = re.compile(
+    "Random|Multinomial|PyFunc|XlaCallModule|^(Read|Write)File$|MatchingFiles"
+)
 
 
-class ServingBundle(tf.Module):
-    """A classifier with its decoder, as one TensorFlow function of bytes."""
+@dataclass(frozen=True)
+class Sample:
+    """Images of a run, and what its model says of them.
 
-    def __init__(self, model: keras.Model, class_names: Sequence[str]):
-        super().__init__(name="serving_bundle")
-        self._model = model
-        self._variables = model.variables  # tracked: saved once each
-        self._class_names = tf.constant(list(class_names))
+    Attributes:
+        files: Encoded images, n of them.
+        pixels: uint8 `[n, image_size, image_size, 3]`: the same, decoded.
+        probabilities: float32 `[n, C]`.
+        features: float32 `[n, D]`: what the head reads.
+    """
 
-    @tf.function(
-        input_signature=[tf.TensorSpec((None,), tf.string, name="image_bytes")],
-        autograph=False,
-    )
-    def serving_default(self, image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
-        """Classifies encoded images.
+    files: Sequence[bytes]
+    pixels: np.ndarray
+    probabilities: np.ndarray
+    features: np.ndarray
 
-        Args:
-            image_bytes: string `[N]`, files as `decode.decode_image` takes them.
 
-        Returns:
-            `probabilities` float32 `[N, C]`, and the k = min(5, C) likeliest classes:
-            `classes` string `[N, k]`, `scores` float32 `[N, k]`, `indices` int32
-            `[N, k]`.
-        """
-        image_bytes = tf.ensure_shape(image_bytes, (None,))
-        image_size = self._model.input_shape[1]
-        pixels = tf.map_fn(
-            lambda encoded: decode_image(encoded, image_size),
-            image_bytes,
-            fn_output_signature=tf.TensorSpec((image_size, image_size, 3), tf.uint8),
-        )
-        probabilities = self._model(tf.cast(pixels, tf.float32), training=False)
-        top = min(_TOP, len(self._class_names))
-        scores, indices = tf.math.top_k(probabilities, top)
-        return {
-            "probabilities": probabilities,
-            "classes": tf.gather(self._class_names, indices),
-            "scores": scores,
-            "indices": indices,
-        }
+def sample_of_run(run: Run, model: keras.Model, on_note: OnNote) -> Sample:
+    """Some of a run's validation images; noise, where they cannot be read."""
+    image_size, count = model.input_shape[1], sum(_BATCHES)
+    try:
+        images = sample_images(run_splits(run), image_size, count)
+    except KerasTransferError as error:
+        on_note(f"Verified on noise, for the run's images cannot be read: {error}")
+        images = []
+    if images:
+        files = [encoded for _, encoded, _ in images]
+        pixels = np.stack([decoded for _, _, decoded in images])
+    else:
+        shape = (count, image_size, image_size, 3)
+        pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+        files = [tf.io.encode_png(image).numpy() for image in pixels]
+    features = keras.Model(model.input, model.get_layer(POOL).output)
+    rows = list(pixels)
+    return Sample(files, pixels, Predictor(model)(rows), Predictor(features)(rows))
 
 
 def export(
-    run: str | Path | Run, on_note: Callable[[str], object] = lambda _: None
+    run: str | Path | Run,
+    *,
+    min_accuracy: float | None = None,
+    keep: int | None = None,
+    on_note: OnNote = lambda _: None,
 ) -> Path:
     """Publishes a run's model.keras as its next version directory.
 
     Args:
         run: A run or its directory.
+        min_accuracy: Refuses a model whose accuracy on the test images is lower.
+        keep: How many versions, the new one among them, are left; None for all.
         on_note: Told what the user should know.
-
-    Returns:
-        The version directory.
-
-    Raises:
-        UsageError: If there is no such run.
-        KerasTransferError: If the bundle does not agree with the model.
-    """
-    run = open_run(run)
-    model = load_model(run)
-    image_size = model.input_shape[1]
-    try:
-        _, table, read = held_out_images(run)
-        names = table.sources[:_VERIFIED_IMAGES]
-        images = [data for _, data in read(names) if isinstance(data, bytes)]
-    except KerasTransferError as error:
-        on_note(f"Verified on noise, since the run's images cannot be read: {error}")
-        images = []
-    if not images:
-        noise = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8)
-        images = [tf.io.encode_png(image).numpy() for image in noise]
-    decode = make_decoder(image_size)
-    expected = Predictor(model)([decode(encoded) for encoded in images])
-    return export_model(run, model, images, expected)
-
-
-def export_model(
-    run: Run, model: keras.Model, images: Sequence[bytes], expected: np.ndarray
-) -> Path:
-    """Publishes a model as the next version directory of its run.
-
-    Args:
-        run: The run; `run_dir` may still be under construction.
-        model: Its model, from [0, 255] pixels to probabilities.
-        images: Encoded images to verify the bundle on.
-        expected: float32 `[len(images), C]`, what the model says of them.
 
     Returns:
         The version directory, complete: it appears under its number only after what
         was saved has been loaded again and agreed with the model.
 
     Raises:
-        KerasTransferError: If the bundle does not agree; nothing is published.
+        UsageError: If there is no such run, or it has no test images to judge by.
+        KerasTransferError: If the model is worse than `min_accuracy`, or the bundle
+            does not agree with it. Nothing is published then.
     """
-    bundle = ServingBundle(model, run.class_names)
-    staging = Path(tempfile.mkdtemp(dir=run.run_dir, prefix=".export."))
-    try:
-        tf.saved_model.save(
-            bundle, str(staging), signatures={"serving_default": bundle.serving_default}
+    run = open_run(run)
+    if keep is not None and keep < 1:
+        raise UsageError(f"At least one version is kept. Received: --keep {keep}.")
+    if min_accuracy is not None:
+        check_accuracy(run, min_accuracy)
+    model = load_model(run)
+    sample = sample_of_run(run, model, on_note)
+    network, is_folded = frozen_network(model, sample.pixels, sample.probabilities)
+    if not is_folded:
+        on_note(
+            "BatchNormalization is not folded: it would change probabilities by more "
+            f"than {TOLERANCE}"
         )
-        _verify(staging, images, expected)
-        staging.chmod(0o755)  # mkdtemp's 0700 would lock TensorFlow Serving out
-        return _publish(staging, run.run_dir)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    bundle = ServingBundle(network, model.input_shape[1], run.class_names)
+    with _staging(run.run_dir) as staging:
+        tf.saved_model.save(tf.Module(), str(staging), bundle.signatures)
+        (staging / "assets").rmdir()  # empty
+        _finish_graph(staging)
+        (staging / RECORDS).parent.mkdir()
+        write_records(staging / RECORDS, _warmups(sample))
+        about = _about(run, model, is_folded, staging)
+        write_atomic(staging / ABOUT, json.dumps(about, indent=1, ensure_ascii=False))
+        _verify(staging, sample, run.class_names)
+        version = _publish(staging, run.run_dir)
+    if keep is not None:
+        _prune(run.run_dir, keep)
+    return version
 
 
-def _verify(saved: Path, images: Sequence[bytes], expected: np.ndarray) -> None:
-    loaded = tf.saved_model.load(str(saved))
-    serve = loaded.signatures["serving_default"]
-    actual = serve(image_bytes=tf.constant(list(images)))["probabilities"].numpy()
-    difference = float(np.abs(actual - expected).max())
-    if not difference <= TOLERANCE:
+def check_accuracy(run: Run, min_accuracy: float) -> None:
+    """Refuses a model that is wrong too often.
+
+    Raises:
+        UsageError: If the run has no test images.
+        KerasTransferError: If its accuracy on them is lower.
+    """
+    test = run.metrics[run.manifest.phase].get("test")
+    if not test:
+        raise UsageError(
+            f"--min-accuracy needs a test split. Received: {run.run_dir}, which has "
+            "none. Train it again with one, or export without."
+        )
+    if test["accuracy"] < min_accuracy:
         raise KerasTransferError(
-            f"The exported graph does not agree with the model: probabilities differ "
-            f"by {difference:.2g}, at most {TOLERANCE} is allowed. Nothing was "
-            "published."
+            f"The model is not good enough: its accuracy on the {test['images']:,} "
+            f"test images is {test['accuracy']:.4f}. Received: --min-accuracy "
+            f"{min_accuracy}. Nothing was published."
         )
+
+
+def read_signatures(saved: Path) -> dict[str, dict[str, dict[str, str]]]:
+    """Signature -> `inputs`, `outputs` -> name -> name of the tensor."""
+    proto = SavedModel.FromString((saved / "saved_model.pb").read_bytes())
+    return {
+        name: {
+            "inputs": {key: info.name for key, info in signature.inputs.items()},
+            "outputs": {key: info.name for key, info in signature.outputs.items()},
+        }
+        for name, signature in proto.meta_graphs[0].signature_def.items()
+        if not name.startswith("__")  # which initialize
+    }
+
+
+def _finish_graph(saved: Path) -> None:
+    """Makes `classify` one of TensorFlow Serving's classification signatures.
+
+    Raises:
+        KerasTransferError: If the graph holds what must not be served.
+    """
+    path = saved / "saved_model.pb"
+    proto = SavedModel.FromString(path.read_bytes())
+    (graph,) = proto.meta_graphs
+    functions = graph.graph_def.library.function
+    nodes = [*graph.graph_def.node, *(n for f in functions for n in f.node_def)]
+    forbidden = sorted({n.op for n in nodes if _FORBIDDEN_OPS.search(n.op)})
+    if forbidden:
+        raise KerasTransferError(
+            f"The graph holds operations that do not belong in a server: {forbidden}. "
+            "Nothing was published."
+        )
+    classify = graph.signature_def["classify"]
+    classify.method_name = tf.saved_model.CLASSIFY_METHOD_NAME
+    path.write_bytes(proto.SerializeToString(deterministic=True))
+    write_fingerprint(str(saved))
+
+
+def _about(
+    run: Run, model: keras.Model, is_folded: bool, saved: Path
+) -> dict[str, Any]:
+    """What `assets.extra/keras_transfer.json` says."""
+    manifest = run.manifest
+    graph = (saved / "saved_model.pb").read_bytes()
+    return {
+        "schema_version": 1,
+        "created": now(),
+        "run": run.run_dir.resolve().name,
+        "base": manifest.base,
+        "phase": manifest.phase,
+        "labels": run.class_names,
+        "multi_label": manifest.multi_label,
+        "image_size": model.input_shape[1],
+        "decoder_version": DECODER_VERSION,
+        "batch_normalization_folded": is_folded,
+        "metrics": run.metrics[manifest.phase],
+        "weights_sha256": weights_digest(model),
+        "graph_sha256": hashlib.sha256(graph).hexdigest(),
+        "versions": versions(),
+        "signatures": read_signatures(saved),
+    }
+
+
+def _requests(files: Sequence[bytes], pixels: np.ndarray) -> list[Request]:
+    """A request to each signature with these images."""
+    image_bytes = np.array(files, object)
+    return [
+        Request("serving_default", {"image_bytes": image_bytes}),
+        Request("predict_images", {"images": pixels}),
+        Request("predict_tensor", {"images": pixels.astype(np.float32)}),
+        Request("classify", {"inputs": np.array([*map(_example, files)], object)}),
+        Request("embed", {"image_bytes": image_bytes}),
+    ]
+
+
+def _example(encoded: bytes) -> bytes:
+    value = tf.train.Feature(bytes_list=tf.train.BytesList(value=[encoded]))
+    features = tf.train.Features(feature={EXAMPLE_KEY: value})
+    return tf.train.Example(features=features).SerializeToString()
+
+
+def _batches(sample: Sample) -> list[np.ndarray]:
+    """Which images are asked for together."""
+    everything = np.arange(sum(_BATCHES)) % len(sample.files)
+    return np.split(everything, np.cumsum(_BATCHES)[:-1])
+
+
+def _warmups(sample: Sample) -> list[Request]:
+    """Requests with small copies of the images, to the signatures asked most."""
+    files = [tf.io.encode_jpeg(x, quality=75).numpy() for x in sample.pixels]
+    return [
+        request
+        for rows in _batches(sample)
+        for request in _requests([files[i] for i in rows], sample.pixels[rows])
+        if request.signature in ("serving_default", "classify")
+    ]
+
+
+def _verify(saved: Path, sample: Sample, class_names: Sequence[str]) -> None:
+    """Asks every signature, as TensorFlow Serving would, and compares.
+
+    Raises:
+        KerasTransferError: If an answer is not what the model says.
+    """
+    asked = [
+        (rows, request)
+        for rows in _batches(sample)
+        for request in _requests([sample.files[i] for i in rows], sample.pixels[rows])
+    ]
+    warmups = list(read_records(saved / RECORDS))
+    answers = answer_elsewhere(saved, [*(r for _, r in asked), *warmups])
+    for (rows, request), answer in zip(asked, answers, strict=False):
+        wrong = (
+            answer
+            if isinstance(answer, str)
+            else _difference(answer, sample, rows, class_names)
+        )
+        if wrong:
+            raise KerasTransferError(
+                f"Signature {request.signature}, asked for {len(rows)} images, is "
+                f"wrong: {wrong}. Nothing was published."
+            )
+    for answer in answers[len(asked) :]:
+        if isinstance(answer, str):
+            raise KerasTransferError(
+                f"A warm-up record fails: {answer}. Nothing was published."
+            )
+
+
+def _difference(
+    answer: Arrays, sample: Sample, rows: np.ndarray, class_names: Sequence[str]
+) -> str:
+    """How an answer differs from what the model says of the images; "" if it agrees."""
+    expected = sample.probabilities[rows]
+    if "features" in answer:
+        features = sample.features[rows]
+        apart = np.abs(answer["features"] - features).max() / np.abs(features).max()
+        if not apart <= FEATURES_TOLERANCE:
+            return f"features differ by {apart:.2g} of the largest"
+        return ""
+    if "probabilities" in answer:
+        apart = np.abs(answer["probabilities"] - expected).max()
+        if not apart <= TOLERANCE:
+            return f"probabilities differ by {apart:.2g}"
+    scores, classes = answer["scores"], answer["classes"]
+    apart = np.abs(scores - np.sort(expected)[:, ::-1][:, : scores.shape[1]]).max()
+    if not apart <= TOLERANCE:
+        return f"scores differ by {apart:.2g}"
+    for row, named, said in zip(expected, classes, scores, strict=True):
+        for name, score in zip(named, said, strict=True):
+            if abs(row[class_names.index(name.decode())] - score) > TOLERANCE:
+                return f"the score of {name.decode()!r} is that of another class"
+    return ""
+
+
+@contextlib.contextmanager
+def _staging(run_dir: Path) -> Iterator[Path]:
+    """A hidden directory to build a version in; what killed processes left is removed.
+
+    A process holds a lock on its own, so that no other removes it.
+    """
+    for left_over in (*run_dir.glob(f"{_STAGING}*"), *run_dir.glob(f"{_PRUNED}*")):
+        with contextlib.suppress(OSError), locked(left_over):
+            shutil.rmtree(left_over, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        while True:
+            staging = Path(tempfile.mkdtemp(dir=run_dir, prefix=_STAGING))
+            # Another process may have removed it before it was locked.
+            with contextlib.suppress(BlockingIOError, FileNotFoundError):
+                stack.enter_context(locked(staging))
+                if staging.exists():
+                    break
+        try:
+            yield staging
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def _publish(staging: Path, run_dir: Path) -> Path:
+    """Gives a directory the next number; it is on the disk before it has it."""
+    staging.chmod(0o755)  # mkdtemp's 0700 would lock TensorFlow Serving out
+    for path in (*staging.rglob("*"), staging):
+        sync(path)
     while True:
-        taken = [int(path.name) for path in run_dir.iterdir() if path.name.isdigit()]
+        taken = [int(path.name) for path in version_dirs(run_dir)]
         version = run_dir / str(max(taken, default=0) + 1)
         try:
             os.rename(staging, version)
@@ -154,4 +357,15 @@ def _publish(staging: Path, run_dir: Path) -> Path:
             if not version.exists():
                 raise
         else:
+            sync(run_dir)
             return version
+
+
+def _prune(run_dir: Path, keep: int) -> None:
+    """Deletes all but the newest versions, each at once as far as a server sees."""
+    versions = [path for path in version_dirs(run_dir) if path.is_dir()]
+    for version in versions[:-keep]:
+        pruned = Path(tempfile.mkdtemp(dir=run_dir, prefix=_PRUNED))
+        with contextlib.suppress(FileNotFoundError):  # by another process
+            os.rename(version, pruned)
+        shutil.rmtree(pruned, ignore_errors=True)

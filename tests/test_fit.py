@@ -13,25 +13,12 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
-from conftest import CLASSES, draw, encode
-from PIL import Image
+from conftest import CLASSES, RUN_FILES, draw, encode
 
 import keras_transfer
-from keras_transfer.decode import make_decoder
 from keras_transfer.run import Run
 
 SMALL = ("--image-size", 64)
-FILES = {
-    "config.yaml",
-    "history.csv",
-    "labels.txt",
-    "manifest.json",
-    "metrics.json",
-    "model.keras",
-    "skipped.csv",
-    "splits.csv",
-}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +47,7 @@ def rows(text: str) -> list[dict[str, str]]:
 
 
 def test_a_run_directory_holds_exactly_what_is_documented(run, photos):
-    assert {path.name for path in run.run_dir.iterdir()} == FILES
+    assert {path.name for path in run.run_dir.iterdir()} == RUN_FILES
     assert run.class_names == list(CLASSES)
     manifest = run.manifest
     assert manifest.data == str(photos)
@@ -122,43 +109,6 @@ def test_predictions_stream_and_bad_files_are_rows(run, kt, photos, tmp_path):
     assert kt("predict", run.run_dir, photos).exit_code == 2  # only with --recursive
     found = rows(kt("predict", run.run_dir, photos, "--recursive").stdout)
     assert len(found) == 60
-
-
-def test_the_exported_graph_takes_bytes_and_says_what_the_model_says(
-    run, kt, photos, tmp_path
-):
-    copy = tmp_path / "run"
-    shutil.copytree(run.run_dir, copy)
-    for version in ("1", "2"):
-        result = kt("export", copy)
-        assert result.exit_code == 0, result.output
-        assert (copy / version / "saved_model.pb").is_file()
-    assert not list(copy.glob(".*"))
-
-    pixels = draw("stripes", np.random.default_rng(5), 90)
-    alpha = np.full((90, 90, 1), 7, np.uint8)
-    turned = Image.Exif()
-    turned[0x0112] = 6
-    files = [
-        (photos / "circle" / "03.jpg").read_bytes(),
-        encode(pixels, "PNG"),
-        encode(np.concatenate([pixels, alpha], axis=2), "PNG"),
-        encode(pixels, "JPEG", exif=turned),
-        encode(pixels, "WEBP"),
-        encode(pixels[..., 0], "PNG"),
-    ]
-    serve = tf.saved_model.load(str(copy / "2")).signatures["serving_default"]
-    served = serve(image_bytes=tf.constant(files))
-    decode = make_decoder(64)
-    expected = load(copy)(np.stack([decode(data) for data in files]), training=False)
-    np.testing.assert_allclose(served["probabilities"], expected, atol=1e-5)
-    best = np.argmax(expected, axis=1)
-    assert served["classes"].numpy()[:, 0].tolist() == [
-        CLASSES[i].encode() for i in best
-    ]
-    np.testing.assert_array_equal(served["indices"][:, 0], best)
-    with pytest.raises(tf.errors.InvalidArgumentError, match="not an image"):
-        serve(image_bytes=tf.constant([b"junk"]))
 
 
 def test_a_second_fit_computes_nothing_again(run, photos, workspace):

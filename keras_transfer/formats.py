@@ -1,0 +1,319 @@
+"""A run's model in the formats of other runtimes, each verified on real images.
+
+Each file is a function of float32 `[N, image_size, image_size, 3]` RGB pixels in
+[0, 255] to float32 `[N, C]` probabilities; input scaling is inside. Decoding is left
+to the caller: as near as it comes to `decode.decode_image` it gives what the model
+gives.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_transfer.bundle import frozen_network
+from keras_transfer.config import Format, Quantization, check_quantization
+from keras_transfer.decode import make_decoder
+from keras_transfer.errors import DecodeError, KerasTransferError
+from keras_transfer.evaluation import evaluate
+from keras_transfer.extract import import_openvino
+from keras_transfer.prediction import (
+    Predictor,
+    held_out_images,
+    load_model,
+    run_splits,
+    sample_images,
+)
+from keras_transfer.run import (
+    LABELS,
+    OnNote,
+    Run,
+    now,
+    open_run,
+    versions,
+    write_atomic,
+)
+from keras_transfer.savedmodel import check_accuracy, sample_of_run
+
+EXPORTED = "exported"
+"""The folder of a run with a folder for each of these formats."""
+
+TOLERANCE = 1e-4
+"""How far a probability may be from the model's: runtimes round differently."""
+
+_CALIBRATION_IMAGES = 100
+_OPSET = 18  # of ONNX
+
+Predict = Callable[[np.ndarray], np.ndarray]
+"""From float32 pixels to probabilities."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `kt export --format` made.
+
+    Attributes:
+        path: The folder, with the model's file and `labels.txt`.
+        max_difference: Of its probabilities from the model's, on real images.
+        accuracy: With quantization: (of the model, of the quantized one).
+        images: How many images `accuracy` is of.
+    """
+
+    path: Path
+    max_difference: float
+    accuracy: tuple[float, float] | None = None
+    images: int = 0
+
+    def __str__(self) -> str:
+        text = f"{self.path}: probabilities within {self.max_difference:.1g}"
+        if self.accuracy:
+            before, after = self.accuracy
+            text += f", accuracy on {self.images:,} images {before:.4f} -> {after:.4f}"
+        return text
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is to be written.
+
+    Attributes:
+        model: The model.
+        function: The same as a `tf.function`, its weights constants.
+        quantize: How its weights are to be kept.
+        calibration: Gives training images, to quantize by.
+    """
+
+    model: keras.Model
+    function: Any
+    quantize: Quantization | None
+    calibration: Callable[[], Iterator[list[np.ndarray]]]
+
+
+@dataclass(frozen=True)
+class _Runtime:
+    """A format: its file, the modules it needs, how it is written and run."""
+
+    file: str
+    modules: Sequence[str]
+    write: Callable[[_Job, Path], None]
+    load: Callable[[Path], Predict]
+
+
+def export_format(
+    run: str | Path | Run,
+    form: Format,
+    *,
+    quantize: Quantization | None = None,
+    min_accuracy: float | None = None,
+    on_note: OnNote = lambda _: None,
+) -> Exported:
+    """Writes a run's model in another format, if it says what the model says.
+
+    Args:
+        run: A run or its directory.
+        form: The format.
+        quantize: Of `litert`: `dynamic` keeps weights in 8 bits, `int8` computes in 8
+            bits too, in ranges measured on training images.
+        min_accuracy: Refuses a model whose accuracy on the test images is lower.
+        on_note: Told what the user should know.
+
+    Returns:
+        What was written to `exported/FORMAT/` in the run.
+
+    Raises:
+        UsageError: If there is no such run, or the format cannot be quantized.
+        KerasTransferError: If the format's packages are not installed, or the result
+            does not agree with the model. What was there before stays.
+    """
+    run = open_run(run)
+    check_quantization(form, quantize)
+    if min_accuracy is not None:
+        check_accuracy(run, min_accuracy)
+    runtime = _RUNTIMES[form]
+    _check_installed(form, runtime)
+    model = load_model(run)
+    sample = sample_of_run(run, model, on_note)
+    network, _ = frozen_network(model, sample.pixels, sample.probabilities)
+    function = tf.function(
+        lambda pixels: {"probabilities": network(pixels)["probabilities"]},
+        [tf.TensorSpec((None, *model.input_shape[1:]), tf.float32, "pixels")],
+        autograph=False,
+    )
+    job = _Job(model, function, quantize, lambda: _calibration(run, model))
+    with _replaced(run.run_dir / EXPORTED / form) as staging:
+        path = staging / runtime.file
+        runtime.write(job, path)
+        predict = runtime.load(path)
+        actual = predict(sample.pixels.astype(np.float32))
+        difference = float(np.abs(actual - sample.probabilities).max())
+        if not np.isfinite(actual).all() or (not quantize and difference > TOLERANCE):
+            raise KerasTransferError(
+                f"The {form} model does not agree with the model: probabilities "
+                f"differ by {difference:.2g}, at most {TOLERANCE} is allowed. "
+                "Nothing was exported."
+            )
+        accuracy, images = None, 0
+        if quantize:
+            accuracy, images = _accuracies(run, model, predict)
+        write_atomic(staging / LABELS, "".join(f"{x}\n" for x in run.class_names))
+        about = {
+            "created": now(),
+            "base": run.manifest.base,
+            "phase": run.manifest.phase,
+            "image_size": model.input_shape[1],
+            "quantize": quantize,
+            "max_difference": difference,
+            "accuracy": accuracy,
+            "versions": versions(),
+        }
+        write_atomic(staging / "keras_transfer.json", json.dumps(about, indent=1))
+    return Exported(run.run_dir / EXPORTED / form, difference, accuracy, images)
+
+
+def _check_installed(form: Format, runtime: _Runtime) -> None:
+    for module in runtime.modules:
+        if importlib.util.find_spec(module) is None:
+            raise KerasTransferError(
+                f"--format {form} needs packages that are not installed. Received: no "
+                f"{module}. Install them: pip install 'keras-transfer[{form}]'."
+            )
+
+
+@contextlib.contextmanager
+def _replaced(folder: Path) -> Iterator[Path]:
+    """A hidden folder that takes the place of one when the block ends well."""
+    folder.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as hidden:
+        staging = Path(hidden, "new")
+        staging.mkdir()
+        yield staging
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(folder, Path(hidden, "old"))
+        os.rename(staging, folder)
+
+
+def _calibration(run: Run, model: keras.Model) -> Iterator[list[np.ndarray]]:
+    """Some training images, as the LiteRT converter wants them."""
+    splits, image_size = run_splits(run), model.input_shape[1]
+    only_train = replace(splits, val=splits.train.keep(()), test=splits.train.keep(()))
+    for _, _, pixels in sample_images(only_train, image_size, _CALIBRATION_IMAGES):
+        yield [pixels[None].astype(np.float32)]
+
+
+def _accuracies(
+    run: Run, model: keras.Model, predict: Predict
+) -> tuple[tuple[float, float], int]:
+    """Accuracy of a model and of its quantized form on the held-out images."""
+    _, table, read = held_out_images(run)
+    decode, predictor = make_decoder(model.input_shape[1]), Predictor(model)
+    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for source, encoded in read(table.sources):
+        if isinstance(encoded, OSError):
+            continue
+        with contextlib.suppress(DecodeError):
+            pixels = decode(encoded)
+            found[source] = predictor([pixels])[0], predict(pixels[None])[0]
+    table = table.keep(found)
+    before, after = (
+        evaluate(
+            table.targets,
+            np.stack([found[source][index] for source in table.sources]),
+            run.class_names,
+        ).accuracy
+        for index in (0, 1)
+    )
+    return (before, after), len(table)
+
+
+def _write_keras(job: _Job, path: Path) -> None:
+    job.model.save(path)
+
+
+def _load_keras(path: Path) -> Predict:
+    model = keras.saving.load_model(path, compile=False)
+    return lambda pixels: keras.ops.convert_to_numpy(model(pixels, training=False))
+
+
+def _write_openvino(job: _Job, path: Path) -> None:
+    openvino = import_openvino()
+    converted = openvino.convert_model(job.function.get_concrete_function())
+    openvino.save_model(converted, path, compress_to_fp16=False)
+
+
+def _load_openvino(path: Path) -> Predict:
+    options = {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = import_openvino().Core().compile_model(path, "CPU", options)
+    return lambda pixels: compiled(pixels)[0]
+
+
+def _write_onnx(job: _Job, path: Path) -> None:
+    import tf2onnx
+
+    signature = job.function.input_signature
+    tf2onnx.convert.from_function(
+        job.function, signature, opset=_OPSET, output_path=str(path)
+    )
+
+
+def _load_onnx(path: Path) -> Predict:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (pixels_name,) = [tensor.name for tensor in session.get_inputs()]
+    return lambda pixels: session.run(None, {pixels_name: pixels})[0]
+
+
+def _write_litert(job: _Job, path: Path) -> None:
+    converter = tf.lite.TFLiteConverter.from_concrete_functions(
+        [job.function.get_concrete_function()], tf.Module()
+    )
+    if job.quantize:
+        converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    if job.quantize == "int8":
+        converter.representative_dataset = job.calibration
+        converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+    with warnings.catch_warnings():
+        # Statistics of quantized inputs are asked for even where inputs stay float32.
+        warnings.filterwarnings("ignore", message="Statistics for quantized inputs")
+        path.write_bytes(converter.convert())
+
+
+def _load_litert(path: Path) -> Predict:
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(model_path=str(path))
+    interpreter.allocate_tensors()
+    (given,), (result,) = (
+        interpreter.get_input_details(),
+        interpreter.get_output_details(),
+    )
+
+    def predict(pixels: np.ndarray) -> np.ndarray:
+        rows = []
+        for image in pixels:
+            interpreter.set_tensor(given["index"], image[None].astype(np.float32))
+            interpreter.invoke()
+            rows.append(interpreter.get_tensor(result["index"])[0])
+        return np.stack(rows)
+
+    return predict
+
+
+_RUNTIMES: dict[Format, _Runtime] = {
+    "keras": _Runtime("model.keras", (), _write_keras, _load_keras),
+    "openvino": _Runtime("model.xml", ("openvino",), _write_openvino, _load_openvino),
+    "onnx": _Runtime("model.onnx", ("tf2onnx", "onnxruntime"), _write_onnx, _load_onnx),
+    "litert": _Runtime(
+        "model.tflite", ("ai_edge_litert",), _write_litert, _load_litert
+    ),
+}

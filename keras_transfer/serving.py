@@ -1,0 +1,161 @@
+"""What is done with a published bundle: predicting, and starting TensorFlow Serving.
+
+Nothing here imports TensorFlow's Python.
+"""
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from keras_transfer.c_api import Request, Session
+from keras_transfer.data import Prediction, image_files, read_files
+from keras_transfer.errors import KerasTransferError, UsageError, refusal
+from keras_transfer.run import Run, open_run, version_dirs, write_atomic
+
+SERVING = "serving"
+"""The folder of a run with TensorFlow Serving's configuration."""
+
+_BATCH = 16
+
+_MODELS = """\
+# tensorflow_model_server --model_config_file=THIS_FILE
+model_config_list {{
+  config {{
+    name: "{name}"
+    base_path: "{base_path}"
+    model_platform: "tensorflow"
+  }}
+}}
+"""
+
+_BATCHING = """\
+# tensorflow_model_server --enable_batching --batching_parameters_file=THIS_FILE
+# Requests that wait at the same time are answered together. Under load that gives
+# more answers a second; a lone request waits batch_timeout_micros longer.
+max_batch_size {{ value: 32 }}
+batch_timeout_micros {{ value: 2000 }}
+max_enqueued_batches {{ value: 64 }}
+num_batch_threads {{ value: {cores} }}
+"""
+
+
+def predict_bundle(
+    bundle: str | Path, paths: Iterable[str | Path], recursive: bool = False
+) -> tuple[list[str], Iterator[Prediction]]:
+    """Predicts images with what `kt export` published, by TensorFlow's C++ runtime.
+
+    Args:
+        bundle: A version directory, such as `saved_models/RUN/1`.
+        paths: Image files, and folders of them.
+        recursive: Whether folders inside folders are searched too.
+
+    Returns:
+        (class names, a prediction an image, in order).
+
+    Raises:
+        UsageError: If there is no such bundle or path.
+        KerasTransferError: If it cannot be loaded.
+    """
+    sources = list(image_files(paths, recursive))
+    session = Session(Path(bundle))
+    return session.about["labels"], _predictions(session, sources)
+
+
+def _predictions(session: Session, sources: Sequence[str]) -> Iterator[Prediction]:
+    batch: list[tuple[str, bytes | OSError]] = []
+    with session:
+        for item in read_files(sources, Path()):
+            batch.append(item)
+            if len(batch) == _BATCH:
+                yield from _predict_batch(session, batch)
+                batch = []
+        yield from _predict_batch(session, batch)
+
+
+def _predict_batch(
+    session: Session, batch: Sequence[tuple[str, bytes | OSError]]
+) -> Iterator[Prediction]:
+    def probabilities(files: Sequence[bytes]) -> np.ndarray:
+        inputs = {"image_bytes": np.array(files, object)}
+        return session.run(Request("serving_default", inputs))["probabilities"]
+
+    files = [encoded for _, encoded in batch if isinstance(encoded, bytes)]
+    try:
+        rows: Iterator[np.ndarray] | None = iter(probabilities(files) if files else ())
+    except KerasTransferError:
+        rows = None  # an image is unusable: one by one it turns out which
+    for source, encoded in batch:
+        if isinstance(encoded, OSError):
+            yield Prediction(source, None, f"cannot be read: {encoded.strerror}")
+        elif rows is not None:
+            yield Prediction(source, next(rows))
+        else:
+            try:
+                yield Prediction(source, probabilities([encoded])[0])
+            except KerasTransferError as error:
+                yield Prediction(source, None, refusal(str(error), len(encoded)))
+
+
+def server_command(run: str | Path | Run, port: int, rest_port: int) -> list[str]:
+    """The command that serves a run: TensorFlow Serving's binary, or its container.
+
+    Args:
+        run: A run or its directory.
+        port: Of gRPC.
+        rest_port: Of HTTP.
+
+    Raises:
+        UsageError: If nothing was exported.
+        KerasTransferError: If neither is installed.
+    """
+    run = open_run(run)
+    if not version_dirs(run.run_dir):
+        raise UsageError(
+            f"The run has no version to serve. Received: {run.run_dir}. Run: "
+            f"kt export {run.run_dir}"
+        )
+    run_dir, name = run.run_dir.resolve(), run.run_dir.resolve().name
+    if server := shutil.which("tensorflow_model_server"):
+        return [
+            server,
+            f"--port={port}",
+            f"--rest_api_port={rest_port}",
+            f"--model_name={name}",
+            f"--model_base_path={run_dir}",
+        ]
+    if docker := shutil.which("docker"):
+        return [
+            *(docker, "run", "--rm"),
+            *("-p", f"{port}:8500", "-p", f"{rest_port}:8501"),
+            *("--mount", f"type=bind,source={run_dir},target=/models/{name},readonly"),
+            *("-e", f"MODEL_NAME={name}"),
+            "tensorflow/serving",
+        ]
+    raise KerasTransferError(
+        "TensorFlow Serving is not installed. Received: neither "
+        "tensorflow_model_server nor docker on PATH. Install one: `apt-get install "
+        "tensorflow-model-server` (from TensorFlow Serving's own package source), or "
+        "docker and `docker pull tensorflow/serving`."
+    )
+
+
+def write_serving_config(run: str | Path | Run) -> tuple[Path, Path]:
+    """Writes a run's `serving/models.config` and `serving/batching.config`.
+
+    Returns:
+        Their paths.
+    """
+    run = open_run(run)
+    folder, run_dir = run.run_dir / SERVING, run.run_dir.resolve()
+    folder.mkdir(exist_ok=True)
+    models, batching = folder / "models.config", folder / "batching.config"
+    name, base_path = (
+        text.replace("\\", "\\\\").replace('"', '\\"')
+        for text in (run_dir.name, str(run_dir))
+    )
+    write_atomic(models, _MODELS.format(name=name, base_path=base_path))
+    write_atomic(batching, _BATCHING.format(cores=os.cpu_count() or 1))
+    return models, batching

@@ -1,0 +1,821 @@
+"""What is published: asked through TensorFlow's C API, as TensorFlow Serving asks."""
+
+import csv
+import io
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import CLASSES, draw, encode
+from google.protobuf import text_format
+from PIL import Image
+from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
+from test_bases import EVERY_BASE_IN_TIME
+from test_unfreeze import SIZES, classifier, random_pixels
+
+import keras_transfer
+from keras_transfer import bundle, formats, savedmodel
+from keras_transfer.bundle import TOLERANCE, frozen_network
+from keras_transfer.c_api import Request, Session, answer_elsewhere
+from keras_transfer.config import HeadConfig
+from keras_transfer.decode import make_decoder
+from keras_transfer.errors import KerasTransferError, UsageError
+from keras_transfer.fold import convolutions_to_fold, folded_copy
+from keras_transfer.model import attach_head, build_head
+from keras_transfer.prediction import Predictor, load_model
+from keras_transfer.warmup import RECORDS, read_records, write_records
+
+SIZE = 64
+FILES = {
+    "saved_model.pb",
+    "fingerprint.pb",
+    "variables/variables.index",
+    "variables/variables.data-00000-of-00001",
+    "assets.extra/tf_serving_warmup_requests",
+    "assets.extra/keras_transfer.json",
+}
+CLASSIFICATION = {
+    "probabilities": (tf.float32, (None, 3)),
+    "classes": (tf.string, (None, 3)),
+    "scores": (tf.float32, (None, 3)),
+    "indices": (tf.int32, (None, 3)),
+}
+SIGNATURES = {
+    "serving_default": (("image_bytes", tf.string, (None,)), CLASSIFICATION),
+    "predict_images": (("images", tf.uint8, (None, None, None, 3)), CLASSIFICATION),
+    "predict_tensor": (("images", tf.float32, (None, SIZE, SIZE, 3)), CLASSIFICATION),
+    "classify": (
+        ("inputs", tf.string, (None,)),
+        {key: CLASSIFICATION[key] for key in ("classes", "scores")},
+    ),
+    "embed": (
+        ("image_bytes", tf.string, (None,)),
+        {"features": (tf.float32, (None, 1280))},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def trained(runs_dir: Path, photos: Path) -> Path:
+    """A run that tests only read or copy."""
+    run = keras_transfer.fit(
+        str(photos),
+        image_size=SIZE,
+        name="photos",
+        runs_dir=runs_dir,
+        cache_dir=runs_dir / "cache",
+    )
+    return run.run_dir
+
+
+@pytest.fixture(scope="module")
+def exported(trained: Path) -> Path:
+    """Its first version, which tests only read."""
+    return keras_transfer.export(trained)
+
+
+@pytest.fixture(scope="module")
+def session(exported: Path):
+    with Session(exported) as opened:
+        yield opened
+
+
+@pytest.fixture
+def run_dir(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the run, without versions and with a model that is fast to export."""
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy, ignore=shutil.ignore_patterns("[0-9]*"))
+    tiny_model().save(copy / "model.keras")
+    return copy
+
+
+def tiny_model() -> keras.Model:
+    """With augmentation and dropout inside, as recipes have them."""
+    image = keras.Input((SIZE, SIZE, 3), name="image")
+    x = keras.layers.RandomFlip()(image)
+    x = keras.layers.RandomRotation(0.5)(x)
+    x = keras.layers.Rescaling(1 / 255)(x)
+    x = keras.layers.Conv2D(8, 3, strides=2)(x)
+    x = keras.layers.BatchNormalization()(x)
+    x = keras.layers.GaussianNoise(1.0)(x)
+    x = keras.layers.GlobalAveragePooling2D(name="pool")(keras.layers.ReLU()(x))
+    base = keras.Model(image, keras.layers.Dropout(0.5)(x))
+    head = build_head(HeadConfig(kind="mlp", hidden=[16]), 8, 3, False)
+    return attach_head(base, head)
+
+
+def strings(*values: bytes) -> np.ndarray:
+    array = np.empty(len(values), object)
+    array[:] = values
+    return array
+
+
+def ask(session: Session, *files: bytes):
+    return session.run(Request("serving_default", {"image_bytes": strings(*files)}))
+
+
+def graph_of(version: Path):
+    proto = SavedModel.FromString((version / "saved_model.pb").read_bytes())
+    return proto.meta_graphs[0]
+
+
+def turned_photos() -> list[bytes]:
+    """A photo in all 8 EXIF orientations and both byte orders."""
+    pixels = draw("square", np.random.default_rng(3), 80)
+    pixels[:30, :20] = 255, 0, 0  # no symmetry is left
+    files = []
+    for order in "<>":
+        mark = b"II*\0" if order == "<" else b"MM\0*"
+        for orientation in range(1, 9):
+            entry = struct.pack(f"{order}HHHIHH", 1, 0x0112, 3, 1, orientation, 0)
+            exif = b"Exif\0\0" + mark + struct.pack(f"{order}I", 8) + entry + bytes(4)
+            files.append(encode(pixels, "JPEG", exif=exif, quality=95))
+    return files
+
+
+# The version directory
+
+
+def test_a_version_is_what_it_should_be(exported, trained):
+    found = {str(p.relative_to(exported)) for p in exported.rglob("*") if p.is_file()}
+    assert found == FILES
+    assert {p.name for p in exported.iterdir() if p.is_dir()} == {
+        "variables",
+        "assets.extra",
+    }
+    assert exported.name == "1"
+    assert not list(trained.glob(".*"))
+    assert exported.stat().st_mode & 0o777 == 0o755
+
+
+def test_it_says_what_it_is(exported, trained):
+    run = keras_transfer.open_run(trained)
+    about = json.loads((exported / "assets.extra/keras_transfer.json").read_text())
+    assert about["labels"] == run.class_names
+    assert about["image_size"] == SIZE
+    assert about["phase"] == "fit" and about["base"] == "efficientnet_lite0"
+    assert about["metrics"] == run.metrics["fit"]
+    assert about["batch_normalization_folded"] is True
+    assert len(about["weights_sha256"]) == len(about["graph_sha256"]) == 64
+    assert about["versions"]["tensorflow"] == tf.__version__
+    assert about["signatures"].keys() == SIGNATURES.keys()
+
+
+def test_signatures_have_their_names_dtypes_and_shapes(exported):
+    graph = graph_of(exported)
+    for name, ((given, dtype, shape), outputs) in SIGNATURES.items():
+        signature = graph.signature_def[name]
+        found = {
+            key: (tf.as_dtype(info.dtype), as_shape(info.tensor_shape))
+            for key, info in signature.inputs.items()
+        }
+        assert found == {given: (dtype, shape)}
+        found = {
+            key: (tf.as_dtype(info.dtype), as_shape(info.tensor_shape))
+            for key, info in signature.outputs.items()
+        }
+        assert found == outputs
+        method = "classify" if name == "classify" else "predict"
+        assert signature.method_name == f"tensorflow/serving/{method}"
+
+
+def as_shape(proto) -> tuple:
+    return tuple(None if dim.size < 0 else dim.size for dim in proto.dim)
+
+
+def test_the_fingerprint_is_that_of_the_finished_graph(exported, tmp_path):
+    copy = tmp_path / "1"
+    shutil.copytree(exported, copy)
+    (copy / "fingerprint.pb").unlink()
+    savedmodel.write_fingerprint(str(copy))
+    read = tf.saved_model.experimental.read_fingerprint
+    one, other = read(str(exported)), read(str(copy))
+    assert one.saved_model_checksum == other.saved_model_checksum
+    assert one.graph_def_program_hash == other.graph_def_program_hash
+
+
+def test_every_weight_is_there_once_and_nothing_is_random(exported, trained):
+    model = load_model(keras_transfer.open_run(trained))
+    weights = 4 * model.count_params()
+    size = sum(path.stat().st_size for path in exported.rglob("*"))
+    assert 0.95 * weights < size < 1.05 * weights + 300_000
+    graph = graph_of(exported).graph_def
+    nodes = [*graph.node, *(n for f in graph.library.function for n in f.node_def)]
+    ops = {node.op for node in nodes}
+    assert not [op for op in ops if "Random" in op or "PyFunc" in op or "Xla" in op]
+    assert not ops & {"ReadFile", "WriteFile", "VarHandleOp", "ReadVariableOp"}
+    assert not [op for op in ops if op.startswith("FusedBatchNorm")]
+
+
+# What it answers
+
+
+def test_every_format_is_answered_as_the_model_does(session, trained, photos):
+    pixels = draw("stripes", np.random.default_rng(5), 90)
+    alpha = np.full((90, 90, 1), 7, np.uint8)
+    files = [
+        (photos / "circle" / "03.jpg").read_bytes(),
+        encode(pixels, "PNG"),
+        encode(np.concatenate([pixels, alpha], axis=2), "PNG"),
+        encode(pixels, "WEBP"),
+        encode(pixels, "BMP"),
+        encode(pixels, "GIF"),
+        encode(pixels[..., 0], "PNG"),
+        *turned_photos(),
+    ]
+    decode = make_decoder(SIZE)
+    model = load_model(keras_transfer.open_run(trained))
+    expected = Predictor(model)([decode(data) for data in files])
+    answer = ask(session, *files)
+    np.testing.assert_allclose(answer["probabilities"], expected, atol=TOLERANCE)
+    best = np.argmax(expected, axis=1)
+    np.testing.assert_array_equal(answer["indices"][:, 0], best)
+    assert answer["classes"][:, 0].tolist() == [CLASSES[i].encode() for i in best]
+    np.testing.assert_array_equal(
+        answer["scores"], np.sort(answer["probabilities"])[:, ::-1]
+    )
+    assert answer["classes"].shape == answer["indices"].shape == (len(files), 3)
+
+
+def test_the_graph_decodes_as_training_did_to_the_bit(session):
+    decode, files = make_decoder(SIZE), turned_photos()
+    pixels = np.stack([decode(data) for data in files])
+    tensors = {"images": pixels.astype(np.float32)}
+    from_pixels = session.run(Request("predict_tensor", tensors))
+    from_files = ask(session, *files)
+    for name, values in from_files.items():
+        np.testing.assert_array_equal(values, from_pixels[name])
+
+
+def test_turned_photos_are_as_pillow_turns_them():
+    from PIL import ImageOps
+
+    decode = make_decoder(80)  # as large as the photo: nothing is resized
+    for data in turned_photos():
+        upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+        np.testing.assert_array_equal(decode(data), np.asarray(upright))
+
+
+def test_pixels_of_any_size_are_resized_as_files_are(session):
+    pixels = draw("circle", np.random.default_rng(9), 150)[:, :101]
+    from_pixels = session.run(Request("predict_images", {"images": pixels[None]}))
+    from_file = ask(session, encode(pixels, "PNG"))
+    np.testing.assert_array_equal(
+        from_pixels["probabilities"], from_file["probabilities"]
+    )
+
+
+def test_classify_takes_examples(session, photos):
+    files = [(photos / name / "00.jpg").read_bytes() for name in CLASSES]
+    examples = strings(*map(savedmodel._example, files))
+    answer = session.run(Request("classify", {"inputs": examples}))
+    expected = ask(session, *files)
+    assert set(answer) == {"classes", "scores"}
+    np.testing.assert_array_equal(answer["classes"], expected["classes"])
+    np.testing.assert_array_equal(answer["scores"], expected["scores"])
+
+
+def test_embed_gives_what_the_head_reads(session, trained, photos):
+    data = (photos / "circle" / "00.jpg").read_bytes()
+    request = Request("embed", {"image_bytes": strings(data)})
+    model = load_model(keras_transfer.open_run(trained))
+    features = keras.Model(model.input, model.get_layer("pool").output)
+    expected = Predictor(features)([make_decoder(SIZE)(data)])
+    actual = session.run(request)["features"]
+    np.testing.assert_allclose(actual, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_augmentation_inside_a_model_is_off(run_dir):
+    version = keras_transfer.export(run_dir)
+    model = load_model(keras_transfer.open_run(run_dir))
+    pixels = np.random.default_rng(0).uniform(0, 255, (4, SIZE, SIZE, 3)).astype("f4")
+    request = Request("predict_tensor", {"images": pixels})
+    one, other = answer_elsewhere(version, [request, request])
+    np.testing.assert_array_equal(one["probabilities"], other["probabilities"])
+    expected = model(pixels, training=False)
+    np.testing.assert_allclose(one["probabilities"], expected, atol=TOLERANCE)
+    assert np.abs(model(pixels, training=True) - expected).max() > 1e-3
+
+
+# Hostile input: an error, and the process goes on
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A 1-bit PNG of zeros that is tiny as a file."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    rows = zlib.compress(bytes((width // 8 + 1) * height), 9)
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
+def animated_webp() -> bytes:
+    frames = [Image.new("RGB", (40, 40), color) for color in ("red", "blue")]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "WEBP", save_all=True, append_images=frames[1:])
+    return buffer.getvalue()
+
+
+def palette_bmp() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("P", (40, 40)).save(buffer, "BMP")
+    return buffer.getvalue()
+
+
+WHOLE = encode(draw("square", np.random.default_rng(0)), "JPEG")
+HOSTILE_FILES = {
+    "junk": b"junk" * 100,
+    "empty": b"",
+    "truncated": WHOLE[: len(WHOLE) // 2],
+    "bomb": png_header(20_000, 20_000),
+    "animated": animated_webp(),
+    "palette": palette_bmp(),
+}
+HOSTILE = {
+    **{
+        f"{signature}-{name}": Request(signature, {"image_bytes": strings(data)})
+        for signature in ("serving_default", "embed")
+        for name, data in HOSTILE_FILES.items()
+    },
+    "bytes-rank-0": Request("serving_default", {"image_bytes": np.array(WHOLE, "O")}),
+    "bytes-rank-2": Request("serving_default", {"image_bytes": strings(WHOLE)[None]}),
+    "bytes-are-numbers": Request("serving_default", {"image_bytes": np.zeros(1, "f4")}),
+    "one-of-many": Request("serving_default", {"image_bytes": strings(WHOLE, b"x")}),
+    "tensor-rank-2": Request("predict_tensor", {"images": np.zeros((3, 3), "f4")}),
+    "tensor-rank-5": Request("predict_tensor", {"images": np.zeros((1,) * 5, "f4")}),
+    "tensor-size": Request("predict_tensor", {"images": np.zeros((1, 9, 9, 3), "f4")}),
+    "tensor-channels": Request(
+        "predict_tensor", {"images": np.zeros((1, SIZE, SIZE, 1), "f4")}
+    ),
+    "tensor-dtype": Request(
+        "predict_tensor", {"images": np.zeros((1, SIZE, SIZE, 3), "f8")}
+    ),
+    "images-rank-3": Request("predict_images", {"images": np.zeros((9, 9, 3), "u1")}),
+    "images-empty-side": Request(
+        "predict_images", {"images": np.zeros((1, 0, 9, 3), "u1")}
+    ),
+    "images-channels": Request(
+        "predict_images", {"images": np.zeros((1, 9, 9, 4), "u1")}
+    ),
+    "images-dtype": Request("predict_images", {"images": np.zeros((1, 9, 9, 3), "f4")}),
+    "example-junk": Request("classify", {"inputs": strings(b"\xff\xff")}),
+    "example-without-image": Request("classify", {"inputs": strings(b"")}),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_input_is_an_error_and_the_process_goes_on(exported, name):
+    whole = Request("serving_default", {"image_bytes": strings(WHOLE)})
+    refused, answered = answer_elsewhere(exported, [HOSTILE[name], whole])
+    assert isinstance(refused, str) and refused
+    assert answered["probabilities"].shape == (1, 3)
+
+
+@pytest.mark.parametrize("signature", SIGNATURES)
+def test_no_images_have_no_answers(exported, signature):
+    (name, dtype, shape), outputs = SIGNATURES[signature]
+    nothing = np.zeros([0, *(side or 5 for side in shape[1:])], dtype.as_numpy_dtype)
+    request = Request(signature, {name: nothing})
+    whole = Request("serving_default", {"image_bytes": strings(WHOLE)})
+    answer, answered = answer_elsewhere(exported, [request, whole])
+    assert isinstance(answer, str) or {k: len(v) for k, v in answer.items()} == (
+        dict.fromkeys(outputs, 0)
+    )
+    assert answered["probabilities"].shape == (1, 3)
+
+
+# Folding
+
+
+@EVERY_BASE_IN_TIME
+def test_folding_changes_no_probability(base):
+    keras.utils.clear_session()
+    model = classifier(base, SIZES.get(base.name, 48))
+    pixels = random_pixels(model, 4).astype(np.uint8)
+    expected = Predictor(model)(pixels)
+    network, is_folded = frozen_network(model, pixels, expected)
+    assert is_folded
+    actual = network(tf.constant(pixels, tf.float32))
+    np.testing.assert_allclose(actual["probabilities"], expected, atol=TOLERANCE)
+    assert np.ptp(expected, axis=0).max() > 1e-3  # images are told apart
+    folded = folded_copy(model)
+    names = {layer.name for layer in convolutions_to_fold(model).values()}
+    left = [x.name for x in folded.layers if type(x).__name__ == "BatchNormalization"]
+    assert not names & set(left)
+
+
+def test_where_folding_would_change_probabilities_it_is_left_out(monkeypatch):
+    model = tiny_model()
+
+    def inexact(model):
+        folded = folded_copy(model)
+        (convolution,) = [
+            x for x in folded.layers if isinstance(x, keras.layers.Conv2D)
+        ]
+        convolution.bias.assign(convolution.bias + 0.01)
+        return folded
+
+    monkeypatch.setattr(bundle, "folded_copy", inexact)
+    pixels = np.random.default_rng(0).integers(0, 256, (4, SIZE, SIZE, 3), np.uint8)
+    expected = Predictor(model)(list(pixels))
+    network, is_folded = frozen_network(model, pixels, expected)
+    assert not is_folded
+    actual = network(tf.constant(pixels, tf.float32))["probabilities"]
+    np.testing.assert_allclose(actual, expected, atol=TOLERANCE)
+    with pytest.raises(KerasTransferError, match="does not agree"):
+        frozen_network(model, pixels, expected[::-1])
+
+
+# Verification
+
+
+def test_a_graph_that_says_something_else_is_not_published(run_dir, monkeypatch):
+    class Wrong(savedmodel.ServingBundle):
+        def __init__(self, network, image_size, class_names):
+            super().__init__(network, image_size, class_names[::-1])
+
+    monkeypatch.setattr(savedmodel, "ServingBundle", Wrong)
+    with pytest.raises(KerasTransferError, match="another class. Nothing was publ"):
+        keras_transfer.export(run_dir)
+    assert not [p for p in run_dir.iterdir() if p.name.isdigit() or p.name[0] == "."]
+
+
+def test_a_warm_up_that_fails_is_not_published(run_dir, monkeypatch):
+    bad = [Request("serving_default", {"image_bytes": strings(b"junk")})]
+    monkeypatch.setattr(savedmodel, "_warmups", lambda sample: bad)
+    with pytest.raises(KerasTransferError, match="A warm-up record fails: .*not an im"):
+        keras_transfer.export(run_dir)
+    assert not [p for p in run_dir.iterdir() if p.name.isdigit() or p.name[0] == "."]
+
+
+def test_a_graph_with_random_operations_is_not_published(run_dir, monkeypatch):
+    class Noisy(savedmodel.ServingBundle):
+        def __init__(self, network, image_size, class_names):
+            def noisy(pixels):
+                noise = tf.random.normal(tf.shape(pixels)) * 1e-9
+                return network(pixels + noise)
+
+            super().__init__(noisy, image_size, class_names)
+
+    monkeypatch.setattr(savedmodel, "ServingBundle", Noisy)
+    with pytest.raises(KerasTransferError, match="RandomStandardNormal"):
+        keras_transfer.export(run_dir)
+
+
+def test_a_model_that_is_not_good_enough_is_refused(kt, run_dir):
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    metrics["fit"]["test"]["accuracy"] = 0.5
+    (run_dir / "metrics.json").write_text(json.dumps(metrics))
+    result = kt("export", run_dir, "--min-accuracy", 0.6)
+    assert result.exit_code == 1
+    assert "0.5000. Received: --min-accuracy 0.6" in result.stderr
+    del metrics["fit"]["test"]
+    (run_dir / "metrics.json").write_text(json.dumps(metrics))
+    assert kt("export", run_dir, "--min-accuracy", 0.1).exit_code == 2
+    assert not [p for p in run_dir.iterdir() if p.name.isdigit()]
+
+
+def test_where_the_images_are_gone_noise_is_compared(run_dir, kt):
+    config = run_dir / "config.yaml"
+    lines = config.read_text().splitlines()
+    gone = ["data: /gone" if line.startswith("data:") else line for line in lines]
+    config.write_text("\n".join(gone))
+    result = kt("export", run_dir)
+    assert result.exit_code == 0, result.output
+    assert "noise" in result.stderr
+    assert result.stdout.strip().endswith("/1")
+
+
+# Publishing
+
+
+def test_versions_go_up_and_old_ones_are_pruned(kt, run_dir):
+    (run_dir / "7").write_text("a file that a server takes for a version")
+    for number in (8, 9, 10):
+        result = kt("export", run_dir)
+        assert result.exit_code == 0, result.output
+        assert result.stdout.strip() == str(run_dir / str(number))
+    before = (run_dir / "9" / "saved_model.pb").stat().st_mtime_ns
+    result = kt("export", run_dir, "--keep", 3)
+    assert result.exit_code == 0, result.output
+    left = sorted(p.name for p in run_dir.iterdir() if p.name.isdigit())
+    assert left == ["10", "11", "7", "9"]  # never what kt did not make
+    assert (run_dir / "9" / "saved_model.pb").stat().st_mtime_ns == before
+    assert not list(run_dir.glob(".*"))
+
+
+EXPORT = [
+    sys.executable,
+    "-c",
+    "import sys; from keras_transfer.cli import main; main()",
+]
+
+
+def test_processes_at_the_same_time_publish_a_version_each(run_dir):
+    processes = [
+        subprocess.Popen(
+            [*EXPORT, "export", run_dir], stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(3)
+    ]
+    said = [process.communicate()[0].strip() for process in processes]
+    assert sorted(said) == [str(run_dir / n) for n in "123"]
+    for version in said:
+        about = json.loads(
+            Path(version, "assets.extra/keras_transfer.json").read_text()
+        )
+        assert about["labels"] == list(CLASSES)
+    assert not list(run_dir.glob(".*"))
+
+
+def check_kills(run_dir: Path, seconds: list[float]) -> None:
+    """Kills an export after each time, and looks at what is left."""
+    loop = (
+        "import keras_transfer, sys\n"
+        "print('ready', flush=True)\n"
+        "while True: keras_transfer.export(sys.argv[1])"
+    )
+    for delay in seconds:
+        process = subprocess.Popen(
+            [sys.executable, "-c", loop, run_dir], stdout=subprocess.PIPE, text=True
+        )
+        process.stdout.readline()
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        for version in run_dir.glob("[0-9]*"):
+            found = {
+                str(path.relative_to(version))
+                for path in version.rglob("*")
+                if path.is_file()
+            }
+            assert found == FILES
+    last = keras_transfer.export(run_dir)  # which removes what they left
+    assert not list(run_dir.glob(".*"))
+    with Session(last) as session:
+        assert ask(session, WHOLE)["scores"].shape == (1, 3)
+
+
+def test_killed_exports_leave_nothing_partial(run_dir):
+    check_kills(run_dir, [4.0, 8.0])
+
+
+@pytest.mark.slow
+def test_eight_at_once_and_twenty_kills(run_dir):
+    processes = [
+        subprocess.Popen([*EXPORT, "export", run_dir], stdout=subprocess.DEVNULL)
+        for _ in range(8)
+    ]
+    assert [process.wait() for process in processes] == [0] * 8
+    versions = {path.name for path in run_dir.glob("[0-9]*")}
+    assert versions == {str(number) for number in range(1, 9)}
+    check_kills(run_dir, list(np.random.default_rng(0).uniform(0, 15, 20)))
+
+
+# Warm-up records
+
+
+def test_warm_up_records_are_those_of_the_public_protos(exported, tmp_path):
+    from tensorflow_serving.apis import prediction_log_pb2
+
+    path = tmp_path / "records"
+    requests = list(read_records(exported / RECORDS))
+    assert [(r.signature, len(*r.inputs.values())) for r in requests] == [
+        ("serving_default", 1),
+        ("classify", 1),
+        ("serving_default", 8),
+        ("classify", 8),
+    ]
+    requests.append(Request("predict_images", {"images": np.zeros((2, 5, 4, 3), "u1")}))
+    write_records(path, requests)
+    for record, request in zip(
+        tf.data.TFRecordDataset(str(path)), requests, strict=True
+    ):
+        log = prediction_log_pb2.PredictionLog()
+        if request.signature == "classify":
+            asked = log.classify_log.request
+            for data in request.inputs["inputs"]:
+                asked.input.example_list.examples.add().ParseFromString(data)
+        else:
+            asked = log.predict_log.request
+            for name, array in request.inputs.items():
+                asked.inputs[name].CopyFrom(tf.make_tensor_proto(array))
+        asked.model_spec.signature_name = request.signature
+        assert record.numpy() == log.SerializeToString(deterministic=True)
+        assert prediction_log_pb2.PredictionLog.FromString(record.numpy()) == log
+    assert (exported / RECORDS).stat().st_size < 100_000
+
+
+# Other formats
+
+
+@pytest.mark.parametrize("form", ["litert", "onnx", "openvino", "keras"])
+def test_other_formats_say_what_the_model_says(kt, trained, form, photos):
+    result = kt("export", trained, "--format", form)
+    assert result.exit_code == 0, result.output
+    folder = trained / "exported" / form
+    assert str(folder) in result.stdout
+    assert (folder / "labels.txt").read_text().split() == list(CLASSES)
+    predict = formats._RUNTIMES[form].load(folder / formats._RUNTIMES[form].file)
+    decode = make_decoder(SIZE)
+    files = [(photos / name / "07.jpg").read_bytes() for name in CLASSES]
+    pixels = np.stack([decode(data) for data in files]).astype(np.float32)
+    expected = load_model(keras_transfer.open_run(trained))(pixels, training=False)
+    np.testing.assert_allclose(predict(pixels), expected, atol=formats.TOLERANCE)
+
+
+@pytest.mark.parametrize("quantize", ["dynamic", "int8"])
+def test_litert_can_be_quantized(kt, trained, quantize, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(trained, copy)
+    result = kt("export", copy, "--format", "litert", "--quantize", quantize)
+    assert result.exit_code == 0, result.output
+    folder = copy / "exported" / "litert"
+    assert "accuracy on" in result.stdout
+    about = json.loads((folder / "keras_transfer.json").read_text())
+    before, after = about["accuracy"]
+    assert before >= 0.8 and abs(after - before) <= 0.2
+    weights = load_model(keras_transfer.open_run(copy)).count_params()
+    assert (folder / "model.tflite").stat().st_size < 1.5 * weights
+
+
+def test_a_format_that_disagrees_leaves_what_was_there(run_dir, monkeypatch):
+    first = formats.export_format(run_dir, "keras")
+    before = (first.path / "model.keras").read_bytes()
+    monkeypatch.setattr(formats, "TOLERANCE", -1.0)
+    with pytest.raises(KerasTransferError, match="does not agree"):
+        formats.export_format(run_dir, "keras")
+    assert (first.path / "model.keras").read_bytes() == before
+    assert [path.name for path in first.path.parent.iterdir()] == ["keras"]
+
+
+def test_a_package_that_is_missing_is_named(run_dir, kt, monkeypatch):
+    find = formats.importlib.util.find_spec
+    monkeypatch.setattr(
+        formats.importlib.util,
+        "find_spec",
+        lambda name: None if name == "tf2onnx" else find(name),
+    )
+    result = kt("export", run_dir, "--format", "onnx")
+    assert result.exit_code == 1
+    assert "pip install 'keras-transfer[onnx]'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--quantize", "int8"),
+        ("--quantize", "int8", "--format", "onnx"),
+        ("--keep", 2, "--format", "keras"),
+        ("--keep", 0),
+        ("--format", "coreml"),
+        ("--min-accuracy", 90),
+    ],
+)
+def test_options_that_do_not_go_together_are_usage_errors(kt, run_dir, options):
+    result = kt("export", run_dir, *options)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+
+
+# Using a bundle
+
+
+def test_predictions_of_a_bundle_are_those_of_its_run(
+    kt, exported, trained, photos, tmp_path
+):
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff no")
+    paths = (photos / "circle", "broken.jpg", "missing.png", photos / "square/00.jpg")
+    of_bundle = kt("predict", "--bundle", exported, *paths)
+    assert of_bundle.exit_code == 0, of_bundle.output
+    of_run = kt("predict", trained, *paths)
+    one, other = (
+        list(csv.DictReader(io.StringIO(result.stdout)))
+        for result in (of_bundle, of_run)
+    )
+    assert len(one) == 23
+    for row, expected in zip(one, other, strict=True):
+        score, expected_score = row.pop("score_1"), expected.pop("score_1")
+        assert row == expected
+        if score:
+            assert float(score) == pytest.approx(float(expected_score), abs=1e-4)
+
+
+def test_a_bundle_is_used_without_tensorflows_python(exported, photos):
+    code = (
+        "import sys; from keras_transfer.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "assert not {'tensorflow', 'keras', 'sklearn'} & set(sys.modules)"
+    )
+    image = photos / "circle" / "00.jpg"
+    command = [sys.executable, "-c", code, "predict", "--bundle", exported, image]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert ",circle," in result.stdout
+
+
+@pytest.mark.parametrize("where", ["", "missing", "photos"])
+def test_what_is_no_bundle_is_a_usage_error(kt, trained, photos, where):
+    bundle = {"": trained, "missing": trained / "99", "photos": photos}[where]
+    result = kt("predict", "--bundle", bundle, photos / "circle" / "00.jpg")
+    assert result.exit_code == 2
+    assert "no version directory" in result.stderr
+
+
+def test_a_damaged_bundle_is_one_line(kt, exported, photos, tmp_path):
+    copy = tmp_path / "1"
+    shutil.copytree(exported, copy)
+    whole = (copy / "saved_model.pb").read_bytes()
+    (copy / "saved_model.pb").write_bytes(whole[: len(whole) // 2])
+    result = kt("predict", "--bundle", copy, photos / "circle" / "00.jpg")
+    assert result.exit_code == 1
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_serving_config_names_the_run(kt, run_dir):
+    result = kt("export", run_dir, "--write-serving-config")
+    assert result.exit_code == 0, result.output
+    models, batching = result.stdout.split()[1:]
+    from tensorflow_serving.config import model_server_config_pb2
+
+    config = text_format.Parse(
+        Path(models).read_text(), model_server_config_pb2.ModelServerConfig()
+    )
+    (model,) = config.model_config_list.config
+    assert (model.name, model.base_path) == ("copy", str(run_dir.resolve()))
+    assert "max_batch_size { value: 32 }" in Path(batching).read_text()
+
+
+@pytest.mark.parametrize("program", ["tensorflow_model_server", "docker"])
+def test_serve_starts_the_server_that_is_there(run_dir, tmp_path, monkeypatch, program):
+    (run_dir / "1").mkdir()
+    bin_dir = tmp_path / "bin"
+    bin_dir.mkdir()
+    fake = bin_dir / program
+    fake.write_text('#!/bin/sh\nprintf "%s\\n" "$0" "$@"\n')
+    fake.chmod(0o755)
+    result = subprocess.run(
+        [*EXPORT, "serve", run_dir, "--rest-port", "9000"],
+        env={**os.environ, "PATH": f"{bin_dir}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    arguments = result.stdout.splitlines()
+    assert arguments[0] == str(fake)
+    assert "http://localhost:9000/v1/models/copy" in result.stderr
+    expected = {
+        "tensorflow_model_server": [
+            f"--model_base_path={run_dir}",
+            "--model_name=copy",
+            "--rest_api_port=9000",
+            "--port=8500",
+        ],
+        "docker": [
+            f"type=bind,source={run_dir},target=/models/copy,readonly",
+            "MODEL_NAME=copy",
+            "9000:8501",
+            "8500:8500",
+            "tensorflow/serving",
+        ],
+    }[program]
+    assert set(expected) <= set(arguments)
+
+
+def test_without_a_server_both_ways_to_install_one_are_named(
+    kt, run_dir, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert kt("serve", run_dir).exit_code == 2  # nothing was exported
+    (run_dir / "1").mkdir()
+    result = kt("serve", run_dir)
+    assert result.exit_code == 1
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert "apt-get install" in result.stderr and "docker pull" in result.stderr
+
+
+def test_api_refuses_to_keep_no_version(run_dir):
+    with pytest.raises(UsageError, match="Received: --keep 0"):
+        keras_transfer.export(run_dir, keep=0)
