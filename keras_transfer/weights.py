@@ -11,7 +11,6 @@ from pathlib import Path
 import keras
 
 from keras_transfer.bases import DOWNLOAD_FREE, Base, keras_cache, weights_path
-from keras_transfer.efficientnet_lite import from_torch
 from keras_transfer.errors import UsageError, WeightsError
 from keras_transfer.torch_checkpoint import read_torch_checkpoint
 
@@ -39,6 +38,8 @@ def pretrained_network(
     if weights == "imagenet":
         if base.weights_package:
             return _from_package(base, scaled_image)
+        if base.weights_url:
+            return _from_url(base, scaled_image)
         return _from_keras(base, scaled_image)
     path = Path(weights).expanduser()
     if not path.is_file():
@@ -77,10 +78,28 @@ def _from_keras(base: Base, scaled_image: keras.KerasTensor) -> keras.Model:
                 f"The ImageNet weights of {base.name} could not be loaded from "
                 f"{keras_cache()}: {message}"
             ) from None
-    raise WeightsError(
+    raise _not_downloaded(base, url[1].rpartition("/")[2])
+
+
+def _from_url(base: Base, scaled_image: keras.KerasTensor) -> keras.Model:
+    path = weights_path(base)
+    try:
+        keras.utils.get_file(
+            base.weights_file,
+            base.weights_url,
+            file_hash=base.weights_sha256,
+            cache_subdir=str(path.parent),
+        )
+    except Exception:  # get_file raises a plain Exception when offline
+        raise _not_downloaded(base, base.weights_file) from None
+    return _from_file(base, scaled_image, path)
+
+
+def _not_downloaded(base: Base, file_name: str) -> WeightsError:
+    return WeightsError(
         f"The ImageNet weights of {base.name} could not be downloaded. Put "
-        f"{url[1].rpartition('/')[2]} into {keras_cache()}, or use --base "
-        f"{DOWNLOAD_FREE}, which needs no download."
+        f"{file_name} into {keras_cache()}, or use --base {DOWNLOAD_FREE}, which needs "
+        "no download."
     )
 
 
@@ -101,7 +120,7 @@ def _from_package(base: Base, scaled_image: keras.KerasTensor) -> keras.Model:
 
 
 def _from_file(base: Base, scaled_image: keras.KerasTensor, path: Path) -> keras.Model:
-    if path.name == base.weights_file and not base.weights_package:
+    if path.name == base.weights_file and base.module == "keras.applications":
         # Keras builds some networks differently around its own ImageNet weights.
         raise UsageError(
             f"{path.name} holds Keras's ImageNet weights. Put it into {keras_cache()} "
@@ -109,11 +128,12 @@ def _from_file(base: Base, scaled_image: keras.KerasTensor, path: Path) -> keras
         )
     network = _construct(base, scaled_image)
     if path.suffix in _TORCH_SUFFIXES:
-        if base.name != "efficientnet_lite0":
+        if base.module == "keras.applications":
             raise WeightsError(
-                f"Torch checkpoints are read for efficientnet_lite0 only. Received: "
-                f"{path} for {base.name}. Use a Keras .weights.h5 file."
+                "Torch checkpoints are read for efficientnet_lite0 and alexnet only. "
+                f"Received: {path} for {base.name}. Use a Keras .weights.h5 file."
             )
+        from_torch = importlib.import_module(base.module).from_torch
         with _explained(base, path):
             from_torch(network, read_torch_checkpoint(path))
     else:

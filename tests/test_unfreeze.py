@@ -217,7 +217,13 @@ def test_an_unknown_layer_brings_up_the_nearest():
 
 # Training copies, of a base of every family
 
-SIZES = {"InceptionResNetV2": 75, "InceptionV3": 75, "Xception": 71}
+SIZES = {
+    "alexnet": 64,
+    "alexnet_fc7": 224,
+    "InceptionResNetV2": 75,
+    "InceptionV3": 75,
+    "Xception": 71,
+}
 SLOW_TO_TRACE = ("InceptionResNetV2", "NASNetMobile", "EfficientNetV2B0")
 
 

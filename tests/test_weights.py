@@ -541,7 +541,7 @@ def test_weights_of_another_base_are_refused(mobilenet, tmp_path):
     for base, file, words in [
         ("MobileNet", path, "MobileNet"),
         ("efficientnet_lite0", path, "efficientnet_lite0"),
-        ("MobileNetV2", weights_path(LITE), "efficientnet_lite0 only"),
+        ("MobileNetV2", weights_path(LITE), "efficientnet_lite0 and alexnet only"),
         ("efficientnet_lite0", torch, "_conv_stem.weight"),
     ]:
         message = build_refusal(WeightsError, get_base(base), file)
