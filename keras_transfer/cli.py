@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Iterable, Iterator
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from keras_transfer import __version__
+from keras_transfer.bases import get_base
 from keras_transfer.config import (
     ClassWeight,
     Format,
@@ -95,6 +97,7 @@ _PATH = click.Path(path_type=Path)
     "--class-weight", "head__class_weight", type=click.Choice(choices(ClassWeight))
 )
 @click.option("--augment", type=int, metavar="N", help="Augmented views an image.")
+@click.option("--folds", type=int, metavar="K", help="Cross-validate the head too.")
 @click.option("--precision", type=click.Choice(choices(Precision)))
 @click.option("--splits", "splits__file", type=_PATH, help="Keep a splits.csv.")
 @click.option("--max-skipped", type=float, help="Share of unusable images allowed.")
@@ -335,6 +338,87 @@ def serve(run: Path, port: int, rest_port: int) -> None:
     click.echo(shlex.join(command), err=True)
     click.echo(f"http://localhost:{rest_port}/v1/models/{name}", err=True)
     os.execv(command[0], command)
+
+
+class _Minutes(click.ParamType):
+    """A duration such as 30m, 2h or 90s, as minutes."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", str(value))
+        if not found:
+            self.fail(f"{value!r} is no duration such as 30m, 2h or 90s.", param, ctx)
+        return float(found[1]) * {"s": 1 / 60, "m": 1, "h": 60}[found[2]]
+
+
+@main.command()
+@click.argument("data")
+@click.option("--base", help="Pretrained base; `kt bases` lists them.")
+@click.option("--budget", type=_Minutes(), help="The most time, such as 30m or 2h.")
+@click.option("--weights", help="imagenet, none or a file.")
+@click.option("--image-size", type=int, help="Side of the images in pixels.")
+@click.option("--seed", type=int)
+@click.option("--data-dir", type=_PATH, help="Of tensorflow-datasets.")
+@click.option("--cache-dir", type=_PATH, help="Where features are kept.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def advise(data: str, budget: float | None, as_json: bool, **options: Any) -> None:
+    """Say which method suits DATA, and why, from measurements on this machine.
+
+    \b
+    kt advise photos/ --budget 30m
+    """
+    load_config(None, {**options, "data": data})
+    _import_tensorflow()
+    from keras_transfer import terminal
+    from keras_transfer.evidence import advise as run_advise
+
+    with terminal.progress() as on_progress:
+        found = run_advise(
+            data,
+            budget=budget,
+            on_progress=on_progress,
+            on_note=terminal.show_note,
+            **options,
+        )
+    if as_json:
+        click.echo(found.model_dump_json(indent=1))
+    else:
+        terminal.show_recommendation(found)
+
+
+@main.command()
+@click.argument("data")
+@click.option(
+    "--bases", default="available", help="Names with commas, or `available` here."
+)
+@click.option("--chart", type=_PATH, default=Path("rank.png"), help="PNG to write.")
+@click.option("--image-size", type=int, help="Side of the images in pixels.")
+@click.option("--seed", type=int)
+@click.option("--data-dir", type=_PATH, help="Of tensorflow-datasets.")
+@click.option("--cache-dir", type=_PATH, help="Where features are kept.")
+def rank(data: str, bases: str, chart: Path, **options: Any) -> None:
+    """Compare bases on DATA: accuracy of a probe, speed and size.
+
+    \b
+    kt rank photos/ --bases efficientnet_lite0,MobileNetV2
+    """
+    names = None if bases == "available" else [x for x in bases.split(",") if x]
+    for name in names or ():
+        get_base(name)
+    load_config(None, {**options, "data": data})
+    _import_tensorflow()
+    from keras_transfer import terminal
+    from keras_transfer.ranking import draw_chart
+    from keras_transfer.ranking import rank as run_rank
+
+    with terminal.progress() as on_progress:
+        ranked, skipped = run_rank(
+            data, names, on_progress=on_progress, on_note=terminal.show_note, **options
+        )
+    draw_chart(ranked, chart)
+    terminal.show_ranking(ranked, skipped)
+    click.echo(f"Chart: {chart}")
 
 
 @main.command()

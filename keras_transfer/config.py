@@ -148,6 +148,9 @@ class Config(_Section):
     """Arithmetic of the frozen base while features are computed."""
     augment: Annotated[int, Field(ge=0, le=100)] = 0
     """Augmented views cached of every training image, beside the plain one."""
+    folds: Annotated[int, Field(ge=2, le=100)] | None = None
+    """Parts of the training images, each predicted by a head trained on the others;
+    None is no cross-validation."""
     max_skipped: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
     """The share of unreadable images above which the run is an error."""
     cache_dir: Path | None = None

@@ -433,7 +433,7 @@ class FrozenFeatures:
     """
 
     extraction: Extraction
-    precision: str
+    precision: Precision
     seconds: float
 
     def rows(self, sources: Sequence[str], view: int = 0) -> Features:

@@ -4,6 +4,7 @@ import itertools
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import numpy as np
 
 from keras_transfer.bases import get_base
 from keras_transfer.config import Config, Precision, load_config, to_yaml
+from keras_transfer.crossvalidation import estimate, fold_numbers
 from keras_transfer.data import Splits, Table, count_classes
 from keras_transfer.data import load as load_data
 from keras_transfer.decode import DECODER_VERSION
 from keras_transfer.errors import KerasTransferError
-from keras_transfer.evaluation import evaluate
+from keras_transfer.evaluation import evaluate, score
 from keras_transfer.extract import (
     Engine,
     Extraction,
@@ -48,8 +50,10 @@ from keras_transfer.run import (
     MANIFEST,
     METRICS,
     MODEL,
+    OUT_OF_FOLD,
     SKIPPED,
     SPLITS,
+    Estimate,
     Manifest,
     OnProgress,
     Run,
@@ -98,17 +102,19 @@ def fit(
 
 def _fit(config: Config, on_progress: OnProgress) -> Run:
     started = time.perf_counter()
-    config, run_dir = _resolve(config)
+    config = resolve(config)
+    assert config.name is not None
+    run_dir = run_path(config.runs_dir, config.name, config.overwrite)
+    config = config.model_copy(update={"overwrite": False})
 
     # Who trains, who validates, who tests
     splits = load_data(config.data, config.splits, config.seed, config.data_dir)
+    if config.folds:  # too many are found out before the work
+        fold_numbers(splits.train, len(splits.class_names), config.folds, config.seed)
 
     # The frozen base; every image goes through it once
-    row = get_base(config.base)
-    base = build_base(row, config.weights, _image_size(config), config.seed)
-    digest = weights_digest(base)
-    cache = FeatureCache(config.cache_dir)
-    part = FrozenPart(base, base.name, digest, POOL, config.seed, cache)
+    part = frozen_base(config)
+    base = part.model
     notes: list[str] = []
     for precision, engine in _ATTEMPTS[config.precision]:
         features = frozen_features(
@@ -116,7 +122,7 @@ def _fit(config: Config, on_progress: OnProgress) -> Run:
         )
         extraction, extractor = features.extraction, features.extraction.extractor
         notes += extractor.notes if extractor else []
-        usable = _usable(config, splits, extraction)
+        usable = usable_splits(config, splits, extraction)
 
         # A new head on the features
         head_started = time.perf_counter()
@@ -141,6 +147,11 @@ def _fit(config: Config, on_progress: OnProgress) -> Run:
             f"trained on: {notes[-1]}. Please report this."
         )
 
+    # The same head on parts of the training images, for an honest interval
+    folds, out_of_fold = None, None
+    if config.folds:
+        folds, out_of_fold = _cross_validate(config, usable, features, on_progress)
+
     # Figures of what the head never saw, and everything on disk at once
     with building(run_dir) as staging:
         model.save(staging / MODEL)
@@ -153,6 +164,8 @@ def _fit(config: Config, on_progress: OnProgress) -> Run:
             METRICS: _metrics(usable, head, features),
         }.items():
             write_atomic(staging / name, text)
+        if out_of_fold:
+            write_atomic(staging / OUT_OF_FOLD, out_of_fold)
         finished = time.perf_counter()
         manifest = Manifest(
             created=now(),
@@ -161,15 +174,16 @@ def _fit(config: Config, on_progress: OnProgress) -> Run:
             class_counts=usable.class_counts(),
             skipped=len(extraction.skipped),
             multi_label=usable.multi_label,
-            base=row.name,
+            base=config.base,
             weights=config.weights,
-            weights_digest=digest,
+            weights_digest=part.weights_digest,
             image_size=_image_size(config),
             decoder_version=DECODER_VERSION,
             engine=extractor.engine if extractor else "cache",
             precision=features.precision,
             notes=[*usable.warnings, *_doubts(usable, extraction), *notes],
             parity=found,
+            folds=folds,
             l2=head.l2,
             seed=config.seed,
             versions=versions(),
@@ -200,8 +214,20 @@ _ATTEMPTS: dict[str, list[tuple[Precision, Engine | None]]] = {
 """How features are computed; a later way only if the model disagrees with them."""
 
 
-def _usable(config: Config, splits: Splits, extraction: Extraction) -> Splits:
-    """The splits without the images that could not be used."""
+def frozen_base(config: Config) -> FrozenPart:
+    """A resolved config's base, as what is computed once of every image."""
+    row = get_base(config.base)
+    base = build_base(row, config.weights, _image_size(config), config.seed)
+    cache = FeatureCache(config.cache_dir)
+    return FrozenPart(base, base.name, weights_digest(base), POOL, config.seed, cache)
+
+
+def usable_splits(config: Config, splits: Splits, extraction: Extraction) -> Splits:
+    """The splits without the images that could not be used.
+
+    Raises:
+        KerasTransferError: If they are too many, or too few classes are left.
+    """
     skipped = extraction.skipped
     total = len(skipped) + len(extraction.digests)
     if len(skipped) > config.max_skipped * total:
@@ -251,6 +277,43 @@ def _train(
     )
 
 
+def _cross_validate(
+    config: Config, splits: Splits, features: FrozenFeatures, on_progress: OnProgress
+) -> tuple[Estimate, str]:
+    """Trains the head once a fold of the training images, on the other folds.
+
+    The validation images choose each L2 strength, as for the run's own head, so no
+    head knows anything of the fold that it is measured on.
+
+    Returns:
+        (the deciding metric, the text of out_of_fold.csv).
+    """
+    assert config.folds is not None
+    table, num_classes = splits.train, len(splits.class_names)
+    numbers = fold_numbers(table, num_classes, config.folds, config.seed)
+    probabilities = np.zeros((len(table), num_classes), np.float32)
+    values = []
+    for fold in range(config.folds):
+        inside = [s for s, n in zip(table.sources, numbers, strict=True) if n != fold]
+        others = replace(splits, train=table.keep(inside))
+        head = _train(config, others, features, on_progress)
+        held_out = np.flatnonzero(numbers == fold)
+        rows = features.rows([table.sources[i] for i in held_out])
+        probabilities[held_out] = predict_head(head.model, rows)
+        evaluation = evaluate(
+            table.targets[held_out], probabilities[held_out], splits.class_names
+        )
+        values.append(score(evaluation)[0])
+    header = ("path", "fold", *splits.class_names)
+    lines = (
+        (source, number, *(f"{value:.6f}" for value in row))
+        for source, number, row in zip(
+            table.sources, numbers, probabilities, strict=True
+        )
+    )
+    return estimate(values, 1 / config.folds), csv_text(header, lines)
+
+
 def _compare(
     model: keras.Model,
     head: TrainedHead,
@@ -296,8 +359,8 @@ def _doubts(splits: Splits, extraction: Extraction) -> list[str]:
     return doubts
 
 
-def _resolve(config: Config) -> tuple[Config, Path]:
-    """The config with every None that depends on others filled in, and the run."""
+def resolve(config: Config) -> Config:
+    """The config with every None that depends on others filled in."""
     base = get_base(config.base)
     path = Path(config.data).expanduser()
     if config.data == "digits" or config.data.startswith("tfds:"):
@@ -306,18 +369,15 @@ def _resolve(config: Config) -> tuple[Config, Path]:
         data, stem = str(path.resolve() if path.exists() else path), path.resolve().stem
     plain_stem = "".join(c if c.isalnum() or c in "_.-" else "_" for c in stem)
     name = config.name or f"{plain_stem.strip('.-') or 'run'}-{base.name}"
-    run_dir = run_path(config.runs_dir, name, config.overwrite)
-    resolved = config.model_copy(
+    return config.model_copy(
         update={
             "data": data,
             "data_dir": config.data_dir and config.data_dir.expanduser().resolve(),
             "base": base.name,
             "image_size": config.image_size or base.image_size,
             "name": name,
-            "overwrite": False,
         }
     )
-    return resolved, run_dir
 
 
 def _image_size(config: Config) -> int:

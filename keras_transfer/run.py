@@ -40,6 +40,9 @@ MODEL = "model.keras"
 SKIPPED = "skipped.csv"
 SPLITS = "splits.csv"
 
+OUT_OF_FOLD = "out_of_fold.csv"
+"""What the heads of a cross-validation say of the images they were not trained on."""
+
 CHECKPOINT = "checkpoint"
 """The folder of a phase that is not finished."""
 
@@ -62,6 +65,21 @@ _PACKAGES = (
     "scipy",
     "numpy",
 )
+
+
+class Estimate(BaseModel):
+    """A figure that was measured several times, on parts of the same images."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mean: float
+    low: float
+    """Of the 95% confidence interval of the mean."""
+    high: float
+    values: tuple[float, ...]
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f} ({self.low:.4f} to {self.high:.4f})"
 
 
 class FinetuneReport(BaseModel):
@@ -142,6 +160,9 @@ class Manifest(BaseModel):
     """Arithmetic of the features the head was trained on: `f32` or `bf16`."""
     notes: list[str]
     """What was decided on the way, each with its measurement."""
+    folds: Estimate | None = None
+    """With `--folds`, the accuracy (of multi-label data the mean average precision)
+    of each fold, their mean and its 95% interval."""
     l2: float
     """The head's L2 strength, chosen on the validation split."""
     parity: dict[str, float]

@@ -142,6 +142,25 @@ def train_tail(
     return tail
 
 
+def measure_training(
+    config: FinetuneConfig,
+    make_copy: Callable[[str], TrainingCopy],
+    lr_multipliers: LrMultipliers,
+    batch: LabelledFeatures,
+) -> float:
+    """Seconds that a training step on a batch takes, in float32; nothing is kept.
+
+    Args:
+        config: Rates.
+        make_copy: From a precision to a copy of the tail to train.
+        lr_multipliers: Of the learning rate, by the path of a variable.
+        batch: Rows and their targets.
+    """
+    learner = _Learner(make_copy, lr_multipliers, "f32", config, 1, batch)
+    learner.measure(next(_batches(batch, len(batch), 0, 0, None)), _MEASURED_STEPS)
+    return learner.seconds_a_step
+
+
 def has_state(checkpoint: Path) -> bool:
     """Whether a checkpoint holds a finished epoch."""
     return (checkpoint / _STATE).exists()

@@ -5,6 +5,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -16,8 +17,13 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from keras_transfer.advice import METHODS
 from keras_transfer.bases import BASES, weights_path
 from keras_transfer.run import Run
+
+if TYPE_CHECKING:
+    from keras_transfer.evidence import Recommendation
+    from keras_transfer.ranking import Ranked
 
 _MOST_CLASSES = 30
 
@@ -85,6 +91,10 @@ def show_run(run: Run) -> None:
     name = "test" if "test" in splits else "val"
     if name in splits:
         show_evaluation(splits[name], name)
+    if manifest.folds:
+        console.print(
+            f"cross-validation, {len(manifest.folds.values)} folds: {manifest.folds}"
+        )
     for note in manifest.notes:
         console.print(f"- {note}", style="dim")
     if manifest.skipped:
@@ -175,6 +185,44 @@ def show_evaluation(evaluation: dict, of: str) -> None:
     console.print(table)
     if len(classes) > len(worst):
         console.print(f"(the {len(worst)} worst of {len(classes)} classes)")
+
+
+def show_recommendation(found: "Recommendation") -> None:
+    """What `kt advise` found; the last line is what to run."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for rule, message, evidence in found.advice:
+        numbers = ", ".join(
+            f"{key} {value:,.4g}"
+            for key, value in evidence.items()
+            if value is not None
+        )
+        table.add_row(rule, message)
+        table.add_row("", numbers, style="dim")
+    console.print(table)
+    console.print(f"Recommended: {METHODS[found.method]}")
+    console.print(found.command, soft_wrap=True)
+
+
+def show_ranking(ranked: "list[Ranked]", skipped: list[str]) -> None:
+    """The result of `kt rank`; the Pareto front is marked."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("base", no_wrap=True)
+    for column in ("accuracy (95% interval)", "LogME", "img/s", "parameters", "MB"):
+        table.add_column(column, justify="right")
+    table.add_column("")
+    for one in ranked:
+        table.add_row(
+            one.base,
+            str(one.accuracy),
+            f"{one.logme:.4f}",
+            f"{one.images_per_second:,.0f}",
+            f"{one.parameters:,}",
+            f"{one.megabytes:,.1f}",
+            "<- none is both faster and better" if one.is_best else "",
+        )
+    console.print(table)
+    if skipped:
+        console.print(f"Weights are not on this machine: {', '.join(skipped)}.")
 
 
 def show_bases() -> None:

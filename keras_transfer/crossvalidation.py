@@ -1,0 +1,77 @@
+"""Folds, and intervals of figures that were measured in each of them."""
+
+import math
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import scipy.stats
+from sklearn.model_selection import StratifiedGroupKFold
+
+from keras_transfer.data import Table, count_classes
+from keras_transfer.errors import UsageError
+from keras_transfer.run import Estimate
+
+CONFIDENCE = 0.95
+
+
+def estimate(values: Sequence[float], held_out: float) -> Estimate:
+    """The mean of repeated measurements, and its 95% confidence interval.
+
+    The parts overlap, so the measurements are not independent: the variance of their
+    mean is (1 / n + held_out / (1 - held_out)) times theirs. Source: Nadeau & Bengio
+    2003, "Inference for the Generalization Error", Machine Learning 52.
+
+    Args:
+        values: A measurement each.
+        held_out: The share of the images that each was measured on.
+    """
+    count, mean = len(values), float(np.mean(values))
+    half = 0.0
+    if count > 1:
+        variance = float(np.var(values, ddof=1))
+        variance *= 1 / count + held_out / (1 - held_out)
+        half = math.sqrt(variance) * scipy.stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)
+    return Estimate(mean=mean, low=mean - half, high=mean + half, values=tuple(values))
+
+
+def fold_numbers(table: Table, num_classes: int, folds: int, seed: int) -> np.ndarray:
+    """Deals images into folds, each class evenly and no group divided.
+
+    Args:
+        table: The images; multi-label ones are stratified by their rarest class.
+        num_classes: Number of classes.
+        folds: How many.
+        seed: Of the order.
+
+    Returns:
+        int64 `[N]`, the fold of each image, from 0.
+
+    Raises:
+        UsageError: If there are fewer images, or groups of them, than folds.
+    """
+    groups = np.array(
+        [group or f"\0{index}" for index, group in enumerate(table.groups)], dtype=str
+    )
+    units = len(set(groups.tolist()))
+    if units < folds:
+        what = "groups of training images" if any(table.groups) else "training images"
+        raise UsageError(
+            f"There are fewer {what} than folds. Received: {units} and {folds} folds. "
+            "Use fewer folds, or more images."
+        )
+    targets = table.targets
+    if targets.ndim == 2:
+        counts = count_classes(targets, num_classes)
+        rarity = np.where(targets > 0, counts, len(targets) + 1)
+        targets = np.where(targets.any(1), rarity.argmin(1), num_classes)
+    numbers = np.zeros(len(table), np.int64)
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    with warnings.catch_warnings():
+        # A class of fewer images than folds is absent from some: nothing to mend.
+        warnings.filterwarnings("ignore", message="The least populated class")
+        for number, (_, held_out) in enumerate(
+            splitter.split(np.zeros(len(table)), targets, groups)
+        ):
+            numbers[held_out] = number
+    return numbers
