@@ -61,6 +61,11 @@ class _Commands(click.Group):
                 raise
             click.echo(f"Error: {error}", err=True)
             ctx.exit(2 if isinstance(error, UsageError) else 1)
+        except OSError as error:
+            if ctx.params["debug"]:
+                raise
+            click.echo(f"Error: A file cannot be read or written: {error}.", err=True)
+            ctx.exit(1)
         except Exception as error:
             if ctx.params["debug"]:
                 raise
@@ -228,9 +233,7 @@ def predict(
     kt predict saved_models/photos-efficientnet_lite0 new/ --top 3 > result.csv
     kt predict --bundle saved_models/photos-efficientnet_lite0/1 new/
     """
-    run, paths = run_and_paths[:1], run_and_paths[1:]
-    if bundle:
-        run, paths = (), run_and_paths
+    paths = run_and_paths if bundle else run_and_paths[1:]
     if not paths:
         wanted = "images" if bundle else "a RUN and images"
         raise click.UsageError(f"Name {wanted}. Received: {len(run_and_paths)} paths.")
@@ -239,14 +242,12 @@ def predict(
 
         class_names, predictions = predict_bundle(bundle, paths, recursive)
     else:
-        opened = open_run(run[0])
+        opened = open_run(run_and_paths[0])
         _import_tensorflow()
         from keras_transfer.prediction import predict as run_predict
 
-        class_names, predictions = (
-            opened.class_names,
-            run_predict(opened, paths, recursive),
-        )
+        class_names = opened.class_names
+        predictions = run_predict(opened, paths, recursive)
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names need not be UTF-8
         sys.stdout.reconfigure(errors="surrogateescape")
     write = _csv_rows if form == "csv" else _json_rows

@@ -819,3 +819,14 @@ def test_without_a_server_both_ways_to_install_one_are_named(
 def test_api_refuses_to_keep_no_version(run_dir):
     with pytest.raises(UsageError, match="Received: --keep 0"):
         keras_transfer.export(run_dir, keep=0)
+
+
+def test_a_run_that_cannot_be_written_to_is_one_line(kt, run_dir, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device", str(run_dir / ".export.x"))
+
+    monkeypatch.setattr(savedmodel.tempfile, "mkdtemp", full)
+    result = kt("export", run_dir)
+    assert result.exit_code == 1
+    assert "No space left on device" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
