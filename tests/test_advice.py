@@ -180,7 +180,7 @@ RISES = Estimate(mean=0.05, low=0.02, high=0.08, values=())
     [
         ({}, None, "finetune-top"),
         ({}, 2, "extract"),
-        ({"accuracy": certain(0.97)}, None, "extract"),
+        ({"accuracy": certain(0.985)}, None, "extract"),
         ({"class_counts": {"a": 100, "b": 100}}, None, "extract"),
         ({"class_counts": {"a": 100, "b": 100}, "gain": RISES}, None, "more-data"),
         ({"class_counts": {"a": 900, "b": 4}}, None, "more-data"),
