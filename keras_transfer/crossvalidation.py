@@ -15,7 +15,7 @@ from keras_transfer.run import Estimate
 CONFIDENCE = 0.95
 
 
-def estimate(values: Sequence[float], held_out: float) -> Estimate:
+def estimate(values: Sequence[float], held_out: float, lowest: float = 0.0) -> Estimate:
     """The mean of repeated measurements, and its 95% confidence interval.
 
     The parts overlap, so the measurements are not independent: the variance of their
@@ -25,6 +25,7 @@ def estimate(values: Sequence[float], held_out: float) -> Estimate:
     Args:
         values: A measurement each.
         held_out: The share of the images that each was measured on.
+        lowest: The least that a measurement can be; the most is 1.
     """
     count, mean = len(values), float(np.mean(values))
     half = 0.0
@@ -32,7 +33,8 @@ def estimate(values: Sequence[float], held_out: float) -> Estimate:
         variance = float(np.var(values, ddof=1))
         variance *= 1 / count + held_out / (1 - held_out)
         half = math.sqrt(variance) * scipy.stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)
-    return Estimate(mean=mean, low=mean - half, high=mean + half, values=tuple(values))
+    low, high = max(mean - half, lowest), min(mean + half, 1.0)
+    return Estimate(mean=mean, low=low, high=high, values=tuple(values))
 
 
 def fold_numbers(table: Table, num_classes: int, folds: int, seed: int) -> np.ndarray:

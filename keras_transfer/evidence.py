@@ -103,7 +103,7 @@ def advise(
     curve, head_seconds = learning_curve(config, splits, features)
     full = curve[SHARES[-1]]
     halves = zip(full.values, curve[0.5].values, strict=True)
-    gain = estimate([all_ - half for all_, half in halves], 1 / FOLDS)
+    gain = estimate([all_ - half for all_, half in halves], 1 / FOLDS, lowest=-1.0)
 
     on_note("measuring what methods take on this machine")
     minutes, gigabytes = _costs(config, splits, part.model, head_seconds)

@@ -109,11 +109,14 @@ def test_fewer_images_or_groups_than_folds_is_an_error():
 
 
 def test_an_estimate_is_its_formula():
-    values = [0.8, 0.9, 0.85, 0.95, 0.75]
+    values = [0.85, 0.95, 0.9, 1.0, 0.8]
     found = estimate(values, 0.2)
     half = 2.776445 * np.sqrt(np.var(values, ddof=1) * (1 / 5 + 0.25))
-    assert found.mean == pytest.approx(0.85)
-    assert (found.low, found.high) == pytest.approx((0.85 - half, 0.85 + half))
+    assert found.mean == pytest.approx(0.9)
+    assert found.high == 1 < 0.9 + half  # no share is larger
+    assert found.low == pytest.approx(0.9 - half)
+    gain = estimate([-0.1, 0.0], 0.2, lowest=-1.0)
+    assert gain.mean == pytest.approx(-0.05) and gain.low < -0.1
 
 
 def test_a_cross_validated_fit_keeps_what_each_head_said(kt, photos):
