@@ -66,7 +66,8 @@ class Evidence:
             multi-label data the mean average precision, as everywhere below).
         curve: Share of the training images to the probe's accuracy with so many.
         gain: Accuracy with all images less that with half of them.
-        majority: Accuracy of always naming the commonest class.
+        majority: Accuracy of always naming the commonest class; of multi-label data
+            the mean share of images that show a class.
         neighbours: Accuracy of the 5 nearest neighbours; None of multi-label data.
         logme: `transferability.logme` of the features.
         imagenet_confidence: Mean probability of the likeliest ImageNet class, by the

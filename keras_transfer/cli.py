@@ -407,6 +407,10 @@ def rank(data: str, bases: str, chart: Path, **options: Any) -> None:
     names = None if bases == "available" else [x for x in bases.split(",") if x]
     for name in names or ():
         get_base(name)
+    if not chart.absolute().parent.is_dir():
+        raise UsageError(
+            f"--chart names a file in a folder that exists. Received: {chart}."
+        )
     load_config(None, {**options, "data": data})
     _import_tensorflow()
     from keras_transfer import terminal

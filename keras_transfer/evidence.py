@@ -3,9 +3,11 @@
 The features are those of `kt fit`, which finds them in the cache afterwards.
 """
 
+import json
 import shlex
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -52,6 +54,7 @@ FOLDS = 5
 NEIGHBOURS = 5
 
 _UNFREEZE: dict[Method, str] = {"finetune-top": "top", "finetune-all": "all"}
+_MOST_PROBED = 20_000  # training images, whose features are held in memory
 _SAMPLE = 32  # images that are run to measure how long they take
 
 
@@ -97,10 +100,11 @@ def advise(
         part, splits, 0, config.precision, on_progress=on_progress
     )
     splits = usable_splits(config, splits, features.extraction)
-    rows = features.rows(splits.train.sources)[:]
+    probed = probed_splits(splits, config.seed)
+    rows = features.rows(probed.train.sources)[:]
 
-    on_note("probing the features")
-    curve, head_seconds = learning_curve(config, splits, features)
+    on_note(f"probing the features of {len(rows):,} training images")
+    curve, head_seconds = learning_curve(config, probed, features)
     full = curve[SHARES[-1]]
     halves = zip(full.values, curve[0.5].values, strict=True)
     gain = estimate([all_ - half for all_, half in halves], 1 / FOLDS, lowest=-1.0)
@@ -115,9 +119,11 @@ def advise(
         accuracy=full,
         curve=curve,
         gain=gain,
-        majority=float(counts.max() / len(targets)),
-        neighbours=_neighbours(config, splits, rows),
-        logme=logme(rows, targets, classes, config.seed),
+        # What a constant answer scores, in accuracy or in mean average precision.
+        majority=float(counts.mean() if splits.multi_label else counts.max())
+        / len(targets),
+        neighbours=_neighbours(config, probed, rows),
+        logme=logme(rows, probed.train.targets, classes, config.seed),
         imagenet_confidence=confidence,
         imagenet_entropy=entropy,
         minutes=minutes,
@@ -130,6 +136,15 @@ def advise(
         evidence=evidence,
         command=_command(config, method, options),
     )
+
+
+def probed_splits(splits: Splits, seed: int) -> Splits:
+    """The splits, with no more training images than probes need."""
+    sources = splits.train.sources
+    if len(sources) <= _MOST_PROBED:
+        return splits
+    picked = _dealt(splits.train.targets, seed)[:_MOST_PROBED]
+    return replace(splits, train=splits.train.keep(sources[i] for i in picked))
 
 
 def learning_curve(
@@ -278,9 +293,11 @@ def _costs(
 def _command(config: Config, method: Method, options: Mapping[str, Any]) -> str:
     """What to run, with the options that were given."""
     flags = [
-        f"--{key.replace('_', '-')} {shlex.quote(str(value))}"
+        f"--set {shlex.quote(f'{key}={json.dumps(value)}')}"
+        if isinstance(value, (dict, list, tuple))
+        else f"--{key.replace('_', '-')} {shlex.quote(str(value))}"
         for key, value in options.items()
-        if value is not None and key in ("base", "weights", "image_size", "seed")
+        if value is not None
     ]
     command = " ".join(["kt fit", shlex.quote(config.data), *flags])
     if method in _UNFREEZE:

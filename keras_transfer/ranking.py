@@ -11,7 +11,7 @@ from keras_transfer.bases import BASES, Base, get_base, weights_path
 from keras_transfer.config import load_config
 from keras_transfer.data import load as load_data
 from keras_transfer.errors import UsageError
-from keras_transfer.evidence import learning_curve
+from keras_transfer.evidence import learning_curve, probed_splits
 from keras_transfer.extract import Extractor, frozen_features
 from keras_transfer.feature_extraction import frozen_base, resolve, usable_splits
 from keras_transfer.prediction import sample_images
@@ -97,6 +97,7 @@ def _measured(
 
     features = frozen_features(part, splits, 0, config.precision, on_progress=progress)
     splits = usable_splits(config, splits, features.extraction)
+    splits = probed_splits(splits, config.seed)
     curve, _ = learning_curve(config, splits, features, shares=(1.0,))
     rows = features.rows(splits.train.sources)[:]
     targets, classes = splits.train.targets, len(splits.class_names)

@@ -331,3 +331,17 @@ def test_the_pareto_front_is_what_nothing_beats():
     ]
     ranked = ranking._ranked(found)
     assert {one.base for one in ranked if one.is_best} == {"a", "b"}
+
+
+def test_images_of_several_classes_are_advised_on(photos):
+    rows = [
+        (path, f"{path.parent.name}|shape" if index % 2 else path.parent.name)
+        for index, path in enumerate(sorted(photos.glob("*/*.jpg")))
+    ]
+    text = "path,label\n" + "".join(f"{path},{label}\n" for path, label in rows)
+    Path("data.csv").write_text(text)
+    found = keras_transfer.advise("data.csv", image_size=64)
+    assert found.evidence.neighbours is None
+    assert found.evidence.majority == pytest.approx(0.375, abs=0.03)
+    assert found.evidence.majority < found.evidence.accuracy.mean <= 1
+    assert found.command == f"kt fit {Path('data.csv').resolve()} --image-size 64"
