@@ -247,7 +247,6 @@ def answer_elsewhere(
         [sys.executable, "-c", f"from {__name__} import answer; answer()"],
         input=pickle.dumps((saved_model, requests)),
         capture_output=True,
-        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
     )
     if process.returncode:
         said = process.stderr.decode(errors="replace").strip().splitlines()
@@ -283,6 +282,7 @@ def _library() -> ctypes.CDLL:
     if spec is None or spec.origin is None:
         raise KerasTransferError("TensorFlow is not installed.")
     folder = Path(spec.origin).parent
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read when it is loaded
     try:
         ctypes.CDLL(str(folder / "libtensorflow_framework.so.2"), ctypes.RTLD_GLOBAL)
         library = ctypes.CDLL(str(folder / "libtensorflow_cc.so.2"))

@@ -238,9 +238,11 @@ def predict(
         wanted = "images" if bundle else "a RUN and images"
         raise click.UsageError(f"Name {wanted}. Received: {len(run_and_paths)} paths.")
     if bundle:
+        from keras_transfer import terminal
         from keras_transfer.serving import predict_bundle
 
-        class_names, predictions = predict_bundle(bundle, paths, recursive)
+        with terminal.quiet_stderr():
+            class_names, predictions = predict_bundle(bundle, paths, recursive)
     else:
         opened = open_run(run_and_paths[0])
         _import_tensorflow()

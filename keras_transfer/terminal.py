@@ -19,6 +19,7 @@ from rich.table import Table
 
 from keras_transfer.advice import METHODS
 from keras_transfer.bases import BASES, weights_path
+from keras_transfer.errors import KerasTransferError
 from keras_transfer.run import Run
 
 if TYPE_CHECKING:
@@ -59,13 +60,18 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
 
 @contextlib.contextmanager
 def quiet_stderr() -> Iterator[None]:
-    """Holds back what C++ libraries write to stderr; shown only if the block fails."""
+    """Holds back what C++ libraries write to stderr.
+
+    It is shown only if the block fails with an error that does not explain itself.
+    """
     sys.stderr.flush()
     with tempfile.TemporaryFile() as noise:
         kept = os.dup(2)
         os.dup2(noise.fileno(), 2)
         try:
             yield
+        except KerasTransferError:
+            raise
         except BaseException:
             os.dup2(kept, 2)
             noise.seek(0)

@@ -731,8 +731,15 @@ def test_a_bundle_is_used_without_tensorflows_python(exported, photos):
     )
     image = photos / "circle" / "00.jpg"
     command = [sys.executable, "-c", code, "predict", "--bundle", exported, image]
-    result = subprocess.run(command, capture_output=True, text=True)
+    Path("junk.jpg").write_bytes(b"junk")
+    environment = dict(os.environ)
+    del environment["TF_CPP_MIN_LOG_LEVEL"]  # which only tests set
+    result = subprocess.run(
+        [*command, "junk.jpg"], env=environment, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert "junk.jpg,not an image" in result.stdout
     assert ",circle," in result.stdout
 
 
