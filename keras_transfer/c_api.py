@@ -283,9 +283,13 @@ def _library() -> ctypes.CDLL:
         raise KerasTransferError("TensorFlow is not installed.")
     folder = Path(spec.origin).parent
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read when it is loaded
+    suffix = "2.dylib" if sys.platform == "darwin" else "so.2"
+    framework, library_name = (
+        str(folder / f"libtensorflow_{part}.{suffix}") for part in ("framework", "cc")
+    )
     try:
-        ctypes.CDLL(str(folder / "libtensorflow_framework.so.2"), ctypes.RTLD_GLOBAL)
-        library = ctypes.CDLL(str(folder / "libtensorflow_cc.so.2"))
+        ctypes.CDLL(framework, ctypes.RTLD_GLOBAL)
+        library = ctypes.CDLL(library_name)
     except OSError as error:
         raise KerasTransferError(
             f"TensorFlow's C library cannot be loaded from {folder}: {error}."
