@@ -70,7 +70,7 @@ def quiet_stderr() -> Iterator[None]:
         os.dup2(noise.fileno(), 2)
         try:
             yield
-        except KerasTransferError:
+        except (KerasTransferError, KeyboardInterrupt):
             raise
         except BaseException:
             os.dup2(kept, 2)
