@@ -9,7 +9,7 @@
 
 Reading order of the modules, each of which imports only those before it: errors,
 config, run, data, c_api, serving, decode, augment, bases, efficientnet_lite, alexnet,
-torch_checkpoint, weights, model, fold, features, extract, head, evaluation,
+torch_checkpoint, weights, model, fold, features, inputs, extract, head, evaluation,
 crossvalidation, transferability, prediction, bundle, warmup, savedmodel, formats,
 feature_extraction, unfreeze, activations, optim, tail, finetune, advice, evidence,
 ranking, terminal, cli.

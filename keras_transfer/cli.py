@@ -4,7 +4,6 @@ Only a command that needs TensorFlow imports it, so `kt --help` and mistakes in 
 answer at once.
 """
 
-import csv
 import io
 import json
 import os
@@ -33,7 +32,8 @@ from keras_transfer.config import (
     with_finetune,
 )
 from keras_transfer.errors import KerasTransferError, UsageError
-from keras_transfer.run import Phase, open_run
+from keras_transfer.inputs import Inputs, prepare
+from keras_transfer.run import Phase, csv_line, open_run
 
 if TYPE_CHECKING:
     from keras_transfer.data import Prediction
@@ -125,13 +125,13 @@ def fit(file: Path | None, assignments: tuple[str, ...], **options: Any) -> None
     kt fit photos/ --base MobileNetV2 --head mlp --set head.dropout=0.5
     """
     overrides = {key.replace("__", "."): value for key, value in options.items()}
-    config = load_config(file, overrides, assignments)
-    _import_tensorflow()
+    inputs = prepare(load_config(file, overrides, assignments))
+    _import_tensorflow(after=inputs)
     from keras_transfer import terminal
-    from keras_transfer.feature_extraction import fit as run_fit
+    from keras_transfer.feature_extraction import extract_and_fit
 
     with terminal.progress() as on_progress:
-        run = run_fit(config=config, on_progress=on_progress)
+        run = extract_and_fit(inputs, on_progress, terminal.show_note)
     terminal.show_run(run)
 
 
@@ -368,19 +368,14 @@ def advise(data: str, budget: float | None, as_json: bool, **options: Any) -> No
     \b
     kt advise photos/ --budget 30m
     """
-    load_config(None, {**options, "data": data})
-    _import_tensorflow()
+    config = load_config(None, {**options, "data": data})
+    inputs = prepare(config, makes_run=False)
+    _import_tensorflow(after=inputs)
     from keras_transfer import terminal
-    from keras_transfer.evidence import advise as run_advise
+    from keras_transfer.evidence import measure
 
     with terminal.progress() as on_progress:
-        found = run_advise(
-            data,
-            budget=budget,
-            on_progress=on_progress,
-            on_note=terminal.show_note,
-            **options,
-        )
+        found = measure(inputs, options, budget, on_progress, terminal.show_note)
     if as_json:
         click.echo(found.model_dump_json(indent=1))
     else:
@@ -411,15 +406,15 @@ def rank(data: str, bases: str, chart: Path, **options: Any) -> None:
         raise UsageError(
             f"--chart names a file in a folder that exists. Received: {chart}."
         )
-    load_config(None, {**options, "data": data})
-    _import_tensorflow()
+    config = load_config(None, {**options, "data": data})
+    inputs = prepare(config, makes_run=False)
+    _import_tensorflow(after=inputs)
     from keras_transfer import terminal
-    from keras_transfer.ranking import draw_chart
-    from keras_transfer.ranking import rank as run_rank
+    from keras_transfer.ranking import draw_chart, measure_bases
 
     with terminal.progress() as on_progress:
-        ranked, left_out = run_rank(
-            data, names, on_progress=on_progress, on_note=terminal.show_note, **options
+        ranked, left_out = measure_bases(
+            config, inputs.splits, names, on_progress, terminal.show_note
         )
     terminal.show_ranking(ranked, left_out)
     draw_chart(ranked, chart)
@@ -476,25 +471,26 @@ def cache_path(cache_dir: Path | None) -> None:
     click.echo(FeatureCache(cache_dir).directory)
 
 
-def _import_tensorflow() -> None:
+def _import_tensorflow(after: Inputs | None = None) -> None:
+    """Imports TensorFlow, which takes seconds; first the images are looked for."""
     from keras_transfer.terminal import import_tensorflow
 
+    if after and not after.need_tensorflow:
+        _ = after.splits
     import_tensorflow()
 
 
 def _csv_rows(
     predictions: Iterable["Prediction"], class_names: list[str], top: int
 ) -> int:
-    writer = csv.writer(sys.stdout, lineterminator="\n")
     ranks = range(1, top + 1)
-    writer.writerow(
-        ["path", "error", *(f"{c}_{k}" for k in ranks for c in ("class", "score"))]
-    )
+    header = [f"{cell}_{k}" for k in ranks for cell in ("class", "score")]
+    sys.stdout.write(csv_line(["path", "error", *header]))
     classified = 0
     for prediction in predictions:
         best = _best(prediction, class_names, top)
         cells = [cell for name, score in best for cell in (name, f"{score:.6f}")]
-        writer.writerow([prediction.source, prediction.error, *cells])
+        sys.stdout.write(csv_line([prediction.source, prediction.error, *cells]))
         sys.stdout.flush()
         classified += not prediction.error
     return classified

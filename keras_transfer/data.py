@@ -6,21 +6,34 @@ unless the data are `digits` (encoded to PNG) or `tfds:`.
 """
 
 import csv
+import errno
 import hashlib
 import io
 import os
+import re
+import stat
 import unicodedata
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import (
+    Callable,
+    Collection,
+    Hashable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+    Set,
+)
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from keras_transfer.config import SplitsConfig
 from keras_transfer.errors import KerasTransferError, UsageError
+from keras_transfer.run import csv_text
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -28,17 +41,26 @@ _R = TypeVar("_R")
 SPLIT_NAMES = ("train", "val", "test")
 LABEL_SEPARATOR = "|"
 
-_SPLIT_FOLDERS = {
-    "train": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
+_SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev", "eval"),
+    "test": ("test", "testing"),
 }
+_SPLIT_OF = {
+    f"{word}{suffix}": split
+    for split, words in _SPLIT_WORDS.items()
+    for word in words
+    for suffix in ("", "_set")
+}
+# What archivers, network drives and desktops leave behind, in lower case.
+_NEVER_DATA = frozenset(
+    ("__macosx", "@eadir", "$recycle.bin", "thumbs.db", "desktop.ini")
+)
 _IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .gif .bmp .webp .tif .tiff .avif .heic .heif".split()
 )
 _READ_THREADS = 4
+_ROUNDING = 1e-6  # images
 
 Reader = Callable[[Sequence[str]], Iterator[tuple[str, bytes | OSError]]]
 """Yields (source, encoded bytes, or why they cannot be read) of the sources asked
@@ -118,6 +140,25 @@ class Splits:
                 )
         return lines
 
+    def shared(self, keys: Mapping[str, Hashable], what: str) -> list[str]:
+        """A line for each two splits that have images with the same key.
+
+        Args:
+            keys: The key of each source that has one.
+            what: Ends the line, after "3 of 10 test images".
+        """
+        lines = []
+        for one, other in (("val", "train"), ("test", "train"), ("test", "val")):
+            table, others = getattr(self, one), getattr(self, other)
+            known = {keys[source] for source in others.sources if source in keys}
+            found = sum(keys.get(source) in known for source in table.sources)
+            if found:
+                lines.append(
+                    f"{found} of {len(table)} {one} images {what} {other} too: their "
+                    "figures flatter."
+                )
+        return lines
+
     def keep(self, sources: Iterable[str]) -> "Splits":
         """The same splits with only the images named."""
         kept = set(sources)
@@ -161,14 +202,14 @@ class Splits:
 
     def to_csv(self) -> str:
         """The text of splits.csv: path,label,split,group, an image a line."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(("path", "label", "split", "group"))
-        for name, table in self.items():
-            rows = zip(table.sources, table.targets, table.groups, strict=True)
-            for source, target, group in rows:
-                writer.writerow((source, self._label(target), name, group))
-        return text.getvalue()
+        rows = (
+            (source, self._label(target), name, group)
+            for name, table in self.items()
+            for source, target, group in zip(
+                table.sources, table.targets, table.groups, strict=True
+            )
+        )
+        return csv_text(("path", "label", "split", "group"), rows)
 
     def fingerprint(self, digests: Mapping[str, bytes]) -> str:
         """SHA-256 over split, name, bytes and labels of every image."""
@@ -204,6 +245,11 @@ class _Listing:
         self.labels.append(labels)
         self.splits.append(split)
         self.groups.append(group)
+
+
+def is_on_disk(data: str) -> bool:
+    """Whether DATA is a path, and not a data set that a package brings."""
+    return data != "digits" and not data.startswith("tfds:")
 
 
 def load(
@@ -252,7 +298,8 @@ def load(
     if config.file is not None:
         _keep_old_splits(listing, config.file)
     _assign_splits(listing, config, seed, held_out)
-    return _to_splits(listing, tuple(class_names))
+    splits = _to_splits(listing, tuple(class_names))
+    return replace(splits, warnings=(*splits.warnings, *_doubts(splits)))
 
 
 def load_all(
@@ -267,7 +314,7 @@ def load_all(
         UsageError: If DATA is not what `load` takes.
         KerasTransferError: If there is no image, or a label is none of the classes.
     """
-    listing = _list(data, data_dir)
+    listing = _list(data, data_dir, multi_label)
     if not listing.sources:
         raise KerasTransferError(f"There are no images. Received: {data}.")
     unknown = {name for labels in listing.labels for name in labels} - {*class_names}
@@ -303,23 +350,23 @@ def count_classes(targets: np.ndarray, num_classes: int) -> np.ndarray:
     return np.bincount(targets, minlength=num_classes)
 
 
-def image_files(paths: Iterable[str | Path], recursive: bool) -> Iterator[str]:
+def image_files(
+    paths: str | Path | Iterable[str | Path], recursive: bool
+) -> Iterator[str]:
     """The image files that are named, or are in folders that are.
 
     Args:
-        paths: Image files, and folders of them.
+        paths: Image files, and folders of them; or one.
         recursive: Whether folders inside folders are searched too.
 
     Raises:
         UsageError: If there is no image in a folder.
     """
+    if isinstance(paths, (str, os.PathLike)):
+        paths = [paths]
     for path in map(Path, paths):
         if path.is_dir():
-            found = [
-                str(image)
-                for image in find_images(path)
-                if recursive or image.parent == path
-            ]
+            found = [str(image) for image in find_images(path, recursive)]
             if not found:
                 raise UsageError(
                     f"There are no images. Received: {path}. "
@@ -352,11 +399,22 @@ def read_files(
 
     def read(path: str) -> tuple[str, bytes | OSError]:
         try:
-            return path, (root / path).read_bytes()
+            return path, _read_file(root / path)
         except OSError as error:
             return path, error
 
     return map_ahead(read, paths, threads=_READ_THREADS)
+
+
+def _read_file(path: Path) -> bytes:
+    """The bytes of a regular file; a pipe or a device, which may never end, is none."""
+    try:
+        is_regular = stat.S_ISREG(path.stat().st_mode)
+    except ValueError:
+        raise OSError(errno.EINVAL, "its path has a NUL character") from None
+    if not is_regular:
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    return path.read_bytes()
 
 
 def map_ahead(
@@ -381,21 +439,28 @@ def map_ahead(
                 future.cancel()
 
 
-def find_images(folder: Path) -> Iterator[Path]:
-    """Image files below a folder, sorted, hidden ones left out, no folder twice."""
-    return filter(_may_be_image, _walk(folder, set()))
+def find_images(folder: Path, recursive: bool = True) -> Iterator[Path]:
+    """Image files in a folder, sorted, hidden ones left out.
 
+    A folder that cannot be read is yielded itself, and is an unusable image to whoever
+    reads it; no folder is entered twice.
 
-def _is_loose_image(path: Path) -> bool:
-    hidden = path.name.startswith(".")
-    return path.suffix.lower() in _IMAGE_SUFFIXES and not hidden and path.is_file()
+    Args:
+        folder: Where to look.
+        recursive: Whether folders inside it are searched too.
+    """
+    for found in _walk(folder, set(), recursive):
+        if found.problem == _UNREADABLE or (
+            not found.problem and _may_be_image(found.path)
+        ):
+            yield found.path
 
 
 def _may_be_image(path: Path) -> bool:
     return path.suffix.lower() in _IMAGE_SUFFIXES or not path.suffix
 
 
-def _list(data: str, data_dir: Path | None) -> _Listing:
+def _list(data: str, data_dir: Path | None, multi_label: bool = False) -> _Listing:
     if data == "digits":
         return _list_digits()
     if data.startswith("tfds:"):
@@ -404,87 +469,228 @@ def _list(data: str, data_dir: Path | None) -> _Listing:
     if path.is_dir():
         return _list_folder(path)
     if path.is_file():
-        return _list_csv(path)
+        return _list_csv(path, multi_label)
     raise UsageError(
         f"DATA does not exist. Received: {data}. Expected a folder of class folders, a "
         "CSV/TSV file, tfds:NAME or digits."
     )
 
 
+def _split_of(name: str) -> str:
+    """The split that a folder or a table means by this name; "" if it means none."""
+    return _SPLIT_OF.get(name.strip().lower().replace("-", "_").replace(" ", "_"), "")
+
+
 def _list_folder(folder: Path) -> _Listing:
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise UsageError(f"DATA cannot be read. Received: {folder} (no permission).")
     listing = _Listing(read=lambda paths: read_files(paths, folder))
-    names = {path.name.lower() for path in _subfolders(folder)}
-    if "train" in names and names <= set(_SPLIT_FOLDERS):
-        for split_folder in _subfolders(folder):
-            split = _SPLIT_FOLDERS[split_folder.name.lower()]
-            _list_class_folders(listing, folder, split_folder, split)
-        if "test" not in listing.splits and "val" in listing.splits:
-            listing.warnings.append(
-                "There is no test split: figures are of the validation images, which "
-                "also chose the L2 strength."
-            )
-    else:
+    found = _subfolders(folder)
+    parts = {path: split for path in found if (split := _split_of(path.name))}
+    if not _is_split_layout(folder, found, parts):
         _list_class_folders(listing, folder, folder, split="")
+        return listing
+    if others := [path for path in found if path not in parts]:
+        listing.warnings.append(
+            f"{_shown(others)} beside {_shown(parts)} is no split and was left out."
+        )
+    for path, split in parts.items():
+        _list_class_folders(listing, folder, path, split)
     return listing
+
+
+def _is_split_layout(
+    folder: Path, found: Sequence[Path], parts: Mapping[Path, str]
+) -> bool:
+    """Whether folders are train/, val/, test/ and not classes.
+
+    Raises:
+        KerasTransferError: If that cannot be told.
+    """
+    if "train" in parts.values() and (len(parts) > 1 or len(found) == 1):
+        return True
+    if parts:
+        what = "is a split or a class" if len(parts) == 1 else "are splits or classes"
+        raise KerasTransferError(
+            f"It cannot be told whether {_shown(parts)} {what}. Received: {folder} "
+            f"with {_shown(found)}. Of splits, one must be called train and another "
+            "val or test; for classes, choose other names, or list the images in a CSV "
+            "file with the columns path,label."
+        )
+    return False
 
 
 def _list_class_folders(
     listing: _Listing, root: Path, parent: Path, split: str
 ) -> None:
-    others = [path for path in sorted(parent.iterdir()) if _is_loose_image(path)]
-    if others:
-        listing.warnings.append(
-            f"{len(others)} images lie outside the class folders and were left out, "
-            f"such as {others[0].relative_to(root)}."
+    class_folders = _subfolders(parent)
+    _check_class_folders(parent, class_folders)
+    loose = _loose_images(parent)
+    if loose and not class_folders and split in ("", "train"):
+        raise KerasTransferError(
+            f"The {len(loose)} images lie in no class folders. Received: {parent}, "
+            f"which holds {loose[0].name} itself. Put the images of each class into a "
+            "folder of its own, or list them in a CSV file with the columns path,label."
         )
-    others = []
-    for class_folder in _subfolders(parent):
-        found = 0
-        for path in _walk(class_folder, {os.path.realpath(parent)}):
-            if _may_be_image(path):
-                source = path.relative_to(root).as_posix()
+    if loose:
+        listing.warnings.append(
+            f"{len(loose)} images lie outside the class folders and were left out, "
+            f"such as {loose[0].relative_to(root)}."
+        )
+    left_out = defaultdict(list)
+    for class_folder in class_folders:
+        images = 0
+        for found in _walk(class_folder, {os.path.realpath(parent)}):
+            if found.problem:
+                left_out[found.problem].append(found.path)
+            elif _may_be_image(found.path):
+                source = found.path.relative_to(root).as_posix()
                 listing.add(source, (class_folder.name,), split)
-                found += 1
+                images += 1
             else:
-                others.append(path)
-        if not found:
+                left_out["files are no images by their names"].append(found.path)
+        if not images:
             shown = class_folder.relative_to(root)
             listing.warnings.append(f"Class folder {str(shown)!r} holds no images.")
-    if others:
+    for problem, paths in left_out.items():
         listing.warnings.append(
-            f"{len(others)} files are no images by their names and were left out, such "
-            f"as {others[0].relative_to(root)}."
+            f"{len(paths)} {problem} and were left out, such as "
+            f"{paths[0].relative_to(root)}."
         )
+
+
+def _check_class_folders(parent: Path, class_folders: Sequence[Path]) -> None:
+    """Refuses folders that are classes by their place only.
+
+    Raises:
+        KerasTransferError: If there is one, which holds folders, or if each holds the
+            same folders: the classes, or the splits, are a level further down.
+    """
+    below = [_below_wrappers(folder) for folder in class_folders]
+    if len(below) == 1 and len(_subfolders(below[0])) > 1:
+        if not _loose_images(below[0]):
+            raise KerasTransferError(
+                f"There is one folder only, and the classes seem to be the folders in "
+                f"it. Received: {parent}, which holds {class_folders[0].name} alone. "
+                f"Name {below[0]} instead."
+            )
+    if len(below) < 2:
+        return
+    inside = [_folder_names(folder) for folder in class_folders]
+    splits = {name for name in set.intersection(*inside) if _split_of(name)}
+    if splits:
+        raise KerasTransferError(
+            f"Splits are folders of classes, not the other way round. Received: "
+            f"{parent}, in which each of {_shown(class_folders)} holds "
+            f"{', '.join(sorted(splits))}. Arrange the images as train/CLASS/ and "
+            "test/CLASS/, or list them in a CSV file with the columns path,label,split."
+        )
+    inside = [names for folder in below if (names := _folder_names(folder))]
+    is_same = len(inside) > 1 and all(names == inside[0] for names in inside)
+    if is_same and len(inside[0]) > 1 and not any(map(_loose_images, below)):
+        raise KerasTransferError(
+            f"Folders that all hold the same folders are no classes. Received: "
+            f"{parent}, in which each of {_shown(class_folders)} holds "
+            f"{', '.join(sorted(inside[0])[:5])}. Name one of them, such as "
+            f"{below[0]}, or list the images in a CSV file with the columns path,label."
+        )
+
+
+def _below_wrappers(folder: Path) -> Path:
+    """The first folder below that holds more than one other folder, and nothing else.
+
+    Archives often wrap what they hold in a folder or two of the same name.
+    """
+    while len(inner := _subfolders(folder)) == 1 and not _loose_images(folder):
+        (folder,) = inner
+    return folder
+
+
+def _shown(paths: Collection[Path]) -> str:
+    names = [path.name for path in paths]
+    return ", ".join(names[:5]) + (", ..." if names[5:] else "")
+
+
+def _folder_names(folder: Path) -> set[str]:
+    return {path.name for path in _subfolders(folder)}
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.is_dir() and not path.name.startswith(".")
-    )
+    try:
+        return [Path(entry.path) for entry in _entries(folder) if _is_folder(entry)]
+    except OSError:  # which `_walk` reports
+        return []
 
 
-def _walk(folder: Path, seen: set[str]) -> Iterator[Path]:
-    """Files below a folder; links are followed, but no real folder is entered twice."""
+def _loose_images(folder: Path) -> list[Path]:
+    try:
+        files = [Path(x.path) for x in _entries(folder) if not _is_folder(x)]
+    except OSError:
+        return []
+    return [path for path in files if path.suffix.lower() in _IMAGE_SUFFIXES]
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What a folder holds, sorted; nothing of what no one means by data."""
+    with os.scandir(folder) as entries:
+        kept = [
+            entry
+            for entry in entries
+            if not entry.name.startswith(".") and entry.name.lower() not in _NEVER_DATA
+        ]
+    return sorted(kept, key=lambda entry: entry.name)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads nowhere, in a circle for one
+        return False
+
+
+_UNREADABLE = "folders cannot be read"
+
+
+class _Found(NamedTuple):
+    """A file below a folder; or a folder that is not entered, and why."""
+
+    path: Path
+    problem: str = ""
+
+
+def _walk(folder: Path, seen: set[str], recursive: bool = True) -> Iterator[_Found]:
+    """Files below a folder; links are followed, but no real folder is entered twice.
+
+    What is neither a file nor a folder, and a link to nowhere, is yielded as a file:
+    whoever reads it finds out.
+    """
     real = os.path.realpath(folder)
     if real in seen:
+        yield _Found(folder, "folders are links to others that were read already")
         return
     seen.add(real)
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            yield from _walk(path, seen)
-        elif path.is_file() or path.is_symlink():  # a dangling link is reported later
-            yield path
+    try:
+        entries = _entries(folder)
+    except OSError:
+        yield _Found(folder, _UNREADABLE)
+        return
+    for entry in entries:
+        if not _is_folder(entry):
+            yield _Found(Path(entry.path))
+        elif recursive:
+            yield from _walk(Path(entry.path), seen)
 
 
-def _list_csv(file: Path) -> _Listing:
+def _list_csv(file: Path, multi_label: bool) -> _Listing:
     root = file.parent
     listing = _Listing(read=lambda paths: read_files(paths, root))
-    rows = read_table(file)
-    listing.multi_label = any(LABEL_SEPARATOR in row["label"] for _, row in rows)
+    rows = [
+        (line, {name: cell.strip() for name, cell in row.items()})
+        for line, row in read_table(file)
+    ]
+    listing.multi_label = multi_label or any(
+        LABEL_SEPARATOR in row["label"] for _, row in rows
+    )
     seen: dict[str, int] = {}
     for line, row in rows:
         if not row["path"]:
@@ -509,41 +715,57 @@ def _list_csv(file: Path) -> _Listing:
 def read_table(file: Path) -> list[tuple[int, dict[str, str]]]:
     """(line number, row) of each line of a CSV or TSV file with path and label.
 
+    Cells are as they are in the file, spaces and all; column names are in lower case.
+
     Raises:
-        UsageError: If the file is no text, or has no such columns.
+        UsageError: If the file is no text, has no such columns, names a column twice,
+            or a line has more cells than there are columns.
     """
     try:  # a path need not be UTF-8, and is kept as it is
-        text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
+        text = file.read_bytes().decode("utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise UsageError(f"{file} cannot be read ({error.strerror}).") from None
-    header = text.partition("\n")[0]
-    reader = csv.DictReader(
+    header = re.split("[\r\n]", text, maxsplit=1)[0]
+    reader = csv.reader(
         io.StringIO(text, newline=""), delimiter="\t" if "\t" in header else ","
     )
-    columns = [name.strip().lower() for name in reader.fieldnames or ()]
-    if not {"path", "label"} <= set(columns):
-        raise UsageError(
-            f"A data file starts with a line of column names: path,label[,split]"
-            f"[,group]. Received: {file}, which starts with {header.strip()[:80]!r}."
-        )
-    reader.fieldnames = columns
     rows = []
     try:
-        for row in reader:
-            values = {name: (row.get(name) or "").strip() for name in columns}
-            rows.append((reader.line_num, values))
+        columns = [name.strip().lower() for name in next(reader, [])]
+        if not {"path", "label"} <= set(columns):
+            raise UsageError(
+                f"A data file starts with a line of column names: path,label[,split]"
+                f"[,group]. Received: {file}, which starts with "
+                f"{header.strip()[:80]!r}."
+            )
+        for name, count in Counter(columns).items():
+            if name and count > 1:
+                raise UsageError(
+                    f"{file}, line 1: column {name!r} is there {count} times. Remove "
+                    "or rename all but one."
+                )
+        for cells in filter(None, reader):
+            if len(cells) > len(columns):
+                raise UsageError(
+                    f"{file}, line {reader.line_num}: {len(cells)} cells for "
+                    f"{len(columns)} columns. Received: {cells!r}. A cell that holds "
+                    f"{reader.dialect.delimiter!r} goes into double quotes."
+                )
+            cells += [""] * (len(columns) - len(cells))
+            rows.append((reader.line_num, dict(zip(columns, cells, strict=True))))
     except csv.Error as error:
         raise UsageError(f"{file}, line {reader.line_num}: {error}.") from None
     return rows
 
 
 def _split_name(file: Path, line: int, row: dict[str, str]) -> str:
-    split = row.get("split", "").lower()
-    if split and split not in _SPLIT_FOLDERS:
+    name = row.get("split", "").strip()
+    split = _split_of(name)
+    if name and not split:
         raise KerasTransferError(
-            f"{file}, line {line}: a split is train, val or test. Received: {split!r}."
+            f"{file}, line {line}: a split is train, val or test. Received: {name!r}."
         )
-    return _SPLIT_FOLDERS.get(split, "")
+    return split
 
 
 def _list_digits() -> _Listing:
@@ -593,9 +815,9 @@ def _list_tfds(name: str, data_dir: Path | None) -> _Listing:
                         yield source, encoded
 
     listing = _Listing(read=read)
-    known_splits = [split for split in builder.info.splits if split in _SPLIT_FOLDERS]
+    known_splits = [split for split in builder.info.splits if _split_of(split)]
     for split in known_splits:
-        given = "" if len(known_splits) == 1 else _SPLIT_FOLDERS[split]
+        given = "" if len(known_splits) == 1 else _split_of(split)
         for source, _, label in stream(split):
             listing.add(source, (label_names[label],), given)
     present = {names[0] for names in listing.labels}
@@ -646,10 +868,10 @@ def _tfds_keys(builder, name: str) -> tuple[str, str]:
 def _check_class_names(class_names: Sequence[str], listing: _Listing) -> None:
     for name in class_names:
         categories = {unicodedata.category(character) for character in name}
-        if LABEL_SEPARATOR in name or categories & {"Cc", "Cs"}:
+        if LABEL_SEPARATOR in name or categories & {"Cc", "Cs", "Zl", "Zp"}:
             raise KerasTransferError(
-                f"A class name is UTF-8 without {LABEL_SEPARATOR!r} and control "
-                f"characters. Received: {name!r}. Rename the class."
+                f"A class name is UTF-8 without {LABEL_SEPARATOR!r}, control "
+                f"characters and line separators. Received: {name!r}. Rename the class."
             )
     alike = defaultdict(list)
     for name in class_names:
@@ -673,7 +895,10 @@ def _free_train(listing: _Listing) -> None:
 
 
 def _keep_old_splits(listing: _Listing, file: Path) -> None:
-    old = {row["path"]: (line, row) for line, row in read_table(file)}
+    rows = read_table(file)
+    # A table that a person wrote may have spaces around its cells, as DATA may.
+    old = {row["path"].strip(): (line, row) for line, row in rows}
+    old |= {row["path"]: (line, row) for line, row in rows}
     for i, source in enumerate(listing.sources):
         if source in old:
             listing.splits[i] = _split_name(file, *old[source])
@@ -684,68 +909,149 @@ def _keep_old_splits(listing: _Listing, file: Path) -> None:
         )
 
 
+@dataclass
+class _Shares:
+    """How many images the splits that are being filled have, and shall have.
+
+    Attributes:
+        shares: Split to its share of the images, above 0.
+        total: How many images are divided.
+        count: Split to how many it has.
+    """
+
+    shares: Mapping[str, float]
+    total: int
+    count: Counter[str]
+
+    def missing(self, split: str) -> float:
+        """How many images a split lacks; below 0 if it has too many."""
+        return self.shares[split] * self.total - self.count[split]
+
+
+class _Unit(NamedTuple):
+    """Images that go into one split together: a group, or one without a group."""
+
+    indices: list[int]
+    of_class: _Shares
+
+
 def _assign_splits(
     listing: _Listing, config: SplitsConfig, seed: int, held_out: Set[str]
 ) -> None:
     """Gives every image that has none a split, in place.
 
-    Splits that the data hold out themselves get no more images.
+    Splits that the data hold out themselves get no more images. A group is never
+    divided (an image without one is its own), and one with a split already stays with
+    it. Images of several classes count for their rarest one.
 
-    Per class, in seeded order, each group of images (an image without a group is its
-    own) goes to the split that is furthest below its share of that class; train is
-    served first, so that a class with one image is trained on. A group with a split
-    already stays with it. Images of several classes count for their rarest one.
+    Each class is divided in the shares of `config` as far as whole groups go, the first
+    of them to train, so that a class with one image is trained on. What is left over of
+    all classes then goes where most images are missing over all of them: where classes
+    are too small to be divided, the splits are as large as they shall be all the same.
     """
     if all(listing.splits):
         return
-    shares = {
+    wanted = {
         "train": 1 - config.val - config.test,
         "val": config.val,
         "test": config.test,
     }
-    shares = {name: share for name, share in shares.items() if name not in held_out}
-    shares = {name: share / sum(shares.values()) for name, share in shares.items()}
+    wanted = {x: share for x, share in wanted.items() if x not in held_out and share}
+    shares = {name: share / sum(wanted.values()) for name, share in wanted.items()}
 
+    strata, taken = _strata(listing, set(shares))
+    divided = sum(name == "" or name in shares for name in listing.splits)
+    overall = _Shares(shares, divided, sum(taken.values(), Counter()))
+    rng = np.random.default_rng(seed)
+    left_over: list[_Unit] = []
+
+    def assign(unit: _Unit, split: str) -> None:
+        for shares in (unit.of_class, overall):
+            shares.count[split] += len(unit.indices)
+        for i in unit.indices:
+            listing.splits[i] = split
+
+    for stratum in sorted(strata):
+        total = sum(map(len, strata[stratum])) + taken[stratum].total()
+        of_class = _Shares(shares, total, taken[stratum])
+        for unit in _largest_first([_Unit(x, of_class) for x in strata[stratum]], rng):
+            neediest = max(shares, key=of_class.missing)
+            if not of_class.count["train"]:
+                assign(unit, "train")
+            elif of_class.missing(neediest) >= len(unit.indices) - _ROUNDING:
+                assign(unit, neediest)
+            else:
+                left_over.append(unit)
+
+    for unit in _largest_first(left_over, rng):
+        if "test" in shares and not overall.count["test"]:
+            split = "test"  # to test on more than its share is better than on nothing
+        else:
+            lacking = [name for name in shares if unit.of_class.missing(name) > 0]
+            split = max(lacking or shares, key=overall.missing)
+        assign(unit, split)
+
+
+def _largest_first(units: Sequence[_Unit], rng: np.random.Generator) -> list[_Unit]:
+    """Groups by their size, equal ones in random order."""
+    shuffled = [units[i] for i in rng.permutation(len(units))]
+    return sorted(shuffled, key=lambda unit: len(unit.indices), reverse=True)
+
+
+def _strata(
+    listing: _Listing, shares: Set[str]
+) -> tuple[dict[str, list[list[int]]], dict[str, Counter[str]]]:
+    """The groups of images that have no split yet, by their rarest class.
+
+    Images without a split join those of their group that have one.
+
+    Returns:
+        (class to groups of indices, class to how many images each of `shares` has).
+    """
     frequency = Counter(name for labels in listing.labels for name in labels)
     members = defaultdict(list)
     for i, group in enumerate(listing.groups):
         members[(group, -1) if group else ("", i)].append(i)
-
     strata = defaultdict(list)
-    taken: dict[str, Counter] = defaultdict(Counter)
+    taken: dict[str, Counter[str]] = defaultdict(Counter)
     for indices in members.values():
-        names = [name for i in indices for name in listing.labels[i]]
-        stratum = min(set(names), key=lambda name: (frequency[name], name), default="")
+        names = {name for i in indices for name in listing.labels[i]}
+        stratum = min(names, key=lambda name: (frequency[name], name), default="")
         fixed = {listing.splits[i] for i in indices} - {""}
-        if fixed:
-            split = min(fixed)
-            for i in indices:
-                listing.splits[i] = listing.splits[i] or split
-                if listing.splits[i] in shares:
-                    taken[stratum][listing.splits[i]] += 1
-        else:
+        if not fixed:
             strata[stratum].append(indices)
+            continue
+        split = min(fixed)
+        for i in indices:
+            listing.splits[i] = listing.splits[i] or split
+            if listing.splits[i] in shares:
+                taken[stratum][listing.splits[i]] += 1
+    return strata, taken
 
-    rng = np.random.default_rng(seed)
-    overall = Counter(name for name in listing.splits if name in shares)
-    divided = sum(name == "" or name in shares for name in listing.splits)
-    for stratum in sorted(strata):
-        count = taken[stratum]
-        total = sum(map(len, strata[stratum])) + count.total()
-        for position in rng.permutation(len(strata[stratum])):
-            indices = strata[stratum][position]
-            split = max(
-                (name for name in shares if shares[name] > 0),
-                key=lambda name: (
-                    name == "train" and not count["train"],
-                    shares[name] * total - count[name],
-                    shares[name] * divided - overall[name],
-                ),
-            )
-            count[split] += len(indices)
-            overall[split] += len(indices)
-            for i in indices:
-                listing.splits[i] = split
+
+def _doubts(splits: Splits) -> list[str]:
+    """What makes figures flatter or fail, as far as names and labels show it."""
+    doubts = []
+    if not len(splits.test):
+        figures = (
+            "figures are of the validation images, which also chose the L2 strength"
+            if len(splits.val)
+            else "no image is held out to measure the model on"
+        )
+        doubts.append(f"There is no test split: {figures}.")
+    elif not len(splits.val):
+        doubts.append("There is no validation split: the L2 strength is not chosen.")
+    groups = {
+        source: group
+        for _, table in splits.items()
+        for source, group in zip(table.sources, table.groups, strict=True)
+        if group
+    }
+    return [
+        *doubts,
+        *splits.absent_classes(),
+        *splits.shared(groups, "are of a group that is in"),
+    ]
 
 
 def _to_splits(listing: _Listing, class_names: tuple[str, ...]) -> Splits:

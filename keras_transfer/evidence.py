@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -23,7 +24,6 @@ from keras_transfer.bases import DOWNLOAD_FREE, get_base, weights_path
 from keras_transfer.config import Config, FinetuneConfig, HeadConfig, load_config
 from keras_transfer.crossvalidation import estimate, fold_numbers
 from keras_transfer.data import Splits, Table, count_classes
-from keras_transfer.data import load as load_data
 from keras_transfer.evaluation import evaluate, score
 from keras_transfer.extract import (
     Extractor,
@@ -34,7 +34,6 @@ from keras_transfer.extract import (
 from keras_transfer.feature_extraction import (
     doubts,
     frozen_base,
-    resolve,
     usable_splits,
 )
 from keras_transfer.head import (
@@ -44,6 +43,7 @@ from keras_transfer.head import (
     predict_head,
     train_head,
 )
+from keras_transfer.inputs import Inputs, prepare
 from keras_transfer.model import attach_head, build_head, cut
 from keras_transfer.optim import group_multipliers, layer_patterns
 from keras_transfer.prediction import sample_images
@@ -87,7 +87,7 @@ class Recommendation(BaseModel):
 
 
 def advise(
-    data: str,
+    data: str | Path,
     *,
     budget: float | None = None,
     on_progress: OnProgress = lambda *_: None,
@@ -108,18 +108,36 @@ def advise(
             nothing.
         KerasTransferError: If the data or the weights are not good enough.
     """
+    config = load_config(None, {**options, "data": str(data)})
+    inputs = prepare(config, makes_run=False)
+    return measure(inputs, options, budget, on_progress, on_note)
+
+
+def measure(
+    inputs: Inputs,
+    options: Mapping[str, Any],
+    budget: float | None,
+    on_progress: OnProgress,
+    on_note: OnNote,
+) -> Recommendation:
+    """Does what `advise` says, with inputs that were checked.
+
+    The options are those that were given, for the command to run.
+    """
     started = time.perf_counter()
-    config = resolve(load_config(None, {**options, "data": data}))
-    splits = load_data(config.data, config.splits, config.seed, config.data_dir)
+    config, splits = inputs.config, inputs.splits
+    for warning in splits.warnings:
+        on_note(warning)
     fold_numbers(splits.train, len(splits.class_names), FOLDS, config.seed)
     part = frozen_base(config)
     loading = time.perf_counter() - started
     features = frozen_features(
         part, splits, 0, config.precision, on_progress=on_progress
     )
-    splits = usable_splits(config, splits, features.extraction)
-    for doubt in doubts(splits, features.extraction):
+    usable = usable_splits(config, splits, features.extraction)
+    for doubt in doubts(splits, usable, features.extraction):
         on_note(doubt)
+    splits = usable
     probed = probe(config, splits, features)
     targets, classes = splits.train.targets, len(splits.class_names)
 
@@ -162,7 +180,7 @@ def advise(
         method=method,
         advice=list(advice),
         evidence=evidence,
-        command=_command(config, method, options, is_imbalanced(evidence.class_counts)),
+        command=_command(inputs, method, options, is_imbalanced(evidence.class_counts)),
     )
 
 
@@ -353,10 +371,10 @@ def _finetuning_costs(
 
 
 def _command(
-    config: Config, method: Method, options: Mapping[str, Any], balanced: bool
+    inputs: Inputs, method: Method, options: Mapping[str, Any], balanced: bool
 ) -> str:
     """What to run, with the options that were given."""
-    run = config.runs_dir / str(config.name)
+    config, run = inputs.config, inputs.run_dir
     added: dict[str, Any] = {}
     if balanced and config.head.class_weight != "balanced":
         added["class_weight"] = "balanced"

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from keras_transfer.errors import KerasTransferError
+from keras_transfer.errors import KerasTransferError, UsageError
 from keras_transfer.run import write_atomic
 
 _SHARD_BYTES = 32 * 2**20
@@ -205,6 +205,23 @@ class FeatureCache:
 
     def __init__(self, directory: Path | None = None):
         self.directory = (directory or default_directory()).expanduser() / "features"
+
+    def check_usable(self) -> None:
+        """Finds out early that nothing can be written where nothing is cached yet.
+
+        A cache that has features is good enough to be read, as far as they go.
+
+        Raises:
+            UsageError: If the directory cannot be used.
+        """
+        places = (self.directory, *self.directory.absolute().parents)
+        existing = next(path for path in places if path.exists())
+        is_writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+        if not is_writable and next(self.list(), None) is None:
+            raise UsageError(
+                f"The feature cache cannot be written. Received: {self.directory}. "
+                "Choose another with --cache-dir."
+            )
 
     def table(self, spec: FeatureSpec) -> FeatureTable:
         """The table of a spec, empty if nothing was cached for it yet.

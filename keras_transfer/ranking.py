@@ -8,11 +8,11 @@ from typing import Any
 from keras_transfer.bases import BASES, Base, get_base, weights_path
 from keras_transfer.config import Config, load_config
 from keras_transfer.data import Splits
-from keras_transfer.data import load as load_data
 from keras_transfer.errors import KerasTransferError, UsageError
 from keras_transfer.evidence import images_per_second, learning_curve, probe
 from keras_transfer.extract import FrozenPart, frozen_features
-from keras_transfer.feature_extraction import frozen_base, resolve, usable_splits
+from keras_transfer.feature_extraction import frozen_base, usable_splits
+from keras_transfer.inputs import prepare
 from keras_transfer.run import Estimate, OnNote, OnProgress
 from keras_transfer.transferability import logme
 
@@ -43,7 +43,7 @@ class Ranked:
 
 
 def rank(
-    data: str,
+    data: str | Path,
     bases: Sequence[str] | None = None,
     *,
     on_progress: OnProgress = lambda *_: None,
@@ -69,25 +69,38 @@ def rank(
         UsageError: If a base is unknown, or none can be used.
         KerasTransferError: If no base has its weights.
     """
+    config = load_config(None, {**options, "data": str(data)})
+    splits = prepare(config, makes_run=False).splits
+    return measure_bases(config, splits, bases, on_progress, on_note)
+
+
+def measure_bases(
+    config: Config,
+    splits: Splits,
+    bases: Sequence[str] | None,
+    on_progress: OnProgress,
+    on_note: OnNote,
+) -> tuple[list[Ranked], dict[str, str]]:
+    """Does what `rank` says, with images that were found."""
     rows = list(BASES) if bases is None else [get_base(name) for name in bases]
     if not rows:
         raise UsageError("No base to rank. Received: an empty list. Name some.")
-    splits, found, left_out = None, [], {}
+    for warning in splits.warnings:
+        on_note(warning)
+    found, left_out = [], {}
     for row in rows:
         if bases is None and not weights_path(row).is_file():
             left_out[row.name] = "weights are not on this machine"
             continue
         on_note(f"{row.name}: {row.parameters:,} weights")
-        config = resolve(load_config(None, {**options, "data": data, "base": row.name}))
-        splits = splits or load_data(
-            config.data, config.splits, config.seed, config.data_dir
-        )
+        with_base = config.model_copy(update={"base": row.name})
+        resolved = prepare(with_base, makes_run=False).config
         try:
-            part = frozen_base(config)
+            part = frozen_base(resolved)
         except KerasTransferError as error:
             left_out[row.name] = str(error)
             continue
-        found.append(_measured(row, config, splits, part, on_progress))
+        found.append(_measured(row, resolved, splits, part, on_progress))
     if not found:
         name, reason = next(iter(left_out.items()))
         raise KerasTransferError(f"No base can be ranked. The first, {name}: {reason}")

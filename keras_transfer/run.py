@@ -209,7 +209,8 @@ class Run:
     @property
     def class_names(self) -> list[str]:
         """The classes, in the order of the model's outputs."""
-        return (self.run_dir / LABELS).read_text(encoding="utf-8").splitlines()
+        text = (self.run_dir / LABELS).read_text(encoding="utf-8")
+        return text.removesuffix("\n").split("\n")
 
     @property
     def manifest(self) -> Manifest:
@@ -459,10 +460,17 @@ def phase_model(phase: Phase) -> str:
 
 def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """The text of a CSV file."""
+    return "".join(map(csv_line, (header, *rows)))
+
+
+def csv_line(cells: Sequence[object]) -> str:
+    """A line of a CSV file, which reads back to the same cells, whatever they hold."""
+    # Where lines end in a line feed, csv does not quote a carriage return by itself,
+    # and takes it for the end of a line when it reads it.
+    has_return = any("\r" in str(cell) for cell in cells)
+    quoting: Literal[0, 1] = csv.QUOTE_ALL if has_return else csv.QUOTE_MINIMAL
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
+    csv.writer(text, lineterminator="\n", quoting=quoting).writerow(cells)
     return text.getvalue()
 
 

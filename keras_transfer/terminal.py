@@ -98,18 +98,16 @@ def import_tensorflow() -> None:
 
 
 def show_run(run: Run) -> None:
-    """The result of `kt fit`."""
+    """The result of `kt fit`; its notes were shown when they were made."""
     manifest, metrics = run.manifest, run.metrics
     splits = metrics[manifest.phase]
     name = "test" if "test" in splits else "val"
-    if name in splits:
-        show_evaluation(splits[name], name)
     if manifest.folds:
         console.print(
             f"cross-validation, {len(manifest.folds.values)} folds: {manifest.folds}"
         )
-    for note in manifest.notes:
-        console.print(f"- {note}", style="dim")
+    if name in splits:
+        show_evaluation(splits[name], name)
     if manifest.skipped:
         console.print(
             f"- {manifest.skipped} images were left out: {run.run_dir / 'skipped.csv'}",

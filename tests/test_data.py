@@ -3,6 +3,9 @@
 import csv
 import io
 import os
+import socket
+import subprocess
+import sys
 import threading
 import time
 import unicodedata
@@ -14,12 +17,23 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from conftest import CLASSES, encode
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from keras_transfer.config import SplitsConfig
-from keras_transfer.data import Splits, find_images, load, load_all, map_ahead
+from keras_transfer.data import (
+    Splits,
+    find_images,
+    image_files,
+    load,
+    load_all,
+    map_ahead,
+    read_table,
+)
 from keras_transfer.errors import KerasTransferError, UsageError
+from keras_transfer.run import csv_text
 
 NAMES = ("train", "val", "test")
 
@@ -104,12 +118,21 @@ def test_a_class_is_everything_below_its_folder(tmp_path):
     }
 
 
-@pytest.mark.parametrize("val", ["val", "valid", "validation"])
-def test_split_folders_are_kept(tmp_path, val):
-    for folder in ("train", val, "test"):
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [
+        ("train", "val", "test"),
+        ("Training", "valid", "Testing"),
+        ("training_set", "validation", "test_set"),
+        ("TRAIN-SET", "dev", "testing-set"),
+        ("train", "eval_set", "TEST"),
+    ],
+)
+def test_split_folders_are_kept(tmp_path, train, val, test):
+    for folder in (train, val, test):
         classes(tmp_path / folder, a=3, b=2)
     splits = load(str(tmp_path))
-    kept = {"train": "train", val: "val", "test": "test"}
+    kept = {train: "train", val: "val", test: "test"}
     found = split_of(splits)
     assert len(found) == 15
     assert all(kept[source.split("/")[0]] == split for source, split in found.items())
@@ -141,34 +164,115 @@ def test_a_part_of_train_becomes_the_missing_val_split(tmp_path, kind):
     assert 5 <= splits.class_counts()["val"]["a"] <= 10
 
 
-@pytest.mark.parametrize("names", [("bus", "train"), ("test", "val")])
-def test_a_class_may_be_called_like_a_split(tmp_path, names):
-    splits = load(str(classes(tmp_path, **dict.fromkeys(names, 10))))
-    assert splits.class_names == names
+@pytest.mark.parametrize("names", [("Training", "Testing"), ("train", "test-set")])
+def test_what_lies_beside_split_folders_is_named_and_left_out(tmp_path, names):
+    for folder in (*names, "docs"):
+        classes(tmp_path / folder, a=20, b=20)
+    classes(tmp_path / "__MACOSX", a=2)
+    splits = load(str(tmp_path))
+    assert splits.class_names == ("a", "b")
+    assert len(splits.test) == 40
+    assert len(split_of(splits)) == 80
+    (warning,) = splits.warnings
+    assert "docs" in warning and "left out" in warning and "MACOSX" not in warning
+
+
+@pytest.mark.parametrize(
+    "names", [("bus", "train"), ("test", "val"), ("dev", "a", "b"), ("train", "docs")]
+)
+def test_a_class_called_like_a_split_is_refused_and_has_a_way_out(tmp_path, names):
+    classes(tmp_path, **dict.fromkeys(names, 10))
+    message = refusal(KerasTransferError, tmp_path)
+    assert "split" in message and "CSV" in message
+    assert all(name in message for name in names)
+    rows = [f"{name}/{i}.jpg,{name}" for name in names for i in range(10)]
+    splits = load(table(tmp_path, "\n".join(["path,label", *rows])))
+    assert splits.class_names == tuple(sorted(names))
+
+
+@pytest.mark.parametrize(
+    ("folders", "words"),
+    [
+        (["{c}/train", "{c}/test"], ["test, train", "train/CLASS/"]),
+        (["site1/{c}", "site2/{c}"], ["site1, site2", "cat, dog", "Name one"]),
+        (["seg_x/seg_x/{c}", "seg_y/seg_y/{c}"], ["seg_x", "cat, dog", "Name one"]),
+    ],
+)
+def test_class_folders_that_hold_the_same_folders_are_refused(tmp_path, folders, words):
+    for folder in folders:
+        for name in ("cat", "dog"):
+            write(tmp_path / folder.format(c=name), "1.jpg", "2.jpg")
+    message = refusal(KerasTransferError, tmp_path)
+    assert all(word in message for word in words)
+
+
+def test_class_folders_may_wrap_their_images_in_a_folder(tmp_path):
+    for name in ("cat", "dog"):
+        write(tmp_path / name / "images", *(f"{i}.jpg" for i in range(10)))
+    splits = load(str(tmp_path))
+    assert splits.class_names == ("cat", "dog")
+
+
+def test_a_lone_folder_of_class_folders_is_refused_and_named(tmp_path):
+    classes(tmp_path / "photos/images/all", cat=3, dog=3)
+    classes(tmp_path / "photos/__MACOSX", cat=3)
+    message = refusal(KerasTransferError, tmp_path / "photos")
+    assert f"Name {tmp_path / 'photos/images/all'} instead" in message
+    assert load(str(tmp_path / "photos/images/all")).class_names == ("cat", "dog")
+
+
+@pytest.mark.parametrize("folder", ["", "train"])
+def test_a_flat_folder_of_images_is_called_so(tmp_path, folder):
+    write(tmp_path / folder, *(f"{i}.jpg" for i in range(5)))
+    if folder:
+        classes(tmp_path / "test", a=2, b=2)
+    message = refusal(KerasTransferError, tmp_path)
+    assert "5 images lie in no class folders" in message and "CSV" in message
+
+
+def test_what_no_one_means_by_data_is_not_there(tmp_path):
+    classes(tmp_path, a=40, b=40)
+    for junk in ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "a/@eaDir", ".Trash"):
+        write(tmp_path / junk, "a/1.jpg", "2.jpg")
+    write(tmp_path, "Thumbs.db", "a/Thumbs.db", "b/desktop.ini", "b/.DS_Store")
+    splits = load(str(tmp_path))
+    assert splits.class_names == ("a", "b")
+    assert len(split_of(splits)) == 80
+    assert splits.warnings == ()
+
+
+@pytest.mark.parametrize("where", ["train", "test"])
+def test_a_class_in_one_split_only_is_named_at_once(tmp_path, where):
+    for folder in ("train", "test"):
+        classes(tmp_path / folder, a=20, b=20)
+    classes(tmp_path / where, rare=20)
+    warnings = " ".join(load(str(tmp_path)).warnings)
+    other = {"train": "test", "test": "train"}[where]
+    assert f"The {other} split has no image of 1 of 3 classes: 'rare'." in warnings
 
 
 def test_hidden_files_and_folders_are_left_out(tmp_path):
-    classes(tmp_path, a=2, b=2)
+    classes(tmp_path, a=10, b=10)
     write(tmp_path, ".git/1.jpg", "a/.hidden.jpg", "a/.thumbs/1.jpg", "a/._0.jpg")
     splits = load(str(tmp_path))
-    assert set(label_of(splits)) == {"a/0.jpg", "a/1.jpg", "b/0.jpg", "b/1.jpg"}
+    assert set(label_of(splits)) == {f"{x}/{i}.jpg" for x in "ab" for i in range(10)}
     assert splits.warnings == ()
 
 
 def test_what_is_no_image_by_its_name_is_left_out_with_one_warning(tmp_path):
-    classes(tmp_path, a=2, b=2)
+    classes(tmp_path, a=10, b=10)
     write(tmp_path, "a/notes.txt", "a/Thumbs.db", "b/clip.mp4", "b/scan.tiff")
     splits = load(str(tmp_path))
     assert set(label_of(splits)) - {"b/scan.tiff"} == {
-        f"{name}/{i}.jpg" for name in "ab" for i in range(2)
+        f"{name}/{i}.jpg" for name in "ab" for i in range(10)
     }
     (warning,) = splits.warnings
-    assert "3 files" in warning
-    assert "a/Thumbs.db" in warning
+    assert "2 files" in warning
+    assert "a/notes.txt" in warning
 
 
 def test_an_empty_class_folder_is_a_warning_and_no_class(tmp_path):
-    write(classes(tmp_path, a=2, b=2), "void/")
+    write(classes(tmp_path, a=10, b=10), "void/")
     splits = load(str(tmp_path))
     assert splits.class_names == ("a", "b")
     assert ["'void'" in line for line in splits.warnings] == [True]
@@ -194,14 +298,16 @@ def test_class_names_are_kept_to_the_letter(tmp_path):
     ids=["case", "encoding"],
 )
 def test_class_names_that_look_alike_are_kept_apart(tmp_path, names):
-    rows = [f"{name}{i}.jpg,{name}" for name in names for i in range(5)]
+    rows = [f"{name}{i}.jpg,{name}" for name in names for i in range(10)]
     splits = load(table(tmp_path, "\n".join(["path,label", *rows])))
     assert splits.class_names == tuple(sorted(names))
     (warning,) = splits.warnings
     assert all(repr(name) in warning for name in names)
 
 
-@pytest.mark.parametrize("name", ["a|b", "a\nb", "a\x1bb", "a\x7fb"])
+@pytest.mark.parametrize(
+    "name", ["a|b", "a\nb", "a\x1bb", "a\x7fb", "a\u2028b", "a\u2029b", "a\x85b"]
+)
 def test_a_class_name_that_cannot_be_written_is_refused(tmp_path, name):
     write(classes(tmp_path, a=2, b=2), f"{name}/1.jpg")
     assert repr(name) in refusal(KerasTransferError, tmp_path)
@@ -228,6 +334,61 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     }
 
 
+def test_links_to_what_was_read_already_are_warned_of(tmp_path):
+    data = classes(tmp_path / "data", a=20, b=20)
+    (data / "a/up").symlink_to(data)
+    (data / "a/self").symlink_to(data / "a")
+    (warning,) = load(str(data)).warnings
+    assert "2 folders are links" in warning and "a/self" in warning
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_pipes_devices_and_sockets_are_unusable_and_never_opened(tmp_path):
+    classes(tmp_path, a=3, b=3)
+    os.mkfifo(tmp_path / "a/pipe.jpg")
+    (tmp_path / "a/link.jpg").symlink_to(tmp_path / "a/pipe.jpg")
+    (tmp_path / "b/endless.png").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("b/socket.jpg")
+    splits = load(str(tmp_path))
+    odd = {"a/pipe.jpg", "a/link.jpg", "b/endless.png", "b/socket.jpg"}
+    read = dict(splits.read(sorted(label_of(splits))))
+    unusable = {x: e.strerror for x, e in read.items() if isinstance(e, OSError)}
+    assert unusable == dict.fromkeys(odd, "it is not a regular file")
+    assert len(read) == 10
+
+
+def test_a_path_that_cannot_be_is_one_unusable_row(tmp_path):
+    data = table(tmp_path, "path,label\na\0.jpg,a\n/dev/zero,b\n.,b\n")
+    splits = load(data, SplitsConfig(val=0, test=0))
+    errors = [error.strerror for _, error in splits.read(splits.train.sources)]
+    assert "NUL" in errors[0]
+    assert errors[1:] == ["it is not a regular file"] * 2
+
+
+def test_a_folder_that_cannot_be_read_is_one_warning(tmp_path):
+    classes(tmp_path, a=20, b=20)
+    write(tmp_path, "a/locked/1.jpg")
+    (tmp_path / "a/locked").chmod(0)
+    for folder in (tmp_path, *list(tmp_path.parents)[:2]):
+        folder.chmod(0o755)
+    script = (
+        "import os, pathlib\n"
+        "from keras_transfer.data import find_images, load\n"
+        "if not os.geteuid(): os.setuid(65534)  # whom permissions bind\n"
+        f"folder = {str(tmp_path)!r}\n"
+        "print(*load(folder).warnings, sep='\\n')\n"
+        "print(len(list(find_images(pathlib.Path(folder)))))"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == [
+        "1 folders cannot be read and were left out, such as a/locked.",
+        "41",  # among them the folder, which whoever reads it finds unusable
+    ]
+
+
 def test_what_cannot_be_read_is_yielded_as_its_error(tmp_path):
     classes(tmp_path, a=3, b=3)
     (tmp_path / "a/dangling.jpg").symlink_to(tmp_path / "nowhere.jpg")
@@ -252,7 +413,7 @@ def test_a_file_name_that_is_not_utf8_can_be_fingerprinted_and_written(tmp_path)
     [
         (["a/1.jpg", "a/2.jpg"], ["two classes", "'a'"]),
         (["a/", "b/"], ["no images"]),
-        (["1.jpg", "2.jpg"], ["no images"]),
+        (["1.jpg", "2.jpg"], ["2 images lie in no class folders"]),
         (["train/", "val/a/1.jpg", "val/b/2.jpg"], ["train"]),
     ],
 )
@@ -336,6 +497,9 @@ def test_several_labels_are_separated_by_a_bar(tmp_path):
         ("path,label\na.jpg,x\nb.jpg,x\n", None, ["two classes", "'x'"]),
         ("path,label\na.jpg,x\nb.jpg,y\x07\n", None, [r"'y\x07'"]),
         ("a.jpg,x\nb.jpg,y\n", UsageError, ["path,label", "'a.jpg,x'"]),
+        ("path,label\na.jpg,x\nb, 1.jpg,y\n", UsageError, ["line 3", "3 cells"]),
+        ("path,label\n\n\na, 1.jpg,x\n", UsageError, ["line 4", "double quotes"]),
+        ("path,label,Label\na.jpg,x,y\n", UsageError, ["line 1", "'label'", "2 times"]),
         ("path;label\na.jpg;x\n", UsageError, ["path,label", "'path;label'"]),
         ("", UsageError, ["path,label"]),
     ],
@@ -410,6 +574,66 @@ def grouped_rows(rng: np.random.Generator) -> list[tuple[str, str, str]]:
             rows.append((f"g{group}/{i}.jpg", label, f"g{group}"))
     rows += [(f"single/{i}.jpg", "abc"[i % 3], "") for i in range(30)]
     return [rows[i] for i in rng.permutation(len(rows))]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize(("val", "test"), [(0.1, 0.1), (0.2, 0.3), (0.0, 0.25)])
+def test_classes_too_small_to_be_divided_meet_the_shares_together(
+    tmp_path, size, val, test
+):
+    splits = load(
+        str(classes(tmp_path, **{f"c{i:03d}": size for i in range(200)})),
+        SplitsConfig(val=val, test=test),
+    )
+    found = [len(splits.val), len(splits.test)]
+    assert all(splits.class_counts()["train"].values())
+    if size > 1:
+        assert found == pytest.approx([200 * size * val, 200 * size * test], abs=1)
+    else:
+        assert found == [0, 0]
+        assert "no image is held out" in splits.warnings[0]
+
+
+def test_of_two_groups_one_is_tested_on(tmp_path):
+    rows = [f"{i}.jpg,{'ab'[i % 2]},g{i // 20}" for i in range(40)]
+    splits = load(table(tmp_path, "\n".join(["path,label,group", *rows])))
+    assert [len(part) for _, part in splits.items()] == [20, 0, 20]
+    assert "no validation split" in splits.warnings[0]
+
+
+def test_groups_that_the_data_divide_are_counted_and_warned_of(tmp_path):
+    rows = [f"{i}.jpg,{'ab'[i % 2]},train,p{i // 4}" for i in range(40)]
+    rows += [f"v{i}.jpg,{'ab'[i % 2]},val,p{i}" for i in range(5)]
+    rows += [f"t{i}.jpg,{'ab'[i % 2]},test,p{i + 3}" for i in range(12)]
+    splits = load(table(tmp_path, "\n".join(["path,label,split,group", *rows])))
+    assert splits.warnings == (
+        "5 of 5 val images are of a group that is in train too: their figures flatter.",
+        "7 of 12 test images are of a group that is in train too: their figures "
+        "flatter.",
+        "2 of 12 test images are of a group that is in val too: their figures flatter.",
+    )
+
+
+def test_groups_that_a_kept_assignment_divides_are_warned_of(tmp_path):
+    rows = [f"{i}.jpg,{'ab'[i % 2]},p{i // 2}" for i in range(40)]
+    data = table(tmp_path, "\n".join(["path,label,group", *rows]))
+    kept = [f"{i}.jpg,x,{'test' if i % 2 else 'train'}" for i in range(40)]
+    file = table(tmp_path, "\n".join(["path,label,split", *kept]), "kept.csv")
+    splits = load(data, SplitsConfig(file=Path(file)))
+    assert any("20 of 20 test images are of a group" in x for x in splits.warnings)
+
+
+@pytest.mark.parametrize("kind", ["csv", "no share"])
+def test_whoever_has_no_test_split_is_warned(tmp_path, kind):
+    if kind == "csv":
+        rows = [f"{i}.jpg,{'ab'[i % 2]},{'val' if i < 9 else ''}" for i in range(40)]
+        rows = ["path,label,split", *rows]
+        splits = load(table(tmp_path, "\n".join(rows)), SplitsConfig(test=0))
+    else:
+        data = str(classes(tmp_path, a=20, b=20))
+        splits = load(data, SplitsConfig(test=0))
+    assert len(splits.test) == 0
+    assert ["no test split" in line for line in splits.warnings] == [True]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -499,6 +723,121 @@ def test_splits_written_as_a_table_are_data_again(tmp_path, multi_label):
     assert again.to_csv() == splits.to_csv()
 
 
+# What file systems allow, except for what a path cannot hold and for a leading dot,
+# which hides a file; a class name has no control characters and no bar.
+_LETTERS = st.characters(exclude_characters="/\0", exclude_categories=["Cs"])
+_LABELS = st.text(
+    st.characters(
+        exclude_characters="/|", exclude_categories=["Cc", "Cs", "Zl", "Zp", "Cn"]
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+def _is_ordinary(name: str) -> bool:
+    return not name.startswith(".") and len(name.encode()) < 200
+
+
+@st.composite
+def _images(draw: st.DrawFn) -> list[tuple[str, str, str, str]]:
+    """Rows of (path, label, split, group), two classes at least in train."""
+    names = st.text(_LETTERS, min_size=1, max_size=12).filter(_is_ordinary)
+    labels = draw(
+        st.lists(
+            _LABELS.filter(lambda x: x == x.strip()),
+            min_size=2,
+            max_size=4,
+            unique=True,
+        )
+    )
+    paths = draw(st.lists(names, min_size=4, max_size=30, unique=True))
+    has_splits, has_groups = draw(st.booleans()), draw(st.booleans())
+    groups = st.sampled_from(["", "p", " q ", "r\rs"] if has_groups else [""])
+    splits = st.sampled_from(["train", "val", "Testing", ""] if has_splits else [""])
+    return [
+        (
+            f"{index}/{path}",
+            labels[index % len(labels)],
+            "train" if has_splits and index < 2 else draw(splits),
+            draw(groups),
+        )
+        for index, path in enumerate(paths)
+    ]
+
+
+@settings(
+    deadline=None,
+    max_examples=100,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(rows=_images(), seed=st.integers(0, 3))
+def test_any_table_is_divided_whole_and_its_splits_read_back(tmp_path, rows, seed):
+    data = tmp_path / "any.csv"
+    text = csv_text(("path", "label", "split", "group"), rows)
+    data.write_bytes(text.encode(errors="surrogateescape"))
+    splits = load(str(data), SplitsConfig(val=0.2, test=0.2), seed)
+    found, labels = split_of(splits), label_of(splits)
+    expected = {Path(path.strip()).as_posix(): row for path, *row in rows}
+    assert labels == {path: label for path, (label, _, _) in expected.items()}
+    named = {path: split for path, (_, split, _) in expected.items() if split}
+    kept = {"train": "train", "val": "val", "Testing": "test"}
+    frees_train = "val" not in named.values()
+    for path, split in named.items():
+        assert found[path] == kept[split] or (frees_train and split == "train")
+    used = defaultdict(set)
+    for path, (_, split, group) in expected.items():
+        if group.strip() and not split:
+            used[group.strip()].add(found[path])
+    assert named or all(len(names) == 1 for names in used.values())
+
+    file = tmp_path / "splits.csv"
+    file.write_bytes(splits.to_csv().encode(errors="surrogateescape"))
+    again = load(str(data), SplitsConfig(file=file), seed=99)
+    assert again.to_csv() == splits.to_csv()
+    assert {row["path"] for _, row in read_table(file)} == set(found)
+
+
+@settings(
+    deadline=None,
+    max_examples=40,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    names=st.lists(
+        st.text(_LETTERS, min_size=1, max_size=8).filter(_is_ordinary),
+        min_size=1,
+        max_size=6,
+        unique=True,
+    ),
+    labels=st.lists(_LABELS.filter(_is_ordinary), min_size=2, max_size=3, unique=True),
+)
+def test_any_folder_reads_back_from_its_splits(tmp_path_factory, names, labels):
+    folder = tmp_path_factory.mktemp("any")
+    for label in labels:
+        write(folder / label, *(f"{name}.jpg" for name in names))
+    if not _is_plain(labels):
+        return
+    splits = load(str(folder))
+    assert len(split_of(splits)) == len(names) * len(labels)
+    assert splits.class_names == tuple(sorted(labels))
+    file = tmp_path_factory.mktemp("splits") / "splits.csv"
+    file.write_bytes(splits.to_csv().encode(errors="surrogateescape"))
+    again = load(str(folder), SplitsConfig(file=file), seed=99)
+    assert again.to_csv() == splits.to_csv()
+    assert dict(again.read(again.train.sources)) == dict(
+        splits.read(splits.train.sources)
+    )
+
+
+def _is_plain(labels: list[str]) -> bool:
+    words = {label.strip().lower().replace("-", "_") for label in labels}
+    junk = {"train", "training", "val", "valid", "validation", "dev", "eval", "test"}
+    return not words & junk
+
+
 def test_the_fingerprint_tells_bytes_labels_names_and_splits_apart(tmp_path):
     def fingerprint(text: str, content: bytes = b"") -> str:
         splits = load(table(tmp_path, "path,label,split\n" + text))
@@ -533,6 +872,23 @@ def test_keep_leaves_only_the_images_named(tmp_path):
     ]
 
 
+def test_a_folder_is_not_walked_that_is_not_searched(tmp_path, monkeypatch):
+    write(tmp_path, "1.jpg", "deep/2.jpg", "deep/er/3.jpg")
+    scanned = []
+    scandir = os.scandir
+    monkeypatch.setattr(
+        os, "scandir", lambda path: scanned.append(path) or scandir(path)
+    )
+    assert list(image_files(tmp_path, recursive=False)) == [str(tmp_path / "1.jpg")]
+    assert scanned == [tmp_path]
+    assert len(list(image_files([str(tmp_path)], recursive=True))) == 3
+
+
+def test_one_path_is_as_good_as_a_list_of_one(tmp_path):
+    assert list(image_files("photo.jpg", recursive=False)) == ["photo.jpg"]
+    assert list(image_files(Path("photo.jpg"), recursive=False)) == ["photo.jpg"]
+
+
 # All images as one table
 
 
@@ -547,6 +903,12 @@ def test_all_images_are_labelled_as_the_model_numbers_its_classes(tmp_path):
     assert dict(read(["b/0.jpg"])) == {"b/0.jpg": b"b/0.jpg"}
     found, _ = load_all(data, ("x", "b", "a"), multi_label=True)
     assert found.targets.tolist() == [[0, 0, 1], [0, 0, 1], [0, 1, 0]]
+
+
+def test_a_blank_label_of_a_multi_label_model_is_no_class(tmp_path):
+    data = table(tmp_path, "path,label\n1.jpg,a\n2.jpg,\n")
+    found, _ = load_all(data, ("a", "b"), multi_label=True)
+    assert found.targets.tolist() == [[1, 0], [0, 0]]
 
 
 def test_one_class_is_enough_to_evaluate(tmp_path):
