@@ -166,22 +166,28 @@ class Config(_Section):
 
 
 def load_config(
-    file: Path | None = None,
+    source: Path | Config | None = None,
     overrides: Mapping[str, Any] | None = None,
     assignments: Iterable[str] = (),
 ) -> Config:
     """Builds the config from a YAML file, given values and `key=value` strings.
 
     Args:
-        file: A YAML file of config keys.
-        overrides: Dotted keys to values; a value of None means "not given".
+        source: A YAML file of config keys, or a config.
+        overrides: Dotted keys to values; a value of None means "not given", and a
+            dict replaces those keys of a section that it has.
         assignments: `key=value` strings, the value written as in YAML.
 
     Raises:
         UsageError: If the file cannot be read, a key is unknown (the nearest valid
             key is named) or a value is not allowed.
     """
-    values: dict[str, Any] = {} if file is None else _read_yaml(file)
+    values: dict[str, Any] = {}
+    if source is not None:
+        if isinstance(source, Config):
+            values = source.model_dump()
+        else:
+            values = _read_yaml(source)
     for key, value in (overrides or {}).items():
         if value is not None:
             _assign(values, key, value)
@@ -258,6 +264,10 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 
 def _assign(values: dict[str, Any], dotted_key: str, value: Any) -> None:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            _assign(values, f"{dotted_key}.{key}", inner)
+        return
     *sections, key = dotted_key.split(".")
     for section in sections:
         values = values.setdefault(section, {})

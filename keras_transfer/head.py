@@ -113,16 +113,20 @@ def class_weights(targets: np.ndarray, num_classes: int, balanced: bool) -> np.n
 
     Balanced: every class has the same total weight, and the mean weight is 1 (King &
     Zeng 2001, as in scikit-learn). Of multi-label data that holds for presence and
-    absence of each class.
+    absence of each class. A class that no image shows has the weight 0, and does not
+    count among the classes.
     """
     if not balanced:
         return np.ones((2, num_classes), np.float32)
     counts = count_classes(targets, num_classes)
     if targets.ndim == 1:
-        weights = len(targets) / (num_classes * np.maximum(counts, 1))
-        return np.stack([weights, weights]).astype(np.float32)
-    both = np.stack([len(targets) - counts, counts])
-    return (len(targets) / (2 * np.maximum(both, 1))).astype(np.float32)
+        total = len(targets) / max(int(np.count_nonzero(counts)), 1)
+        both = np.stack([counts, counts])
+    else:
+        total = len(targets) / 2
+        both = np.stack([len(targets) - counts, counts])
+    weights = total / np.maximum(both, 1)
+    return np.where(both > 0, weights, 0).astype(np.float32)
 
 
 def train_head(
