@@ -62,7 +62,8 @@ class Activations:
         train: Views of the training images, the plain one first.
         transform: What is done to rows of `train` in every epoch.
         digests: SHA-256 of the bytes of each image.
-        features: Of all images; of the held-out ones only if there is a `transform`.
+        features: Of all images; of the held-out ones and the sample only if there is a
+            `transform`.
         parity: Predictions from these against those of the whole model.
         nbytes: Of one image.
         engine: What ran the frozen part: `openvino` or `keras`; `cache` if nothing
@@ -108,7 +109,8 @@ def frozen_activations(
     online = tuning.augment == "online"
     views = 0 if tuning.augment == "online" else tuning.augment
     nothing = splits.train.keep(())
-    cached = replace(splits, train=nothing) if online else splits
+    # Online, of the training images only the sample has activations of its own.
+    cached = replace(splits, train=splits.train.keep(sample)) if online else splits
     if not part.model.weights:
         on_note("everything is trained: only decoding can be done once")
         ways: Sequence[_Way] = (_PIXELS,)

@@ -90,6 +90,20 @@ def resize_image(image: tf.Tensor, image_size: int) -> tf.Tensor:
     return tf.cast(tf.round(image), tf.uint8)
 
 
+def is_nearly_black(encoded: bytes, pixels: np.ndarray) -> bool:
+    """Whether a file is a 16-bit PNG of which only 12 bits or fewer are used.
+
+    Cameras and scanners of 12 bits write such files: decoded in the range of 16 bits,
+    they show next to nothing.
+
+    Args:
+        encoded: An image file.
+        pixels: uint8 `[H, W, 3]`, what it was decoded to.
+    """
+    is_16_bit = encoded[:4] == b"\x89PNG" and encoded[24:25] == b"\x10"
+    return is_16_bit and int(pixels.max()) <= 2**12 >> 8
+
+
 @functools.cache
 def make_decoder(image_size: int) -> Callable[[bytes], np.ndarray]:
     """`decode_image` as a Python function that may be called from many threads.

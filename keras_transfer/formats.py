@@ -11,7 +11,7 @@ import importlib.util
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -220,9 +220,8 @@ def _one_line(form: Format) -> Iterator[None]:
 
 def _calibration(run: Run, model: keras.Model) -> Iterator[list[np.ndarray]]:
     """Some training images, as the LiteRT converter wants them."""
-    splits, image_size = run_splits(run), model.input_shape[1]
-    only_train = replace(splits, val=splits.train.keep(()), test=splits.train.keep(()))
-    for _, _, pixels in sample_images(only_train, image_size, _CALIBRATION_IMAGES):
+    sample = sample_images(run_splits(run), model.input_shape[1], _CALIBRATION_IMAGES)
+    for _, _, pixels in sample:
         yield [pixels[None].astype(np.float32)]
 
 

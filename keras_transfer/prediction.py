@@ -47,23 +47,32 @@ def load_model(run: Run, phase: Phase | None = None) -> keras.Model:
     """
     path = run.phase_model_path(phase) if phase else run.model_path
     try:
-        return keras.saving.load_model(path, compile=False)
+        model = keras.saving.load_model(path, compile=False)
     except Exception as error:  # zip, HDF5 and JSON each raise their own types
         cause = str(error).strip().splitlines()
         raise KerasTransferError(
             f"{path} cannot be loaded ({cause[0] if cause else error!r}). "
             "Train the run again."
         ) from None
+    outputs, names = model.output_shape[-1], len(run.class_names)
+    if outputs != names:
+        raise KerasTransferError(
+            f"{run.run_dir} names {names} classes in labels.txt, but its model has "
+            f"{outputs} outputs. Train the run again."
+        )
+    return model
 
 
 def predict(
-    run: str | Path | Run, paths: Iterable[str | Path], recursive: bool = False
+    run: str | Path | Run,
+    paths: str | Path | Iterable[str | Path],
+    recursive: bool = False,
 ) -> Iterator[data.Prediction]:
     """Predicts images as they are read, in order, with bounded memory.
 
     Args:
         run: A run or its directory.
-        paths: Image files, and folders of them.
+        paths: Image files, and folders of them; or one.
         recursive: Whether folders inside folders are searched too.
 
     Yields:
@@ -115,7 +124,7 @@ def predict_sources(
 
 def evaluate_run(
     run: str | Path | Run,
-    source: str | None = None,
+    source: str | Path | None = None,
     data_dir: Path | None = None,
     on_image: Callable[[], object] = lambda: None,
     phase: Phase | None = None,
@@ -142,10 +151,10 @@ def evaluate_run(
     if source is None:
         name, table, read = held_out_images(run)
     else:
+        name = str(source)
         table, read = data.load_all(
-            source, run.class_names, run.manifest.multi_label, data_dir
+            name, run.class_names, run.manifest.multi_label, data_dir
         )
-        name = source
     by_source = {}
     skipped = {}
     for prediction in predict_sources(model, table.sources, read):
@@ -198,12 +207,13 @@ def run_splits(run: Run) -> data.Splits:
 def sample_images(
     splits: data.Splits, image_size: int, count: int
 ) -> list[tuple[str, bytes, np.ndarray]]:
-    """(source, bytes, pixels) of some validation images, decoded anew.
+    """(source, bytes, pixels) of some training images, decoded anew.
 
-    They are spread evenly; of the test or training images where there is no
-    validation split. Unusable ones are left out.
+    They are spread evenly; unusable ones are left out. What is decided on them (a
+    precision, whether two models agree) must not be decided on images that figures
+    are of.
     """
-    table = next(t for t in (splits.val, splits.test, splits.train) if len(t))
+    table = splits.train
     picks = np.linspace(0, len(table) - 1, min(count, len(table))).astype(int)
     decode = make_decoder(image_size)
     sample = []

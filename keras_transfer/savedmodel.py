@@ -132,7 +132,7 @@ def check_accuracy(accuracy: float, images: int, min_accuracy: float) -> None:
 
 
 def sample_of_run(run: Run, model: keras.Model, on_note: OnNote) -> Sample:
-    """Some of a run's validation images; noise, where they cannot be read."""
+    """Some of a run's training images; noise, where they cannot be read."""
     image_size, count = model.input_shape[1], sum(_BATCHES)
     try:
         images = sample_images(run_splits(run), image_size, count)

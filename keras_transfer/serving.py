@@ -50,13 +50,15 @@ num_batch_threads {{ value: {cores} }}
 
 
 def predict_bundle(
-    bundle: str | Path, paths: Iterable[str | Path], recursive: bool = False
+    bundle: str | Path,
+    paths: str | Path | Iterable[str | Path],
+    recursive: bool = False,
 ) -> tuple[list[str], Iterator[Prediction]]:
     """Predicts images with what `kt export` published, by TensorFlow's C++ runtime.
 
     Args:
         bundle: A version directory, such as `saved_models/RUN/1`.
-        paths: Image files, and folders of them.
+        paths: Image files, and folders of them; or one.
         recursive: Whether folders inside folders are searched too.
 
     Returns:

@@ -78,6 +78,50 @@ def test_a_mistake_in_usage_is_one_line_and_exits_with_2(kt, arguments, words):
     assert not list(Path("saved_models").glob("*"))
 
 
+@pytest.mark.parametrize("command", ["fit", "advise", "rank"])
+@pytest.mark.parametrize(
+    ("mistake", "words"),
+    [
+        ("data", ["nowhere"]),
+        ("csv", ["line 3", "3 cells"]),
+        ("cache", ["cache", "--cache-dir"]),
+        ("runs", ["runs directory", "--runs-dir"]),
+        ("name", ["exists already"]),
+    ],
+)
+def test_mistakes_are_found_before_tensorflow_is_imported(
+    tmp_path, photos, command, mistake, words
+):
+    if command != "fit" and mistake in ("runs", "name"):
+        pytest.skip("only kt fit makes a run")
+    (tmp_path / "a file").touch()
+    (tmp_path / "bad.csv").write_text("path,label\n1.jpg,a\nb, 2.jpg,b\n")
+    (tmp_path / "saved_models/taken").mkdir(parents=True)
+    options = {
+        "data": ["nowhere"],
+        "csv": ["bad.csv"],
+        "cache": [str(photos), "--cache-dir", "a file/cache"],
+        "runs": [str(photos), "--runs-dir", "a file/runs"],
+        "name": [str(photos), "--name", "taken"],
+    }
+    script = (
+        "import sys\n"
+        "from keras_transfer.cli import main\n"
+        "try:\n"
+        f"    main({[command, *options[mistake]]!r})\n"
+        "finally:\n"
+        "    heavy = {'tensorflow', 'keras', 'openvino', 'sklearn', 'scipy'}\n"
+        "    print(*heavy & set(sys.modules))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stdout.split() == []
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("Error: ") and all(word in line for word in words)
+
+
 def test_debug_shows_where_an_error_comes_from():
     command = [sys.executable, "-m", "keras_transfer.cli", "--debug", "fit", "/nowhere"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -93,7 +137,7 @@ def test_nothing_but_our_own_words_is_printed(photos, tmp_path):
         [*command, *options], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    assert all(line.startswith("- ") for line in done.stderr.splitlines())
     assert "accuracy" in done.stdout and "Next: kt predict" in done.stdout
 
 

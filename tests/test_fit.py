@@ -16,6 +16,11 @@ import pytest
 from conftest import CLASSES, RUN_FILES, draw, encode
 
 import keras_transfer
+from keras_transfer.config import load_config
+from keras_transfer.data import load as load_data
+from keras_transfer.errors import UsageError
+from keras_transfer.inputs import prepare
+from keras_transfer.prediction import run_splits, sample_images
 from keras_transfer.run import Run
 
 SMALL = ("--image-size", 64)
@@ -268,9 +273,133 @@ def test_copies_across_splits_are_reported(kt, photos, tmp_path):
         shutil.copytree(photos, folder / split)
     result = kt("fit", folder, *SMALL, "--name", "copies")
     assert result.exit_code == 0, result.output
-    assert "byte for byte in train" in result.stdout
     manifest = keras_transfer.open_run("copies").manifest
     assert manifest.images_forwarded == 60
+    copies = [note for note in manifest.notes if "byte for byte in" in note]
+    assert copies == [
+        "60 of 60 val images are byte for byte in train too: their figures flatter.",
+        "60 of 60 test images are byte for byte in train too: their figures flatter.",
+        "60 of 60 test images are byte for byte in val too: their figures flatter.",
+    ]
+    assert all(note in result.stderr for note in copies)
+
+
+def test_copies_with_different_labels_are_reported(kt, photos, tmp_path):
+    folder = tmp_path / "torn"
+    shutil.copytree(photos, folder)
+    for index in range(3):
+        shutil.copy(
+            folder / f"circle/{index:02d}.jpg", folder / f"square/again{index}.jpg"
+        )
+    result = kt("fit", folder, *SMALL, "--name", "torn")
+    assert result.exit_code == 0, result.output
+    told = "6 images are byte for byte copies of images with other labels."
+    assert told in result.stderr
+    assert told in keras_transfer.open_run("torn").manifest.notes
+
+
+def test_few_test_images_are_said_before_the_work_and_cross_validated(kt, photos, run):
+    told: list[str] = []
+    made = keras_transfer.fit(
+        photos,
+        name="told",
+        image_size=64,
+        on_note=told.append,
+        on_progress=lambda phase, *_: told.append(phase),
+    )
+    few = next(text for text in told if "6 test images say little" in text)
+    assert told.index(few) < told.index("features")
+    assert len(made.manifest.folds.values) == 5
+    assert (made.run_dir / "out_of_fold.csv").is_file()
+    result = kt("fit", photos, *SMALL, "--name", "shown")
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("cross-validation, 5 folds: ")
+    assert lines[1] == "6 test images"
+
+
+def test_enough_test_images_are_not_cross_validated(photos):
+    splits = {"val": 0.1, "test": 0.5}
+    made = keras_transfer.fit(photos, name="many", image_size=64, splits=splits)
+    assert made.manifest.class_counts["test"] == dict.fromkeys(CLASSES, 10)
+    assert made.manifest.folds is None
+
+
+def test_names_that_are_hard_to_write_survive_every_command(kt, photos, tmp_path):
+    folder = tmp_path / "odd"
+    names = {"circle": " circles", "square": "square ", "stripes": "stripes, red"}
+    for name, odd in names.items():
+        shutil.copytree(photos / name, folder / odd)
+    for index, odd in enumerate(["a\rb.jpg", " c.jpg", "d\u2028e.jpg", 'f"g\n.jpg']):
+        (folder / " circles" / f"{index:02d}.jpg").rename(folder / " circles" / odd)
+    assert kt("fit", folder, *SMALL, "--name", "odd").exit_code == 0
+    made = keras_transfer.open_run("odd")
+    assert made.class_names == sorted(names.values())
+    everything = json.loads(kt("evaluate", made.run_dir, folder, "--json").stdout)
+    assert everything["images"] == 60
+    assert everything["accuracy"] > 0.9
+    splits = run_splits(made)
+    assert sum(len(part) for _, part in splits.items()) == 60
+    assert splits.class_counts() == made.manifest.class_counts
+
+
+def test_labels_that_are_not_as_many_as_the_outputs_are_refused(kt, run, tmp_path):
+    copy = tmp_path / "short"
+    shutil.copytree(run.run_dir, copy)
+    (copy / "labels.txt").write_text("circle\nsquare\n")
+    result = kt("evaluate", copy)
+    assert result.exit_code == 1
+    assert "names 2 classes" in result.stderr and "3 outputs" in result.stderr
+
+
+def test_one_path_is_predicted_as_such(run, photos):
+    path = photos / "circle" / "00.jpg"
+    for one in (path, str(path)):
+        (prediction,) = keras_transfer.predict(run, one)
+        assert prediction.source == str(path)
+
+
+@pytest.mark.parametrize("form", ["file", "config"])
+def test_options_of_a_section_leave_its_other_keys_alone(form, tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("data: /nowhere\nhead:\n  l2: [0.5]\n  epochs: 7\n")
+    config = file if form == "file" else load_config(file)
+    merged = load_config(config, {"head": {"kind": "mlp"}, "head.epochs": 8})
+    assert (merged.head.kind, merged.head.l2, merged.head.epochs) == ("mlp", (0.5,), 8)
+    with pytest.raises(UsageError, match="does not exist"):  # and `fit` takes both
+        keras_transfer.fit(Path("x"), config=config, head={"kind": "mlp"})
+
+
+def test_runs_are_named_by_their_whole_folder_and_paths_are_absolute(photos):
+    for version in ("v1", "v2"):
+        shutil.copytree(photos, f"photos.{version}")
+    inputs = [
+        prepare(
+            load_config(
+                None,
+                {
+                    "data": f"photos.{version}",
+                    "runs_dir": "runs",
+                    "cache_dir": "cache",
+                    "data_dir": "tfds",
+                    "weights": "weights.h5",
+                    "splits.file": "old/splits.csv",
+                },
+            )
+        )
+        for version in ("v1", "v2")
+    ]
+    names = [one.config.name for one in inputs]
+    assert names == ["photos.v1-efficientnet_lite0", "photos.v2-efficientnet_lite0"]
+    config = inputs[0].config
+    paths = (config.data, config.runs_dir, config.cache_dir, config.data_dir)
+    for path in (*paths, config.weights, config.splits.file):
+        assert Path(path).is_absolute(), path
+
+
+def test_decisions_are_made_on_training_images_only(photos, tmp_path):
+    splits = load_data(str(photos))
+    sample = sample_images(splits, 64, 200)
+    assert [source for source, _, _ in sample] == list(splits.train.sources)
 
 
 def test_a_killed_fit_keeps_its_features_and_leaves_no_run(photos, tmp_path):

@@ -428,3 +428,16 @@ def test_predictions_do_not_depend_on_the_chunks(monkeypatch):
     monkeypatch.setattr(head_module, "_CHUNK", 7)
     chunked = predict_head(trained.model, train.views[0])
     np.testing.assert_allclose(chunked, whole, atol=1e-6)
+
+
+def test_a_class_that_train_lacks_weighs_nothing_and_changes_no_other_weight():
+    targets = np.array([0] * 30 + [1] * 10)
+    np.testing.assert_array_equal(
+        class_weights(targets, 3, balanced=True)[:, :2],
+        class_weights(targets, 2, balanced=True),
+    )
+    assert class_weights(targets, 3, balanced=True)[:, 2].tolist() == [0, 0]
+    several = np.array([[1, 0]] * 3 + [[0, 0]])
+    absent, present = class_weights(several, 2, balanced=True)
+    np.testing.assert_allclose(present, [4 / 6, 0])
+    np.testing.assert_allclose(absent, [2, 0.5])
