@@ -181,6 +181,17 @@ def test_a_gif_frame_smaller_than_its_screen_stays_in_its_place(left, top):
     np.testing.assert_array_equal(decode(encoded)[place], expected[place])
 
 
+@pytest.mark.parametrize("screen", [(SIZE, SIZE), (20, SIZE), (0, 0)])
+def test_a_gif_frame_that_reaches_out_of_its_screen_enlarges_it(screen):
+    encoded = patched(encode(PIXELS[:20, :20], "GIF"), 6, "<HH", *screen)
+    corner = SIZE - 20
+    encoded = patched(encoded, encoded.index(b",\0\0") + 1, "<HH", corner, corner)
+    expected = pillow(encoded)
+    assert expected.shape == (SIZE, SIZE, 3)
+    place = slice(corner, SIZE), slice(corner, SIZE)
+    np.testing.assert_array_equal(decode(encoded)[place], expected[place])
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_16_bit_png_is_scaled(channels):
     encoded = tf.io.encode_png(DEEP[..., :channels]).numpy()
@@ -273,24 +284,66 @@ def ftyp(brand: bytes) -> bytes:
     return struct.pack(">I4s4sI4s4s", 24, b"ftyp", brand, 0, b"mif1", brand) + bytes(99)
 
 
-def png_bomb(side: int = 20_000) -> bytes:
-    """A valid 1-bit PNG of side x side pixels in a few KB."""
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """A part of a PNG."""
+    checksum = struct.pack(">I", zlib.crc32(kind + data))
+    return struct.pack(">I", len(data)) + kind + data + checksum
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        checksum = struct.pack(">I", zlib.crc32(kind + data))
-        return struct.pack(">I", len(data)) + kind + data + checksum
 
+def png_bomb(side: int = 20_000, before: bytes = b"") -> bytes:
+    """A 1-bit PNG of side x side pixels in a few KB, valid if nothing comes before."""
     return (
         b"\x89PNG\r\n\x1a\n"
+        + before
         + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0))
         + chunk(b"IDAT", zlib.compress(bytes((side // 8 + 1) * side), 9))
         + chunk(b"IEND", b"")
     )
 
 
+def hidden_png_bomb() -> bytes:
+    """A PNG bomb that says, where its header should be, that it is 2x2."""
+    return png_bomb(before=chunk(b"prVt", struct.pack(">II", 2, 2)))
+
+
 def gif_frame_bomb(side: int = 13_500) -> bytes:
     """A small valid GIF that says it is 10x10 and whose frame is side x side."""
     return patched(save(Image.new("P", (side, side)), "GIF"), 6, "<HH", 10, 10)
+
+
+def gif_canvas_bomb() -> bytes:
+    """A valid GIF of 35 bytes: one pixel in the corner opposite to a flat screen's."""
+    return (
+        b"GIF89a"
+        + struct.pack("<HHBBB6x", 65_535, 1, 0x80, 0, 0)
+        + struct.pack("<cHHHHB", b",", 0, 65_534, 1, 1, 0)
+        + b"\x02\x02\x44\x01\0;"
+    )
+
+
+def jpeg_of_scans(scans: int, side: int = SIZE) -> bytes:
+    """A black progressive JPEG whose last scan is repeated; its header gives a side."""
+    encoded = save(Image.new("RGB", (SIZE, SIZE)), "JPEG", progressive=True)
+    encoded = patched(encoded, encoded.index(b"\xff\xc2") + 5, ">HH", side, side)
+    last = encoded.rindex(b"\xff\xda")
+    more = scans - encoded.count(b"\xff\xda")
+    return encoded[:last] + encoded[last:-2] * more + encoded[last:]
+
+
+def sequential_jpeg_of_scans(scans: int) -> bytes:
+    """A black baseline JPEG with scans of one color each, the last repeated."""
+    gray = save(Image.new("L", (SIZE, SIZE)), "JPEG")
+    frame, scan = gray.index(b"\xff\xc0"), gray.index(b"\xff\xda")
+    colors = b"".join(bytes([color, 0x11, 0]) for color in (1, 2, 3))
+    size = struct.pack(">BHHB", 8, SIZE, SIZE, 3)
+    return (
+        gray[:frame]
+        + segment(0xC0, size + colors)
+        + gray[frame + 13 : scan]
+        + b"".join(patched(gray[scan:-2], 5, "B", color) for color in (1, 2))
+        + patched(gray[scan:-2], 5, "B", 3) * (scans - 2)
+        + gray[-2:]
+    )
 
 
 TOO_LARGE = {
@@ -304,6 +357,7 @@ TOO_LARGE = {
     ),
     "png": png_bomb(),
     "gif": patched(FILES["gif"], 6, "<HH", 20_000, 20_000),
+    "gif-canvas": gif_canvas_bomb(),
     "bmp": patched(FILES["bmp"], 18, "<ii", 20_000, 20_000),
     "bmp-top-down": patched(FILES["bmp"], 18, "<ii", 20_000, -20_000),
     "webp": patched(FILES["webp"], 26, "<HH", 16_383, 16_383),
@@ -326,6 +380,11 @@ REFUSED = {
     "1-byte": (b"\xff", "not an image"),
     "junk": (b"\x01" + np.random.default_rng(0).bytes(5_000), "not an image"),
     "text": (b"<html><body>404 Not Found</body></html>", "not an image"),
+    "jpeg-of-many-scans": (jpeg_of_scans(1025), "too many scans"),
+    "large-jpeg-of-scans": (jpeg_of_scans(34, 13_000), "too many scans"),
+    "baseline-of-many-scans": (sequential_jpeg_of_scans(1025), "too many scans"),
+    "png-of-a-late-header": (hidden_png_bomb(), "IHDR"),
+    "png-of-a-long-header": (patched(FILES["png"], 8, ">I", 14), "IHDR"),
     "gif-of-many-blocks": (gif_in_blocks(1, 1), "too many small blocks"),
     "gif-of-a-long-comment": (gif_in_blocks(255, 1200), "too many small blocks"),
     "wav": (b"RIFF\x24\0\0\0WAVEfmt " + bytes(30), "not an image"),
@@ -350,6 +409,19 @@ def test_what_cannot_be_used_is_refused_with_its_reason(name):
         decode(encoded)
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [
+        jpeg_of_scans(1000),
+        sequential_jpeg_of_scans(1000),
+        FILES["jpeg"] + b"\0\xff\xda" * 1000,  # as in the video of a motion photo
+    ],
+    ids=["progressive", "baseline", "trailer"],
+)
+def test_a_small_jpeg_may_have_many_scans(encoded):
+    np.testing.assert_array_equal(decode(encoded), pillow(encoded))
 
 
 def test_the_size_that_is_too_large_is_named():
@@ -469,7 +541,12 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @linux
 @pytest.mark.parametrize(
     ("make_bomb", "most_bytes", "word"),
-    [(png_bomb, 60_000, "20000x20000"), (gif_frame_bomb, 200_000, "pixels")],
+    [
+        (png_bomb, 60_000, "20000x20000"),
+        (hidden_png_bomb, 60_000, "IHDR"),
+        (gif_frame_bomb, 200_000, "pixels"),
+        (gif_canvas_bomb, 36, "65535x65535"),
+    ],
 )
 def test_a_small_file_of_many_pixels_costs_no_memory(make_bomb, most_bytes, word):
     bomb = make_bomb()
