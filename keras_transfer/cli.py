@@ -43,11 +43,16 @@ class _Commands(click.Group):
     """Commands whose errors are one line; a traceback is shown with --debug only."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        from keras_transfer.terminal import printable, show_line
+
+        if isinstance(sys.stdout, io.TextIOWrapper):  # it may be ASCII or cp1252
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
-            raise
-        except BrokenPipeError:
+        except click.UsageError as error:  # it may repeat what was typed
+            message = printable(error.format_message())
+            raise click.UsageError(message, error.ctx) from None
+        except (click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except KeyboardInterrupt:
             click.echo(
@@ -59,20 +64,21 @@ class _Commands(click.Group):
         except KerasTransferError as error:
             if ctx.params["debug"]:
                 raise
-            click.echo(f"Error: {error}", err=True)
+            show_line(f"Error: {error}")
             ctx.exit(2 if isinstance(error, UsageError) else 1)
         except OSError as error:
             if ctx.params["debug"]:
                 raise
-            click.echo(f"Error: A file cannot be read or written: {error}.", err=True)
+            show_line(f"Error: A file cannot be read or written: {error}.")
             ctx.exit(1)
         except Exception as error:
             if ctx.params["debug"]:
                 raise
-            raise click.ClickException(
-                f"Unexpected {type(error).__name__}: {error}. This is a fault of kt; "
-                "`kt --debug ...` shows where."
-            ) from None
+            show_line(
+                f"Error: Unexpected {type(error).__name__}: {error}. This is a fault "
+                "of kt; `kt --debug ...` shows where."
+            )
+            ctx.exit(1)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -86,6 +92,10 @@ def main(debug: bool) -> None:
     kt unfreeze-and-finetune saved_models/photos-... make it better
     kt predict saved_models/photos-... new/*.jpg    use it
     """
+    if debug:
+        from keras_transfer.terminal import show_traceback
+
+        sys.excepthook = show_traceback
 
 
 _PATH = click.Path(path_type=Path)
@@ -203,11 +213,11 @@ def evaluate(
     evaluation, of, skipped = evaluate_run(opened, data, data_dir, phase=phase)
     if as_json:
         values = {"data": of, "skipped": skipped, **evaluation.model_dump()}
-        click.echo(json.dumps(values, ensure_ascii=False))
+        terminal.write_line(json.dumps(values, ensure_ascii=False))
     else:
         terminal.show_evaluation(evaluation.model_dump(), of)
         for path, reason in skipped.items():
-            click.echo(f"left out: {path}: {reason}", err=True)
+            terminal.show_line(f"left out: {path}: {reason}")
 
 
 @main.command()
@@ -246,8 +256,6 @@ def predict(
 
         class_names = opened.class_names
         predictions = run_predict(opened, paths, recursive)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # file names need not be UTF-8
-        sys.stdout.reconfigure(errors="surrogateescape")
     write = _csv_rows if form == "csv" else _json_rows
     if not write(predictions, class_names, min(top, len(class_names))):
         raise KerasTransferError("None of the images could be classified.")
@@ -295,7 +303,7 @@ def export(
         path = run_export(
             opened, min_accuracy=min_accuracy, keep=keep, on_note=terminal.show_note
         )
-        click.echo(path)
+        terminal.write_line(path)
     else:
         from keras_transfer.formats import export_format
 
@@ -310,12 +318,12 @@ def export(
             )
         for note in notes:
             terminal.show_note(note)
-        click.echo(exported)
+        terminal.write_line(exported)
     if write_serving_config:
         from keras_transfer.serving import write_serving_config as run_write
 
         for path in run_write(opened):
-            click.echo(path)
+            terminal.write_line(path)
 
 
 @main.command()
@@ -330,12 +338,13 @@ def serve(run: Path, port: int, rest_port: int) -> None:
     \b
     kt serve saved_models/photos-efficientnet_lite0
     """
+    from keras_transfer import terminal
     from keras_transfer.serving import server_command
 
     command = server_command(run, port, rest_port)
     name = open_run(run).run_dir.resolve().name
-    click.echo(shlex.join(command), err=True)
-    click.echo(f"http://localhost:{rest_port}/v1/models/{name}", err=True)
+    terminal.show_line(shlex.join(command))
+    terminal.show_line(f"http://localhost:{rest_port}/v1/models/{name}")
     os.execv(command[0], command)
 
 
@@ -377,7 +386,8 @@ def advise(data: str, budget: float | None, as_json: bool, **options: Any) -> No
     with terminal.progress() as on_progress:
         found = measure(inputs, options, budget, on_progress, terminal.show_note)
     if as_json:
-        click.echo(found.model_dump_json(indent=1))
+        for line in found.model_dump_json(indent=1).split("\n"):
+            terminal.write_line(line)
     else:
         terminal.show_recommendation(found)
 
@@ -418,7 +428,7 @@ def rank(data: str, bases: str, chart: Path, **options: Any) -> None:
         )
     terminal.show_ranking(ranked, left_out)
     draw_chart(ranked, chart)
-    click.echo(f"Chart: {chart}")
+    terminal.write_line(f"Chart: {chart}")
 
 
 @main.command()
@@ -466,9 +476,10 @@ def cache_prune(unused_days: float, cache_dir: Path | None) -> None:
 @_cache_dir
 def cache_path(cache_dir: Path | None) -> None:
     """Print where the cache is."""
+    from keras_transfer import terminal
     from keras_transfer.features import FeatureCache
 
-    click.echo(FeatureCache(cache_dir).directory)
+    terminal.write_line(FeatureCache(cache_dir).directory)
 
 
 def _import_tensorflow(after: Inputs | None = None) -> None:
@@ -483,15 +494,17 @@ def _import_tensorflow(after: Inputs | None = None) -> None:
 def _csv_rows(
     predictions: Iterable["Prediction"], class_names: list[str], top: int
 ) -> int:
+    from keras_transfer.terminal import write_line
+
     ranks = range(1, top + 1)
-    header = [f"{cell}_{k}" for k in ranks for cell in ("class", "score")]
-    sys.stdout.write(csv_line(["path", "error", *header]))
+    names = (f"{c}_{k}" for k in ranks for c in ("class", "score"))
+    write_line(csv_line(["path", "error", *names]).removesuffix("\n"))
     classified = 0
     for prediction in predictions:
         best = _best(prediction, class_names, top)
         cells = [cell for name, score in best for cell in (name, f"{score:.6f}")]
-        sys.stdout.write(csv_line([prediction.source, prediction.error, *cells]))
-        sys.stdout.flush()
+        row = csv_line([prediction.source, prediction.error, *cells])
+        write_line(row.removesuffix("\n"))
         classified += not prediction.error
     return classified
 
@@ -499,6 +512,8 @@ def _csv_rows(
 def _json_rows(
     predictions: Iterable["Prediction"], class_names: list[str], top: int
 ) -> int:
+    from keras_transfer.terminal import write_line
+
     classified = 0
     for prediction in predictions:
         row: dict[str, Any] = {"path": prediction.source}
@@ -509,7 +524,7 @@ def _json_rows(
                 {"class": name, "score": round(score, 6)}
                 for name, score in _best(prediction, class_names, top)
             ]
-        click.echo(json.dumps(row, ensure_ascii=False))
+        write_line(json.dumps(row, ensure_ascii=False))
         classified += not prediction.error
     return classified
 

@@ -6,12 +6,14 @@ resolved config is saved in the run as `config.yaml` and can be used again as is
 """
 
 import difflib
+import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from yaml.composer import ComposerError
 
 from keras_transfer.errors import UsageError
 
@@ -21,6 +23,10 @@ HeadKind = Literal["linear", "mlp"]
 ClassWeight = Literal["balanced", "none"]
 Format = Literal["litert", "onnx", "openvino", "keras"]
 Quantization = Literal["dynamic", "int8"]
+
+_MOST_YAML = 100_000  # characters; a whole config has 2,000, and more take seconds
+_SHORT = reprlib.Repr()  # of values that are not allowed, however large or nested
+_SHORT.maxstring = _SHORT.maxother = 200
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -210,12 +216,9 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
                 f"--set needs key=value. Received: {assignment!r}. "
                 "Example: --set head.dropout=0.5"
             )
-        try:
-            values[key.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UsageError(
-                f"The value of --set {key} is not valid YAML. Received: {text!r}."
-            ) from None
+        values[key.strip()] = _parse_yaml(
+            text, f"The value of --set {key}", _SHORT.repr(text)
+        )
     return values
 
 
@@ -245,17 +248,50 @@ def _validated(values: dict[str, Any]) -> Config:
         raise UsageError(_explain(error)) from None
 
 
+class _YamlLoader(yaml.SafeLoader):
+    """Plain data without aliases, by which a small text becomes a huge value."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise ComposerError(None, None, "aliases (*name) are not read", mark)
+        return super().compose_node(parent, index)
+
+
+def _parse_yaml(text: str, name: str, received: str) -> Any:
+    if len(text) > _MOST_YAML:
+        raise UsageError(
+            f"{name} is longer than {_MOST_YAML:,} characters. Received: {received}."
+        )
+    where = ""
+    try:
+        return yaml.load(text, _YamlLoader)
+    except RecursionError:
+        problem = "it is nested too deeply"
+    except yaml.MarkedYAMLError as error:
+        problem = str(error.problem)
+        if error.problem_mark:
+            where = f" near line {error.problem_mark.line + 1}"
+    except Exception as error:  # as int() and others raise, where a value is none
+        problem = str(error).partition("\n")[0]
+    raise UsageError(
+        f"{name} is not valid YAML{where}: {problem}. Received: {received}."
+    )
+
+
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        with file.open(encoding="utf-8") as stream:
+            text = stream.read(_MOST_YAML + 1)
     except OSError as error:
         raise UsageError(
             f"The config file cannot be read. Received: {file} ({error.strerror})."
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", None)
-        where = "" if line is None else f" near line {line + 1}"
-        raise UsageError(f"{file} is not valid YAML{where}.") from None
+    except UnicodeDecodeError:
+        raise UsageError(
+            f"The config file is not text in UTF-8. Received: {file}."
+        ) from None
+    values = _parse_yaml(text, "The config file", str(file))
     if not isinstance(values, dict):
         raise UsageError(
             f"A config file holds `key: value` lines. Received: {file}, which does not."
@@ -288,7 +324,7 @@ def _explain(error: ValidationError) -> str:
     if problem["type"] == "missing":
         return "No data given. Name a folder, a CSV/TSV file, tfds:NAME or digits."
     message = problem["msg"].removeprefix("Value error, ")
-    return f"Config key {key!r}: {message}. Received: {problem['input']!r}."
+    return f"Config key {key!r}: {message}. Received: {_SHORT.repr(problem['input'])}."
 
 
 def _dotted_keys(section: type[_Section], prefix: str = "") -> Iterable[str]:

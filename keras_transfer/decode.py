@@ -29,6 +29,11 @@ _MOST_SEGMENTS = 64  # before the EXIF one; a file of many tiny ones would take 
 # Of data in a GIF, at most so many and one for so many bytes of the file: encoders fill
 # blocks to 255 bytes, and walking a file of 1-byte ones would take minutes.
 _MOST_BLOCKS, _LEAST_BLOCK = 1024, 128
+# Of scans in a JPEG at the pixel limit; a smaller one may have more, up to 1024. A scan
+# of a few bytes makes libjpeg go over all pixels: 0.13 s at the limit. Encoders write
+# about 10, but behind a motion photo lies a video, in which a scan's mark appears by
+# chance once in 64 KB: at 12 megapixels 477 are allowed.
+_MOST_SCANS, _MOST_SCANS_OF_SMALL = 32, 1024
 _EXIF = 0x1E1  # our own mark for "APP1 that holds EXIF"; no marker has nine bits
 
 
@@ -130,6 +135,7 @@ def _decode_jpeg(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> tf.T
     del header
     height, width = tf.unstack(tf.image.extract_jpeg_shape(encoded)[:2])
     encoded = _within_pixel_limit(encoded, height, width)
+    encoded = _within_scan_limit(encoded, height, width)
     fitting = tf.minimum(height, width) // image_size
 
     def decode_scaled(ratio: int) -> tf.Tensor:
@@ -145,20 +151,19 @@ def _decode_jpeg(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> tf.T
 
 
 def _decode_png(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> tf.Tensor:
+    encoded = _require(
+        encoded,
+        _starts_with(header[8:], b"\0\0\0\rIHDR"),
+        "damaged: a PNG that does not start with its header (IHDR)",
+    )
     height, width = _big_endian(header[20:24]), _big_endian(header[16:20])
     encoded = _within_pixel_limit(encoded, height, width)
     return resize_image(tf.io.decode_png(encoded, channels=3), image_size)
 
 
 def _decode_gif(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> tf.Tensor:
-    height, width = _little_endian(header[8:10]), _little_endian(header[6:8])
-    encoded = _within_pixel_limit(encoded, height, width)
-    frame, position = _first_frame(encoded, header)
-    top, left = position
-    image = tf.io.decode_gif(frame)[0]
-    missing = tf.stack([height - top, width - left]) - tf.shape(image)[:2]
-    below, right = tf.unstack(tf.maximum(missing, 0))
-    image = tf.pad(image, [[top, below], [left, right], [0, 0]])
+    frame, margins = _first_frame(encoded, header)
+    image = tf.pad(tf.io.decode_gif(frame)[0], margins)
     return resize_image(image, image_size)
 
 
@@ -297,11 +302,12 @@ def _tiff_orientation(tiff: tf.Tensor) -> tf.Tensor:
 
 def _first_frame(
     encoded: tf.Tensor, header: tf.Tensor
-) -> tuple[tf.Tensor, tuple[tf.Tensor, tf.Tensor]]:
-    """A GIF cut off after its first image, and that image's (top, left) on the screen.
+) -> tuple[tf.Tensor, list[list[tf.Tensor | int]]]:
+    """A GIF cut off after its first image, and what `tf.pad` puts around that image.
 
-    The cut bounds what decoding can cost. The image is moved to the screen's corner:
-    TensorFlow crops what lies elsewhere. Source: GIF89a specification.
+    A frame that reaches out of the screen enlarges the canvas, as in Pillow. The cut
+    bounds what decoding can cost. The image is moved to the screen's corner: TensorFlow
+    crops what lies elsewhere. Source: GIF89a specification.
     """
     length = tf.strings.length(encoded)
 
@@ -346,8 +352,11 @@ def _first_frame(
     )
     frame = _integers(tf.strings.substr(encoded, position, 10), 10)
     left, top = _little_endian(frame[1:3]), _little_endian(frame[3:5])
-    height, width = _little_endian(frame[7:9]), _little_endian(frame[5:7])
-    encoded = _within_pixel_limit(encoded, top + height, left + width)
+    right = left + _little_endian(frame[5:7])
+    bottom = top + _little_endian(frame[7:9])
+    width = tf.maximum(_little_endian(header[6:8]), right)
+    height = tf.maximum(_little_endian(header[8:10]), bottom)
+    encoded = _within_pixel_limit(encoded, height, width)
     end, steps = after_blocks(position + 11 + table_size(frame[9]), steps)
     encoded = require_few(steps)
     encoded = _require(
@@ -355,7 +364,11 @@ def _first_frame(
     )
     before = tf.strings.substr(encoded, 0, position + 1)
     after = tf.strings.substr(encoded, position + 5, end - position - 5)
-    return tf.strings.join([before, b"\0\0\0\0", after, b";"]), (top, left)
+    return tf.strings.join([before, b"\0\0\0\0", after, b";"]), [
+        [top, height - bottom],
+        [left, width - right],
+        [0, 0],
+    ]
 
 
 def _within_pixel_limit(
@@ -367,6 +380,23 @@ def _within_pixel_limit(
     size = tf.strings.join([tf.as_string(width), "x", tf.as_string(height)])
     reason = tf.strings.join([size, f" pixels; at most {MAX_PIXELS:,} are decoded"])
     return _require(encoded, valid, reason)
+
+
+def _within_scan_limit(
+    encoded: tf.Tensor, height: tf.Tensor, width: tf.Tensor
+) -> tf.Tensor:
+    """Bounds how often a JPEG makes its decoder go over the pixels.
+
+    Splitting counts the marks of scans at less than a nanosecond a byte. Those of
+    thumbnails count too.
+    """
+    parts = tf.raw_ops.StringSplitV2(
+        input=[encoded], sep=b"\xff\xda", maxsplit=_MOST_SCANS_OF_SMALL + 1
+    ).values
+    scans = tf.cast(tf.size(parts) - 1, tf.float64)
+    pixels = tf.cast(height, tf.float64) * tf.cast(width, tf.float64)
+    few = (scans * pixels <= _MOST_SCANS * MAX_PIXELS) & (scans <= _MOST_SCANS_OF_SMALL)
+    return _require(encoded, few, "a JPEG of too many scans")
 
 
 def _require(

@@ -1,11 +1,15 @@
 """What `kt` shows: progress bars and tables, and no noise from below."""
 
 import contextlib
+import io
 import os
+import re
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -16,6 +20,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from keras_transfer.advice import METHODS
 from keras_transfer.bases import BASES, weights_path
@@ -28,14 +33,32 @@ if TYPE_CHECKING:
 
 _MOST_CLASSES = 30
 
+# Control characters (a terminal obeys them), line separators, what reverses the order
+# of characters, and the halves of characters that stand for bytes that are no text.
+_STEERING = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    r"""Text with what is no character to be seen escaped as in Python, like `\x1b`.
+
+    Names of files and classes come from anywhere: what people read goes through here.
+    """
+    return _STEERING.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+class _Console(Console):
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options)
+
+
 # Piped output is not broken at the 80 columns that rich assumes there.
-console = Console(
+console = _Console(
     markup=False,
     highlight=False,
     emoji=False,
     width=None if sys.stdout.isatty() else 200,
 )
-messages = Console(stderr=True, width=None if sys.stderr.isatty() else 200)
+messages = _Console(stderr=True, width=None if sys.stderr.isatty() else 200)
 
 
 @contextlib.contextmanager
@@ -82,7 +105,7 @@ def quiet_stderr() -> Iterator[None]:
         except BaseException:
             os.dup2(kept, 2)
             noise.seek(0)
-            sys.stderr.write(noise.read().decode(errors="replace"))
+            _show_lines(noise.read().decode(errors="replace"))
             raise
         finally:
             os.dup2(kept, 2)
@@ -95,6 +118,38 @@ def import_tensorflow() -> None:
     os.environ.setdefault("KERAS_BACKEND", "tensorflow")
     with quiet_stderr():
         import tensorflow  # noqa: F401
+
+
+def write_line(line: object) -> None:
+    """A line on stdout: exact for a file or pipe, printable on a terminal.
+
+    What is exact is UTF-8 whatever the locale, but for names of files that are no text:
+    these leave byte for byte.
+    """
+    text = str(line)
+    if sys.stdout.isatty():
+        text = printable(text)
+    elif isinstance(sys.stdout, io.TextIOWrapper):
+        errors = sys.getfilesystemencodeerrors()
+        sys.stdout.reconfigure(encoding="utf-8", errors=errors)
+    print(text, flush=True)
+
+
+def show_line(text: str) -> None:
+    """A line on stderr, for people."""
+    print(printable(text), file=sys.stderr)
+
+
+def show_traceback(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """What `sys.excepthook` is with --debug."""
+    _show_lines("".join(traceback.format_exception(kind, error, trace)))
+
+
+def _show_lines(text: str) -> None:
+    for line in filter(None, text.split("\n")):
+        show_line(line)
 
 
 def show_run(run: Run) -> None:

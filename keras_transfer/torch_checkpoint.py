@@ -19,7 +19,9 @@ import numpy as np
 
 from keras_transfer.errors import WeightsError
 
-_MOST_MEMOS = 2**20  # the largest networks have some thousand tensors
+# The largest networks have some thousand tensors, of 150 bytes each in the pickle.
+_MOST_MEMOS, _MOST_PICKLE = 2**20, 2**22
+_MOST_SHARING = 8  # of data by tensors; tied weights are in two or three
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 _DTYPES = {
@@ -58,11 +60,14 @@ def read_torch_checkpoint(path: Path) -> dict[str, np.ndarray]:
             checkpoint = checkpoint["state_dict"]
         if not isinstance(checkpoint, Mapping):
             raise WeightsError("It holds no named tensors.")
-        return {
-            name: value.array()
+        views = {
+            name: value.view()
             for name, value in checkpoint.items()
             if isinstance(value, _Tensor)
         }
+        if sum(v.nbytes for v in views.values()) > _MOST_SHARING * path.stat().st_size:
+            raise WeightsError("Too many tensors of the checkpoint share their data.")
+        return {name: view.copy() for name, view in views.items()}
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from None
     except OSError as error:
@@ -86,6 +91,10 @@ class _Storage:
         self.size = size
         self.data = b""
 
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
 
 class _Tensor(NamedTuple):
     storage: _Storage
@@ -93,7 +102,8 @@ class _Tensor(NamedTuple):
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
-    def array(self) -> np.ndarray:
+    def view(self) -> np.ndarray:
+        """What it shows of its storage, not copied."""
         flat = np.frombuffer(self.storage.data, self.storage.dtype)
         if not all(n > 0 for n in self.shape):
             return np.zeros(self.shape, flat.dtype)
@@ -107,7 +117,7 @@ class _Tensor(NamedTuple):
             flat[self.offset :],
             self.shape,
             [stride * flat.itemsize for stride in self.strides],
-        ).copy()
+        )
 
 
 def _rebuild_tensor(
@@ -134,7 +144,9 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 def _load(file: io.BytesIO, storages: dict[str, _Storage]) -> Any:
     """Unpickles, after a look at what the pickle would have allocated."""
     start = file.tell()
-    for opcode, argument, _ in pickletools.genops(file):  # fails where data are short
+    for opcode, argument, at in pickletools.genops(file):  # fails where data are short
+        if (at or 0) - start > _MOST_PICKLE:
+            raise WeightsError("The checkpoint's pickle is too long for tensors.")
         if "PUT" in opcode.name and int(argument or 0) > _MOST_MEMOS:
             raise WeightsError("The checkpoint's pickle refers too far.")
     file.seek(start)
@@ -168,17 +180,36 @@ class _Unpickler(pickle.Unpickler):
 
 def _read_zip(file: BinaryIO) -> Any:
     with zipfile.ZipFile(file) as archive:
-        names = archive.namelist()
-        root = next(n for n in names if n.endswith("data.pkl"))[: -len("data.pkl")]
+        members = _plain_members(archive, file.seek(0, io.SEEK_END))
+        root = next(n for n in members if n.endswith("data.pkl"))[: -len("data.pkl")]
         byte_order = f"{root}byteorder"
-        if byte_order in names and archive.read(byte_order) != b"little":
+        if byte_order in members and archive.read(byte_order) != b"little":
             raise WeightsError("The checkpoint is big-endian.")
         storages: dict[str, _Storage] = {}
         pickled = io.BytesIO(archive.read(f"{root}data.pkl"))
         checkpoint = _load(pickled, storages)
         for key, storage in storages.items():
-            storage.data = archive.read(f"{root}data/{key}")
+            member = members[f"{root}data/{key}"]
+            if member.file_size != storage.nbytes:
+                raise WeightsError("A tensor's data are of another size than it says.")
+            storage.data = archive.read(member)
     return checkpoint
+
+
+def _plain_members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
+    """What is in an archive of a size, where reading it cannot take more than that.
+
+    torch stores tensors as they are; compressed or overlapping ones, or several of one
+    name, could be any size together.
+    """
+    members = {member.filename: member for member in archive.infolist()}
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members.values()):
+        raise WeightsError("The checkpoint is compressed. Save it with torch.save.")
+    if len(members) < len(archive.infolist()):
+        raise WeightsError("The checkpoint holds two parts of one name.")
+    if sum(member.file_size for member in members.values()) > size:
+        raise WeightsError("The checkpoint's parts are larger than the file.")
+    return members
 
 
 def _read_legacy(file: io.BytesIO) -> Any:
@@ -195,7 +226,9 @@ def _read_legacy(file: io.BytesIO) -> Any:
     for key in _load(file, {}):
         storage = storages[key]
         size = int.from_bytes(file.read(8), "little")
-        storage.data = file.read(size * storage.dtype.itemsize)
-        if size != storage.size or len(storage.data) != size * storage.dtype.itemsize:
+        if size != storage.size:
+            raise WeightsError("The checkpoint is cut off.")
+        storage.data = file.read(storage.nbytes)
+        if len(storage.data) < storage.nbytes:
             raise WeightsError("The checkpoint is cut off.")
     return checkpoint

@@ -1,17 +1,22 @@
 """`kt` itself: start-up, usage mistakes, and what is documented."""
 
+import contextlib
 import os
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import click
 import pytest
 import yaml
+from click.testing import CliRunner
 
 from keras_transfer.bases import BASES
 from keras_transfer.cli import main
 from keras_transfer.config import load_config
+from keras_transfer.terminal import printable
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -122,13 +127,6 @@ def test_mistakes_are_found_before_tensorflow_is_imported(
     assert line.startswith("Error: ") and all(word in line for word in words)
 
 
-def test_debug_shows_where_an_error_comes_from():
-    command = [sys.executable, "-m", "keras_transfer.cli", "--debug", "fit", "/nowhere"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "Traceback" in done.stderr
-
-
 def test_nothing_but_our_own_words_is_printed(photos, tmp_path):
     command = [sys.executable, "-m", "keras_transfer.cli", "fit", photos]
     options = ["--image-size", "32", "--weights", "none", "--name", "quiet"]
@@ -139,6 +137,121 @@ def test_nothing_but_our_own_words_is_printed(photos, tmp_path):
     assert done.returncode == 0, done.stderr
     assert all(line.startswith("- ") for line in done.stderr.splitlines())
     assert "accuracy" in done.stdout and "Next: kt predict" in done.stdout
+
+
+HOSTILE = "\x1b[31m\x9bJ\u202e\u2028\r\n\x7f"
+ESCAPED = r"\x1b[31m\x9bJ\u202e\u2028\r\n\x7f"
+
+
+def test_what_steers_a_terminal_is_escaped():
+    assert printable(HOSTILE) == ESCAPED
+    assert printable("\udcff\ud800\u2066") == r"\udcff\ud800\u2066"
+    ordinary = "C:\\photos\\n é 日本\u3000 \u200d\U0001f600 شکل\u200cها"
+    assert printable(ordinary) == ordinary
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["fit", f"/nowhere/{HOSTILE}"],
+        ["evaluate", f"nowhere{HOSTILE}"],
+        ["bases", HOSTILE],
+        [HOSTILE],
+        ["fit", "digits", "--set", HOSTILE],
+        ["fit", "--config", HOSTILE],
+    ],
+)
+def test_errors_show_names_escaped(kt, arguments):
+    result = kt(*arguments)
+    assert result.exit_code == 2
+    last = result.stderr.rstrip("\n").split("\n")[-1]
+    assert last.startswith("Error: ")
+    assert ESCAPED in last or ESCAPED.replace("\\", "\\\\") in last
+    assert last.isprintable()
+
+
+posix = pytest.mark.skipif(os.name != "posix", reason="names files freely")
+
+
+def run_kt(*arguments: object, **options: object) -> subprocess.CompletedProcess:
+    """`kt ARGUMENT...` in another process, which may write ASCII only."""
+    command = [sys.executable, "-m", "keras_transfer.cli", *map(str, arguments)]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    return subprocess.run(
+        command, stdin=subprocess.DEVNULL, env=environment, check=False, **options
+    )
+
+
+def test_debug_shows_where_an_error_comes_from():
+    done = run_kt("--debug", "fit", "/nowhere/é\x1b[31m", capture_output=True)
+    assert done.returncode == 1
+    assert b"Traceback" in done.stderr
+    assert rb"/nowhere/\xe9\x1b[31m" in done.stderr
+    assert b"\x1b" not in done.stderr
+
+
+@posix
+def test_a_path_is_exact_in_a_pipe():
+    name = f"é\udcff{HOSTILE}"
+    done = run_kt("cache", "path", "--cache-dir", name, capture_output=True)
+    assert os.fsencode(name) in done.stdout
+    assert done.stderr == b""
+
+
+def on_terminal(*arguments: object) -> bytes:
+    """What `kt ARGUMENT...` writes to a terminal."""
+    ours, its = os.openpty()
+    with ThreadPoolExecutor() as pool, open(its, "wb") as terminal:
+        done = pool.submit(run_kt, *arguments, stdout=terminal, stderr=terminal)
+        done.add_done_callback(lambda _: terminal.close())
+        written = b""
+        with contextlib.suppress(OSError):  # it has hung up
+            while chunk := os.read(ours, 4096):
+                written += chunk
+    os.close(ours)
+    assert done.result().returncode == 0, written
+    return written
+
+
+@posix
+def test_a_path_is_escaped_on_a_terminal():
+    written = on_terminal("cache", "path", "--cache-dir", f"é\udcff{HOSTILE}")
+    assert rf"\xe9\udcff{ESCAPED}".encode() in written
+    assert b"\x1b" not in written
+
+
+@posix
+def test_names_of_classes_and_images_never_end_in_a_fault(kt, photos, tmp_path):
+    data, new = tmp_path / "data", tmp_path / "new"
+    shutil.copytree(photos / "circle", data / "é\u202eb")
+    shutil.copytree(photos / "stripes", data / "日本")
+    new.mkdir()
+    name = "é\udcff\x1b[31m.jpg"
+    shutil.copy(photos / "circle/00.jpg", new / name)
+    (new / "\x1b.jpg").touch()
+    shown = kt("fit", data, "--image-size", 32, "--weights", "none", "--name", "x")
+    assert r"é\u202eb" in shown.stdout
+    run = Path("saved_models/x")
+
+    in_ascii = CliRunner(charset="ascii")
+    evaluated = in_ascii.invoke(main, ["evaluate", str(run), str(data)])
+    assert evaluated.exit_code == 0, evaluated.stderr
+    assert rb"\xe9\u202eb" in evaluated.stdout_bytes
+    assert rb"\u65e5\u672c" in evaluated.stdout_bytes
+
+    for form in ("csv", "jsonl"):
+        arguments = ["predict", str(run), str(new), "--format", form]
+        rows = in_ascii.invoke(main, arguments)
+        assert rows.exit_code == 0, rows.stderr
+        shown = name if form == "csv" else name.replace("\x1b", r"\u001b")
+        assert os.fsencode(new / shown) in rows.stdout_bytes
+        assert b"damaged" in rows.stdout_bytes or b"empty" in rows.stdout_bytes
+
+    written = on_terminal("predict", run, new, "--top", 2)
+    assert rb"\xe9\udcff\x1b[31m.jpg" in written
+    assert rb",\xe9\u202eb," in written
+    assert rb",\u65e5\u672c," in written
+    assert b"\x1b" not in written
 
 
 def test_the_cache_is_listed_and_pruned(kt, photos):

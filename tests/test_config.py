@@ -1,5 +1,7 @@
 """Config: three layers, strict keys, one line for each mistake."""
 
+import itertools
+
 import pytest
 
 from keras_transfer.config import Config, load_config, to_yaml, with_finetune
@@ -68,6 +70,62 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
     file.write_text(text)
     with pytest.raises(UsageError, match=r"c\.yaml"):
         load_config(file)
+
+
+BOMB = "a: &a [x, x]\n" + "".join(
+    f"{name}: &{name} [*{last}, *{last}]\n"
+    for last, name in itertools.pairwise("abcdefghijklmnopqrstuvwxyz")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (BOMB, "line 2: aliases"),
+        ("data: &a x\nname: *a", "line 2: aliases"),
+        ("data: " + "[" * 50_000, "nested too deeply"),
+        ("head: " + "{a: " * 20_000, "nested too deeply"),
+        ("- " * 40_000, "nested too deeply"),
+        ("seed: 1\n" * 12_501, "longer than 100,000 characters"),
+        ("seed: " + "9" * 5_000, "4300 digits"),
+        ("name: 2024-13-45", "month"),
+        ("name: \0", "special characters"),
+        ("name: !!int ''", "not valid YAML"),
+        ("data: [" + "[" * 90 + "]" * 90 + "]", "'data'"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_text_that_is_hostile_to_a_parser_is_a_mistake_of_one_line(
+    tmp_path, text, words
+):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        load_config(file)
+    message = str(caught.value)
+    assert words in message
+    assert "\n" not in message
+    assert len(message) < 400
+
+
+@pytest.mark.parametrize(
+    ("assignment", "words"),
+    [
+        ("data=[&a [x], *a]", "aliases"),
+        ("data=" + "[" * 50_000, "nested too deeply"),
+        ("data=" + "x" * 100_001, "longer than 100,000 characters"),
+        ("data=[" + "x," * 40_000 + "]", "'data'"),
+        ("data=2024-13-45", "month"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_a_hostile_value_is_a_mistake_of_one_line(assignment, words):
+    with pytest.raises(UsageError) as caught:
+        load_config(None, {}, [assignment])
+    message = str(caught.value)
+    assert words in message
+    assert "\n" not in message
+    assert len(message) < 400
 
 
 def test_a_missing_file_is_named(tmp_path):

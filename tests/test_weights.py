@@ -7,8 +7,10 @@ import os
 import pickle
 import shutil
 import sys
+import tracemalloc
 import types
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -69,7 +71,7 @@ class Storage:
 
     key: str
     values: np.ndarray
-    claimed: int | None = None
+    claimed: object = None
 
 
 @dataclass
@@ -233,7 +235,7 @@ def test_parameters_are_tensors_and_other_values_are_left_out(tmp_path, write):
     np.testing.assert_array_equal(found["w"], tensor.values())
 
 
-def tensor(size: int = 6, claimed: int | None = None, **place: object) -> Tensor:
+def tensor(size: int = 6, claimed: object = None, **place: object) -> Tensor:
     storage = Storage("9", np.arange(size, dtype=np.float32), claimed)
     return Tensor(storage, **({"offset": 0, "shape": (6,), "strides": (1,)} | place))
 
@@ -370,6 +372,117 @@ def test_a_damaged_file_is_read_or_refused(tmp_path, write):
             assert all(isinstance(value, np.ndarray) for value in found.values())
             outcomes[True] += 1
     assert min(outcomes.values()) > 10
+
+
+def compressed(content: bytes) -> bytes:
+    """A zip checkpoint, which torch would not compress."""
+    buffer = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(content)) as archive,
+        zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as other,
+    ):
+        for name in archive.namelist():
+            other.writestr(name, archive.read(name))
+    return buffer.getvalue()
+
+
+def with_twins(content: bytes) -> bytes:
+    """A zip checkpoint with a second part of each name."""
+    buffer = io.BytesIO(content)
+    with zipfile.ZipFile(buffer, "a") as archive, pytest.warns(UserWarning):
+        for name in archive.namelist():
+            archive.writestr(name, archive.read(name))
+    return buffer.getvalue()
+
+
+def nested_zip(tensors: int, size: int) -> bytes:
+    """A zip checkpoint in which a tensor's data hold those of all that follow."""
+    data, members, state = bytes(size), [], {}
+    for key in map(str, range(tensors)):
+        member = zipfile.ZipInfo(f"model/data/{key}")
+        member.file_size = member.compress_size = len(data)
+        member.CRC = zlib.crc32(data)
+        member.header_offset = -len(data)  # from the end of the data, less its header
+        members.append(member)
+        storage = Storage(key, np.zeros(0, np.uint8), claimed=len(data))
+        state[key] = Tensor(storage, 0, (len(data),), (1,))
+        header = member.FileHeader()
+        member.header_offset -= len(header)
+        data = header + data
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("model/data.pkl", dump(state)[0])
+        buffer.write(data)
+        archive.start_dir = buffer.tell()
+        for member in members:
+            member.header_offset += buffer.tell()
+            archive.filelist.append(member)
+    return buffer.getvalue()
+
+
+LARGE = Storage("0", np.zeros(64 << 20, np.uint8))
+SHARED = Storage("0", np.zeros(1 << 20, np.uint8))
+
+
+def whole(storage: Storage) -> Tensor:
+    size = len(storage.values) if storage.claimed is None else storage.claimed
+    return Tensor(storage, 0, (size,), (1,))
+
+
+def huge(size: int = 1 << 50) -> Tensor:
+    return whole(Storage("0", np.zeros(4, np.uint8), claimed=size))
+
+
+BOMBS = {
+    "compressed": (
+        lambda: compressed(as_zip({"w": whole(LARGE)})),
+        "is compressed",
+    ),
+    "nested": (lambda: nested_zip(1000, 100_000), "larger than the file"),
+    "twins": (lambda: with_twins(as_zip({"w": tensor()})), "two parts of one name"),
+    "short": (lambda: as_zip({"w": tensor(claimed=5)}), "another size"),
+    "long": (lambda: as_zip({"w": huge()}), "another size"),
+    "no number": (lambda: as_zip({"w": tensor(claimed="6")}), "another size"),
+    "legacy beyond the file": (
+        lambda: as_legacy({"w": huge()}).replace(
+            (4).to_bytes(8, "little"), (1 << 50).to_bytes(8, "little")
+        ),
+        "cut off",
+    ),
+    **{
+        f"{write.__name__} of {name}": (lambda w=write, x=content: w(x), words)
+        for write in (as_zip, as_legacy)
+        for name, content, words in [
+            ("copies", {str(i): whole(SHARED) for i in range(60)}, "share their data"),
+            ("a note", {"w": tensor(), "note": ["x" * (5 << 20), 1]}, "too long"),
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_checkpoint_is_not_read_into_more_than_it_holds(tmp_path, name):
+    make, words = BOMBS[name]
+    content = make()
+    tracemalloc.start()
+    try:
+        message = refusal(tmp_path, content)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert words in message
+    assert peak < 8e6 + 3 * len(content)
+
+
+@FORMATS
+def test_a_few_tensors_may_share_their_data(tmp_path, write):
+    found = read(tmp_path, write({name: whole(SHARED) for name in "abc"}))
+    assert {array.nbytes for array in found.values()} == {1 << 20}
+
+
+def test_the_nested_checkpoint_is_valid_but_for_its_size(tmp_path):
+    found = read(tmp_path, nested_zip(1, 100))
+    assert found["0"].tolist() == [0] * 100
 
 
 def test_a_checkpoint_that_is_missing_is_named(tmp_path):
