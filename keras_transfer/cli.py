@@ -32,7 +32,11 @@ from keras_transfer.config import (
     parse_assignments,
     with_finetune,
 )
-from keras_transfer.errors import KerasTransferError, UsageError
+from keras_transfer.errors import (
+    KerasTransferError,
+    UsageError,
+    explaining_full_disk,
+)
 from keras_transfer.run import Phase, open_run
 
 if TYPE_CHECKING:
@@ -44,7 +48,8 @@ class _Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with explaining_full_disk():
+                return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except BrokenPipeError:
@@ -242,10 +247,9 @@ def predict(
     else:
         opened = open_run(run_and_paths[0])
         _import_tensorflow()
-        from keras_transfer.prediction import predict as run_predict
+        from keras_transfer.prediction import predict_run
 
-        class_names = opened.class_names
-        predictions = run_predict(opened, paths, recursive)
+        class_names, predictions = predict_run(opened, paths, recursive)
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names need not be UTF-8
         sys.stdout.reconfigure(errors="surrogateescape")
     write = _csv_rows if form == "csv" else _json_rows

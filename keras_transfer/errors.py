@@ -3,7 +3,12 @@
 Each message is one line: what is wrong, what was received, how to fix it.
 """
 
+import contextlib
+import errno
+import os
 import re
+from collections.abc import Iterator
+from pathlib import Path
 
 REFUSED = "refused: "
 """What the decoder's own messages start with, among what TensorFlow adds."""
@@ -27,6 +32,40 @@ class WeightsError(KerasTransferError):
 
 class DivergenceError(KerasTransferError):
     """Training came to numbers that are not finite, and would again."""
+
+
+@contextlib.contextmanager
+def explaining_full_disk(directory: Path | None = None) -> Iterator[None]:
+    """Says in one line that a disk is full, whichever library found it out.
+
+    Args:
+        directory: What is written to meanwhile, if that is known.
+
+    Raises:
+        KerasTransferError: Instead of what a library raises, each its own.
+    """
+    try:
+        yield
+    except KerasTransferError:
+        raise
+    except Exception as error:
+        cause = _full_disk(error)
+        if not cause:
+            raise
+        where = f"{directory} ({cause})" if directory else cause
+        raise KerasTransferError(
+            f"The disk is full. Received: {where}. Free some space, and start again."
+        ) from error
+
+
+def _full_disk(error: BaseException | None) -> str:
+    """What says so in an error, or in those before it; "" if nothing does."""
+    full = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)]
+    while error:
+        if any(words in str(error) for words in full):
+            return str(error).splitlines()[0].rstrip(".")
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def refusal(message: str, size: int) -> str:

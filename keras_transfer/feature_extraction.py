@@ -60,8 +60,8 @@ from keras_transfer.run import (
     building,
     csv_text,
     host,
+    new_run,
     now,
-    run_path,
     versions,
     write_atomic,
 )
@@ -104,7 +104,7 @@ def _fit(config: Config, on_progress: OnProgress) -> Run:
     started = time.perf_counter()
     config = resolve(config)
     assert config.name is not None
-    run_dir = run_path(config.runs_dir, config.name, config.overwrite)
+    new = new_run(config.runs_dir, config.name, config.overwrite)
     config = config.model_copy(update={"overwrite": False})
 
     # Who trains, who validates, who tests
@@ -153,7 +153,7 @@ def _fit(config: Config, on_progress: OnProgress) -> Run:
         folds, out_of_fold = _cross_validate(config, usable, features, on_progress)
 
     # Figures of what the head never saw, and everything on disk at once
-    with building(run_dir) as staging:
+    with building(new) as staging:
         model.save(staging / MODEL)
         for name, text in {
             CONFIG: to_yaml(config),
@@ -200,7 +200,7 @@ def _fit(config: Config, on_progress: OnProgress) -> Run:
             images_forwarded=extractor.images if extractor else 0,
         )
         write_atomic(staging / MANIFEST, manifest.model_dump_json(indent=1))
-    run = Run(run_dir)
+    run = Run(new.run_dir)
     if config.export:
         export(run)
     return run
