@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,6 +51,8 @@ def explaining_full_disk(directory: Path | None = None) -> Iterator[None]:
         raise
     except Exception as error:
         cause = _full_disk(error)
+        if not cause and directory:  # some libraries do not say why they cannot write
+            cause = _full_disk(_writing_error(directory))
         if not cause:
             raise
         where = f"{directory} ({cause})" if directory else cause
@@ -66,6 +69,18 @@ def _full_disk(error: BaseException | None) -> str:
             return str(error).splitlines()[0].rstrip(".")
         error = error.__cause__ or error.__context__
     return ""
+
+
+def _writing_error(directory: Path) -> OSError | None:
+    """Why nothing can be written to a directory; None if something can."""
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(bytes(65_536))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error
+    return None
 
 
 def refusal(message: str, size: int) -> str:

@@ -432,20 +432,22 @@ def _replace(staging: Path, run_dir: Path, replaced: bytes) -> bool:
         stack.enter_context(committing(run_dir))
         if Run(run_dir).identity != replaced:
             return False
-        published = {SERVING, *(path.name for path in version_dirs(run_dir))}
-        # What is a file in both is replaced by one rename.
-        renewed = {path.name for path in staging.iterdir() if path.is_file()}
-        _commit(
-            staging,
-            run_dir,
-            [
-                path.name
-                for path in run_dir.iterdir()
-                if path.name not in published
-                and not (path.name in renewed and path.is_file())
-            ],
-        )
+        _commit(staging, run_dir, _outdated(run_dir, staging))
     return True
+
+
+def _outdated(run_dir: Path, staging: Path) -> list[str]:
+    """What of a run has to go when another takes its place."""
+    published = {SERVING, *(path.name for path in version_dirs(run_dir))}
+    # What is a file in both is replaced by one rename.
+    renewed = {path.name for path in staging.iterdir() if path.is_file()}
+    return [
+        path.name
+        for path in run_dir.iterdir()
+        if path.name not in published
+        and not path.name.startswith(_UNFINISHED)  # another process's
+        and not (path.name in renewed and path.is_file())
+    ]
 
 
 @contextlib.contextmanager
