@@ -66,7 +66,8 @@ def _full_disk(error: BaseException | None) -> str:
     full = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)]
     while error:
         if any(words in str(error) for words in full):
-            return str(error).splitlines()[0].rstrip(".")
+            said = re.sub("{{.*?}} ", "", str(error))  # nodes of TensorFlow's graph
+            return said.splitlines()[0].rstrip(".")
         error = error.__cause__ or error.__context__
     return ""
 
