@@ -36,11 +36,15 @@ class DivergenceError(KerasTransferError):
 
 
 @contextlib.contextmanager
-def explaining_full_disk(directory: Path | None = None) -> Iterator[None]:
+def explaining_full_disk(
+    directory: Path | None = None, size: int = 65_536
+) -> Iterator[None]:
     """Says in one line that a disk is full, whichever library found it out.
 
     Args:
         directory: What is written to meanwhile, if that is known.
+        size: About how many bytes at a time. Where a library fails without saying why,
+            it is tried whether these can be written.
 
     Raises:
         KerasTransferError: Instead of what a library raises, each its own.
@@ -51,8 +55,8 @@ def explaining_full_disk(directory: Path | None = None) -> Iterator[None]:
         raise
     except Exception as error:
         cause = _full_disk(error)
-        if not cause and directory:  # some libraries do not say why they cannot write
-            cause = _full_disk(_writing_error(directory))
+        if not cause and directory:
+            cause = _full_disk(_writing_error(directory, size))
         if not cause:
             raise
         where = f"{directory} ({cause})" if directory else cause
@@ -72,11 +76,12 @@ def _full_disk(error: BaseException | None) -> str:
     return ""
 
 
-def _writing_error(directory: Path) -> OSError | None:
-    """Why nothing can be written to a directory; None if something can."""
+def _writing_error(directory: Path, size: int) -> OSError | None:
+    """Why so many bytes cannot be written to a directory; None if they can."""
     try:
         with tempfile.TemporaryFile(dir=directory) as file:
-            file.write(bytes(65_536))
+            for start in range(0, size, 2**20):
+                file.write(bytes(min(size - start, 2**20)))
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:

@@ -160,7 +160,8 @@ def export_format(
         folder = staging / place
         folder.mkdir(parents=True)
         path = folder / runtime.file
-        with _one_line(form), explaining_full_disk(run.run_dir):
+        size = 5 * model.count_params()  # of float32, with what describes them
+        with _one_line(form), explaining_full_disk(run.run_dir, size):
             runtime.write(job, path)
             predict = runtime.load(path)
             actual = predict(sample.pixels.astype(np.float32))
