@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -453,6 +454,106 @@ def test_what_is_read_together_is_of_one_run(tmp_path):
     finally:
         process.kill()
         process.communicate()
+
+
+class Steps:
+    """Has a thread wait before each step that changes what is in a directory."""
+
+    def __init__(self, monkeypatch, thread: threading.Thread):
+        self.thread = thread
+        self._arrived, self._go = threading.Semaphore(0), threading.Semaphore(0)
+        for name in ("rename", "replace", "unlink", "rmdir"):
+            monkeypatch.setattr(os, name, self._waiting(getattr(os, name)))
+
+    def _waiting(self, original):
+        def step(*arguments, **options):
+            if threading.current_thread() is self.thread:
+                self._arrived.release()
+                self._go.acquire()
+            return original(*arguments, **options)
+
+        return step
+
+    def advance(self, steps: int) -> None:
+        """Lets some steps be made, and returns before the next."""
+        for _ in range(steps):
+            self._arrived.acquire()
+            self._go.release()
+        self._arrived.acquire()
+
+    def finish(self) -> None:
+        self._go.release(1000)
+
+
+@pytest.mark.parametrize("moment", range(10))
+@pytest.mark.parametrize("when", ["before the files are read", "while they are read"])
+def test_at_no_moment_of_a_commit_are_files_of_two_runs_read(
+    tmp_path, monkeypatch, when, moment
+):
+    names = ("labels", MANIFEST, "model")
+    run = Run(make_run(tmp_path / "mine", "old"))
+    for name in names:
+        (run.run_dir / name).write_text("old")
+    (run.run_dir / "only old").touch()
+
+    def commit():
+        with building(new) as staging:
+            for name in names:
+                (staging / name).write_text("new")
+
+    new = new_run(tmp_path, "mine", overwrite=True)
+    steps = Steps(monkeypatch, threading.Thread(target=commit))
+    identity, calls = Run.identity, []
+
+    def advancing(run):
+        if threading.current_thread() is not steps.thread:
+            if not calls:
+                steps.advance(moment)
+            calls.append(run)
+        return identity.fget(run)
+
+    def read() -> tuple[list[str], bool]:
+        if when == "while they are read":
+            if not calls:
+                steps.advance(moment)
+            calls.append(run)
+        found = [(run.run_dir / name).read_text() for name in names]
+        has_old = (run.run_dir / "only old").exists()
+        if when == "while they are read":  # and long after: it waits for the commit
+            threading.Timer(0.05, steps.finish).start()
+        else:
+            steps.finish()
+            steps.thread.join()
+        return found, has_old
+
+    steps.thread.start()
+    if when == "before the files are read":
+        monkeypatch.setattr(Run, "identity", property(advancing))
+    found = read_together(run, read)
+    steps.thread.join()
+    assert found in ((["old"] * 3, True), (["new"] * 3, False))
+
+
+UPDATING = """
+import sys
+from pathlib import Path
+from keras_transfer.run import MANIFEST, updating
+run_dir, text = Path(sys.argv[1]), sys.argv[2]
+for number in range(20):
+    with updating(run_dir, removed=["folder"]) as staging:
+        (staging / "folder").mkdir()
+        for name in (MANIFEST, "labels", "model", "folder/file"):
+            (staging / name).write_text(text)
+"""
+
+
+def test_processes_at_the_same_time_update_a_run_one_after_the_other(tmp_path):
+    run_dir = make_run(tmp_path / "run", "old")
+    command = [sys.executable, "-c", UPDATING, str(run_dir)]
+    processes = [subprocess.Popen([*command, text]) for text in "abc"]
+    assert [process.wait() for process in processes] == [0] * 3
+    assert sorted(tree(run_dir)) == ["folder/file", "labels", MANIFEST, "model"]
+    assert len({*tree(run_dir).values()}) == 1
 
 
 def test_a_run_that_does_not_stay_the_same_is_an_error(tmp_path):
