@@ -14,7 +14,11 @@ from pathlib import Path
 import pytest
 from conftest import fill
 
-from keras_transfer.errors import KerasTransferError, UsageError
+from keras_transfer.errors import (
+    KerasTransferError,
+    UsageError,
+    explaining_full_disk,
+)
 from keras_transfer.run import (
     MANIFEST,
     NewRun,
@@ -601,6 +605,17 @@ def test_on_a_full_disk_what_was_there_stays(small_disk, exists):
                 (staging / MANIFEST).write_bytes(b"x" * 300_000)
         assert tree(small_disk) == before
         assert names(run_dir) == [MANIFEST]
+
+
+def test_where_a_library_does_not_say_that_the_disk_is_full_it_is_tried(small_disk):
+    fill(small_disk, 500_000)  # which OpenVINO leaves when it could not write more
+    with pytest.raises(KerasTransferError, match="The disk is full. Received: "):
+        with explaining_full_disk(small_disk, 1_000_000):
+            raise RuntimeError("basic_ios::clear: iostream error")
+    with pytest.raises(RuntimeError, match="iostream"):
+        with explaining_full_disk(small_disk, 100_000):
+            raise RuntimeError("basic_ios::clear: iostream error")
+    assert names(small_disk) == ["filler"]
 
 
 @pytest.mark.parametrize("name", ["a", "7b", "_x", "photos-v1.2+b_3", "1.0", "Ünï"])
