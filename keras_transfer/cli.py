@@ -31,7 +31,11 @@ from keras_transfer.config import (
     parse_assignments,
     with_finetune,
 )
-from keras_transfer.errors import KerasTransferError, UsageError
+from keras_transfer.errors import (
+    KerasTransferError,
+    UsageError,
+    explaining_full_disk,
+)
 from keras_transfer.inputs import Inputs, prepare
 from keras_transfer.run import Phase, csv_line, open_run
 
@@ -48,7 +52,8 @@ class _Commands(click.Group):
         if isinstance(sys.stdout, io.TextIOWrapper):  # it may be ASCII or cp1252
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
-            return super().invoke(ctx)
+            with explaining_full_disk():
+                return super().invoke(ctx)
         except click.UsageError as error:  # it may repeat what was typed
             message = printable(error.format_message())
             raise click.UsageError(message, error.ctx) from None
@@ -252,10 +257,9 @@ def predict(
     else:
         opened = open_run(run_and_paths[0])
         _import_tensorflow()
-        from keras_transfer.prediction import predict as run_predict
+        from keras_transfer.prediction import predict_run
 
-        class_names = opened.class_names
-        predictions = run_predict(opened, paths, recursive)
+        class_names, predictions = predict_run(opened, paths, recursive)
     write = _csv_rows if form == "csv" else _json_rows
     if not write(predictions, class_names, min(top, len(class_names))):
         raise KerasTransferError("None of the images could be classified.")

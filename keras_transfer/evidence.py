@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ from keras_transfer.inputs import Inputs, prepare
 from keras_transfer.model import attach_head, build_head, cut
 from keras_transfer.optim import group_multipliers, layer_patterns
 from keras_transfer.prediction import sample_images
-from keras_transfer.run import Estimate, OnNote, OnProgress
+from keras_transfer.run import Estimate, OnNote, OnProgress, numbered
 from keras_transfer.tail import measure_training
 from keras_transfer.torch_checkpoint import read_torch_checkpoint
 from keras_transfer.transferability import logme
@@ -374,13 +373,12 @@ def _command(
     inputs: Inputs, method: Method, options: Mapping[str, Any], balanced: bool
 ) -> str:
     """What to run, with the options that were given."""
-    config, run = inputs.config, inputs.run_dir
+    config, run = inputs.config, inputs.run.run_dir
     added: dict[str, Any] = {}
     if balanced and config.head.class_weight != "balanced":
         added["class_weight"] = "balanced"
     if run.exists() and not config.overwrite:
-        numbered = (run.with_name(f"{run.name}-{number}") for number in count(2))
-        run = next(path for path in numbered if not path.exists())
+        run = next(path for path in numbered(run) if not path.exists())
         added["name"] = run.name
     given = {**options, **added}
     flags = [

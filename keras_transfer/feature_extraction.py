@@ -113,7 +113,6 @@ def extract_and_fit(inputs: Inputs, on_progress: OnProgress, on_note: OnNote) ->
     """Does what `fit` says, with inputs that were checked."""
     started = time.perf_counter()
     config = inputs.config.model_copy(update={"overwrite": False})
-    run_dir = inputs.run_dir
     notes: list[str] = []
 
     def note(text: str) -> None:
@@ -177,7 +176,7 @@ def extract_and_fit(inputs: Inputs, on_progress: OnProgress, on_note: OnNote) ->
         )
 
     # Figures of what the head never saw, and everything on disk at once
-    with building(run_dir) as staging:
+    with building(inputs.run) as staging:
         model.save(staging / MODEL)
         for name, text in {
             CONFIG: to_yaml(config),
@@ -224,7 +223,7 @@ def extract_and_fit(inputs: Inputs, on_progress: OnProgress, on_note: OnNote) ->
             images_forwarded=extractor.images if extractor else 0,
         )
         write_atomic(staging / MANIFEST, manifest.model_dump_json(indent=1))
-    run = Run(run_dir)
+    run = Run(inputs.run.run_dir)
     if config.export:
         export(run)
     return run

@@ -69,6 +69,7 @@ from keras_transfer.run import (
     only_process,
     open_run,
     phase_model,
+    temporary_directory,
     updating,
     write_atomic,
 )
@@ -437,8 +438,9 @@ def _resolve(run: Run, options: Mapping[str, Any], resume: bool | None) -> Confi
             "with --resume, or start over with --no-resume."
         )
     shutil.rmtree(run.checkpoint, ignore_errors=True)
-    run.checkpoint.mkdir()
-    write_atomic(saved, to_yaml(config))
+    with temporary_directory(run.run_dir) as checkpoint:
+        write_atomic(checkpoint / CONFIG, to_yaml(config))
+        checkpoint.rename(run.checkpoint)
     return config
 
 

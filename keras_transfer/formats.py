@@ -22,7 +22,7 @@ import tensorflow as tf
 from keras_transfer.bundle import frozen_network
 from keras_transfer.config import Format, Quantization, check_quantization
 from keras_transfer.decode import make_decoder
-from keras_transfer.errors import KerasTransferError
+from keras_transfer.errors import KerasTransferError, explaining_full_disk
 from keras_transfer.evaluation import evaluate
 from keras_transfer.extract import import_openvino
 from keras_transfer.prediction import (
@@ -35,10 +35,9 @@ from keras_transfer.run import (
     LABELS,
     OnNote,
     Run,
-    building,
     now,
     open_run,
-    sync,
+    updating,
     versions,
     write_atomic,
 )
@@ -134,8 +133,9 @@ def export_format(
     Raises:
         UsageError: If there is no such run, or the format cannot be quantized.
         KerasTransferError: If the format's packages are not installed, it cannot
-            express the model, or the result does not agree with the model or is worse
-            than `min_accuracy`. What was there before stays.
+            express the model, the result does not agree with the model or is worse
+            than `min_accuracy`, or another process changed the run meanwhile. What was
+            there before stays.
     """
     run = open_run(run)
     check_quantization(form, quantize)
@@ -155,9 +155,13 @@ def export_format(
         )
 
     job = _Job(model, make_function, quantize, lambda: _calibration(run, model))
-    with building(run.run_dir / EXPORTED / form) as staging:
-        path = staging / runtime.file
-        with _one_line(form):
+    place = Path(EXPORTED, form)
+    with updating(run.run_dir, trained.identity, removed=[str(place)]) as staging:
+        folder = staging / place
+        folder.mkdir(parents=True)
+        path = folder / runtime.file
+        size = 5 * model.count_params()  # of float32, with what describes them
+        with _one_line(form), explaining_full_disk(run.run_dir, size):
             runtime.write(job, path)
             predict = runtime.load(path)
             actual = predict(sample.pixels.astype(np.float32))
@@ -178,7 +182,7 @@ def export_format(
                 on_note(f"What that does to the accuracy was not measured: {error}")
         if accuracy and min_accuracy is not None:
             check_accuracy(accuracy[1], images, min_accuracy)
-        write_atomic(staging / LABELS, "".join(f"{x}\n" for x in run.class_names))
+        write_atomic(folder / LABELS, "".join(f"{x}\n" for x in trained.class_names))
         about = {
             "created": now(),
             "base": manifest.base,
@@ -189,10 +193,8 @@ def export_format(
             "accuracy": accuracy,
             "versions": versions(),
         }
-        write_atomic(staging / "keras_transfer.json", json.dumps(about, indent=1))
-        for written in staging.iterdir():
-            sync(written)
-    return Exported(run.run_dir / EXPORTED / form, difference, accuracy, images)
+        write_atomic(folder / "keras_transfer.json", json.dumps(about, indent=1))
+    return Exported(run.run_dir / place, difference, accuracy, images)
 
 
 def _check_installed(form: Format, runtime: _Runtime) -> None:

@@ -14,7 +14,7 @@ from keras_transfer.config import Config
 from keras_transfer.data import Splits, is_on_disk, load
 from keras_transfer.errors import UsageError
 from keras_transfer.features import FeatureCache
-from keras_transfer.run import run_path
+from keras_transfer.run import NewRun, new_run
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class Inputs:
 
     Attributes:
         config: Resolved; all paths are absolute.
-        run_dir: Where a run of it will be.
+        run: Where a run of it will be.
     """
 
     config: Config
-    run_dir: Path
+    run: NewRun
 
     @functools.cached_property
     def splits(self) -> Splits:
@@ -55,12 +55,12 @@ def prepare(config: Config, makes_run: bool = True) -> Inputs:
     runs_dir = config.runs_dir.expanduser()  # shown as it was given
     config = _resolve(config)
     assert config.name is not None
-    run_dir = runs_dir / config.name
+    run = NewRun(runs_dir / config.name)
     if makes_run:
-        run_dir = run_path(runs_dir, config.name, config.overwrite)
+        run = new_run(runs_dir, config.name, config.overwrite)
         _check_writable(runs_dir)
     FeatureCache(config.cache_dir).check_usable()
-    return Inputs(config, run_dir)
+    return Inputs(config, run)
 
 
 def _check_writable(runs_dir: Path) -> None:

@@ -12,7 +12,7 @@ from keras_transfer import data
 from keras_transfer.decode import make_decoder
 from keras_transfer.errors import DecodeError, KerasTransferError
 from keras_transfer.evaluation import Evaluation, evaluate
-from keras_transfer.run import Phase, Run, open_run
+from keras_transfer.run import Phase, Run, open_run, read_together
 
 _BATCH = 16
 
@@ -81,10 +81,24 @@ def predict(
     Raises:
         UsageError: If there is no such run or path.
     """
+    _, predictions = predict_run(run, paths, recursive)
+    yield from predictions
+
+
+def predict_run(
+    run: str | Path | Run,
+    paths: str | Path | Iterable[str | Path],
+    recursive: bool = False,
+) -> tuple[list[str], Iterator[data.Prediction]]:
+    """Predicts images; see `predict`.
+
+    Returns:
+        (class names in the order of the probabilities, a prediction an image).
+    """
     run = open_run(run)
     sources = list(data.image_files(paths, recursive))
-    model = load_model(run)
-    yield from predict_sources(
+    model, class_names = read_together(run, lambda: (load_model(run), run.class_names))
+    return class_names, predict_sources(
         model, sources, lambda names: data.read_files(names, Path())
     )
 
@@ -147,14 +161,14 @@ def evaluate_run(
             run's.
     """
     run = open_run(run)
-    model = load_model(run, phase)
-    if source is None:
-        name, table, read = held_out_images(run)
-    else:
-        name = str(source)
-        table, read = data.load_all(
-            name, run.class_names, run.manifest.multi_label, data_dir
-        )
+    model, class_names, (name, table, read) = read_together(
+        run,
+        lambda: (
+            load_model(run, phase),
+            run.class_names,
+            _labelled_images(run, source, data_dir),
+        ),
+    )
     by_source = {}
     skipped = {}
     for prediction in predict_sources(model, table.sources, read):
@@ -167,7 +181,17 @@ def evaluate_run(
         raise KerasTransferError(f"None of the {len(table)} images can be read.")
     table = table.keep(by_source)
     probabilities = np.stack([by_source[source] for source in table.sources])
-    return evaluate(table.targets, probabilities, run.class_names), name, skipped
+    return evaluate(table.targets, probabilities, class_names), name, skipped
+
+
+def _labelled_images(
+    run: Run, source: str | Path | None, data_dir: Path | None
+) -> tuple[str, data.Table, data.Reader]:
+    """The images that `evaluate_run` is asked for: (what they are, table, reader)."""
+    if source is None:
+        return held_out_images(run)
+    name, multi_label = str(source), run.manifest.multi_label
+    return name, *data.load_all(name, run.class_names, multi_label, data_dir)
 
 
 def held_out_images(run: Run) -> tuple[str, data.Table, data.Reader]:

@@ -9,7 +9,9 @@ built in a hidden sibling directory and renamed when it is complete, so whoever 
 import contextlib
 import csv
 import errno
+import glob
 import io
+import itertools
 import json
 import os
 import platform
@@ -17,15 +19,20 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from keras_transfer.config import Config, FinetuneConfig, load_config
-from keras_transfer.errors import KerasTransferError, UsageError
+from keras_transfer.errors import (
+    KerasTransferError,
+    UsageError,
+    explaining_full_disk,
+)
 
 try:
     import fcntl
@@ -47,7 +54,19 @@ OUT_OF_FOLD = "out_of_fold.csv"
 CHECKPOINT = "checkpoint"
 """The folder of a phase that is not finished."""
 
+SERVING = "serving"
+"""The folder with TensorFlow Serving's configuration."""
+
+_UNFINISHED = ".kt-unfinished."
+"""How the names begin of hidden files and folders that a process is making."""
+
 _COMMITTED = ".committed"
+"""The folder of a run with what is decided to be in it, but not in its place yet."""
+
+_REMOVED = ".removed"
+"""A file in that folder: the names, as JSON, of what has to go first."""
+
+_READS = 5
 _NO_LOCKS = {errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 OnNote = Callable[[str], object]
@@ -57,6 +76,8 @@ OnProgress = Callable[[str, int, int], object]
 """Told what is being done, how much of it is done, and of how much."""
 
 Phase = Literal["fit", "finetune"]
+
+_T = TypeVar("_T")
 
 _PACKAGES = (
     "keras-transfer",
@@ -202,6 +223,17 @@ class Run:
         return self.run_dir.name
 
     @property
+    def identity(self) -> bytes:
+        """manifest.json as it is: a run that is changed or replaced gets another.
+
+        Nothing, if there is no run.
+        """
+        try:
+            return (self.run_dir / MANIFEST).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return b""
+
+    @property
     def config(self) -> Config:
         """What the user chose, resolved."""
         return load_config(self.run_dir / CONFIG)
@@ -268,14 +300,18 @@ class Run:
 def open_run(run: str | Path | Run) -> Run:
     """Opens a run by its directory, or by its name under `saved_models/`.
 
+    What a killed process had decided is finished first, and what it had not is removed.
+
     Raises:
         UsageError: If there is no run.
     """
     if isinstance(run, Run):
         return run
     for run_dir in (Path(run), Path("saved_models") / run):
+        _recover(run_dir)
         if (run_dir / MANIFEST).is_file():
-            _finish_update(run_dir)
+            remove_left_overs(run_dir)
+            remove_left_overs(run_dir.resolve().parent)
             return Run(run_dir)
     raise UsageError(
         f"There is no run here. Received: {run}. A run is a directory that `kt fit` "
@@ -283,8 +319,56 @@ def open_run(run: str | Path | Run) -> Run:
     )
 
 
-def run_path(runs_dir: Path, name: str, overwrite: bool) -> Path:
-    """The directory a new run will get, checked before any work is done.
+def read_together(run: Run, read: Callable[[], _T]) -> _T:
+    """What `read` reads in a run's files, all of them of one and the same run.
+
+    A run may be replaced, or fine-tuned, between one file and the next. Then they are
+    read again.
+
+    Raises:
+        KerasTransferError: If it is changed again and again.
+    """
+
+    def is_unchanged() -> bool:
+        # In this order, for the manifest is what a commit moves last.
+        return not (run.run_dir / _COMMITTED).exists() and run.identity == before
+
+    for _ in range(_READS):
+        _recover(run.run_dir)
+        before = run.identity
+        try:
+            result = read()
+        except Exception:  # what was read may be half of one run, half of another
+            if is_unchanged():
+                raise
+        else:
+            if is_unchanged():
+                return result
+    raise _changed(run.run_dir)
+
+
+def _changed(run_dir: Path) -> KerasTransferError:
+    return KerasTransferError(
+        f"Another process changed the run meanwhile. Received: {run_dir}. Nothing was "
+        "made of it. Try again."
+    )
+
+
+@dataclass
+class NewRun:
+    """A run that is about to be made.
+
+    Attributes:
+        run_dir: Where it is to be; after `building`, where it is.
+        replaces: The `identity` of the run there that it replaces, if any.
+    """
+
+    run_dir: Path
+    replaces: bytes | None = None
+
+
+def new_run(runs_dir: Path, name: str, overwrite: bool) -> NewRun:
+    """Where a new run will be, checked before any work is done.
 
     Raises:
         UsageError: If the name is not usable, or taken and not to be overwritten.
@@ -297,20 +381,22 @@ def run_path(runs_dir: Path, name: str, overwrite: bool) -> Path:
             "--name."
         )
     run_dir = runs_dir / name
-    if run_dir.exists() and not overwrite:
+    remove_left_overs(runs_dir)
+    _recover(run_dir)
+    if not run_dir.exists():
+        return NewRun(run_dir)
+    if not overwrite:
         raise UsageError(
             f"The run exists already. Received: {run_dir}. Choose another name with "
             "--name, or replace it with --overwrite."
         )
-    if run_dir.exists() and not (run_dir / MANIFEST).is_file():
+    if not (run_dir / MANIFEST).is_file():
         raise UsageError(
             f"--overwrite replaces only runs of kt, and this is something else. "
             f"Received: {run_dir}. Choose another name with --name."
         )
-    if run_dir.exists():
-        with only_process(run_dir):  # which would put its results into the new run
-            pass
-    return run_dir
+    with only_process(run_dir):  # which would put its results into the new run
+        return NewRun(run_dir, Run(run_dir).identity)
 
 
 def version_dirs(run_dir: Path) -> list[Path]:
@@ -320,66 +406,227 @@ def version_dirs(run_dir: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def building(run_dir: Path) -> Iterator[Path]:
-    """A hidden directory to build a run in; it becomes `run_dir` on success only.
+def building(new: NewRun) -> Iterator[Path]:
+    """A hidden directory to build a run in; it becomes `new.run_dir` on success only.
 
-    Raises:
-        KerasTransferError: If another process is changing the run that is replaced.
+    A run replaces only the one that was to be replaced, as that was when the work
+    began. Where something else is by then, or another process is changing it, the new
+    run gets the next free name, which `new.run_dir` says afterwards. Versions that were
+    exported stay where they are, so that a server has one at any moment.
     """
-    run_dir.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=run_dir.parent, prefix=f".{run_dir.name}."))
-    try:
+    parent = new.run_dir.resolve().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with temporary_directory(parent) as staging:
         yield staging
-        staging.chmod(0o755)  # mkdtemp's 0700 would lock TensorFlow Serving out
-        sync(staging)
-        if run_dir.exists():
-            with only_process(run_dir):
-                replaced = Path(
-                    tempfile.mkdtemp(dir=run_dir.parent, prefix=".replaced.")
-                )
-                run_dir.rename(replaced / run_dir.name)
-                staging.rename(run_dir)
-            shutil.rmtree(replaced)
-        else:
-            staging.rename(run_dir)
-        sync(run_dir.parent)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        settle(staging)
+        if new.replaces is None or not _replace(staging, new.run_dir, new.replaces):
+            new.run_dir = rename_to_first_free(staging, numbered(new.run_dir))
+
+
+def _replace(staging: Path, run_dir: Path, replaced: bytes) -> bool:
+    """Whether a run could be put in the place of the one with this identity."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(run_dir))
+        except (BlockingIOError, FileNotFoundError):
+            return False
+        stack.enter_context(committing(run_dir))
+        if Run(run_dir).identity != replaced:
+            return False
+        _commit(staging, run_dir, _outdated(run_dir, staging))
+    return True
+
+
+def _outdated(run_dir: Path, staging: Path) -> list[str]:
+    """What of a run has to go when another takes its place."""
+    published = {SERVING, *(path.name for path in version_dirs(run_dir))}
+    # What is a file in both is replaced by one rename.
+    renewed = {path.name for path in staging.iterdir() if path.is_file()}
+    return [
+        path.name
+        for path in run_dir.iterdir()
+        if path.name not in published
+        and not path.name.startswith(_UNFINISHED)  # another process's
+        and not (path.name in renewed and path.is_file())
+    ]
 
 
 @contextlib.contextmanager
-def updating(run_dir: Path) -> Iterator[Path]:
+def updating(
+    run_dir: Path, made_from: bytes | None = None, removed: Sequence[str] = ()
+) -> Iterator[Path]:
     """A hidden directory for new files of a run, which replace the old ones together.
 
     When the block ends well the directory is renamed, and with that the update is
-    decided; a process killed while it moves the files leaves the rest to `open_run`.
+    decided; a process killed while it moves the files leaves the rest to whoever opens
+    the run.
+
+    Args:
+        run_dir: The run.
+        made_from: The `identity` of the run, if only that one may be updated.
+        removed: What has to go, relative to the run.
+
+    Raises:
+        KerasTransferError: If the run is not the one that `made_from` says.
     """
-    for left_over in run_dir.glob(".updating.*"):  # of a killed process
-        shutil.rmtree(left_over, ignore_errors=True)
-    staging = Path(tempfile.mkdtemp(dir=run_dir, prefix=".updating."))
-    try:
+    with temporary_directory(run_dir) as staging:
         yield staging
-        for path in staging.iterdir():
-            path.chmod(0o644)
-            sync(path)
-        sync(staging)
-        staging.rename(run_dir / _COMMITTED)
-        sync(run_dir)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    _finish_update(run_dir)
+        settle(staging)
+        with committing(run_dir, made_from):
+            _commit(staging, run_dir, removed)
 
 
-def _finish_update(run_dir: Path) -> None:
+@contextlib.contextmanager
+def committing(run_dir: Path, made_from: bytes | None = None) -> Iterator[None]:
+    """Keeps other processes from changing which files a run has, for a moment.
+
+    Args:
+        run_dir: The run.
+        made_from: The `identity` it must have.
+
+    Raises:
+        KerasTransferError: If it has another.
+    """
+    # A run's own lock may be held for hours, by a process that trains.
+    with locked(run_dir.resolve().parent, wait=True):
+        _finish(run_dir)
+        if made_from is not None and Run(run_dir).identity != made_from:
+            raise _changed(run_dir)
+        yield
+
+
+def _commit(staging: Path, run_dir: Path, removed: Sequence[str]) -> None:
+    write_atomic(staging / _REMOVED, json.dumps(removed))
+    staging.rename(run_dir / _COMMITTED)  # from here on nobody can undo it
+    sync(run_dir)
+    _finish(run_dir)
+
+
+def _finish(run_dir: Path) -> None:
+    """Does what a commit decided; again, from anywhere, if it was killed meanwhile."""
     committed = run_dir / _COMMITTED
     if not committed.is_dir():
         return
-    for path in committed.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # another process does the same
-            path.replace(run_dir / path.name)
+    removed = committed / _REMOVED
+    # Where directories are not locked another process may do the same.
     with contextlib.suppress(FileNotFoundError):
+        if removed.exists():
+            for name in json.loads(removed.read_text()):
+                _remove(run_dir / name)
+            sync(run_dir)
+            removed.unlink()
+            sync(committed)  # before anything is moved, which must not be removed
+        # The manifest last: until then a reader can tell that its files change.
+        for path in sorted(committed.iterdir(), key=lambda path: path.name == MANIFEST):
+            _move(path, run_dir / path.name)
         committed.rmdir()
     sync(run_dir)
+
+
+def _move(source: Path, target: Path) -> None:
+    """Moves a file, or a folder into what there is of it."""
+    if source.is_dir() and target.is_dir():
+        for path in source.iterdir():
+            _move(path, target / path.name)
+        source.rmdir()
+    else:
+        source.replace(target)
+
+
+def _recover(run_dir: Path) -> None:
+    """Finishes, or undoes, what a killed process was doing to a run."""
+    if (run_dir / _COMMITTED).is_dir():
+        with committing(run_dir):
+            pass
+    if not run_dir.exists():  # which version 0.1.0 moved away before it replaced it
+        pattern = f".replaced.????????/{glob.escape(run_dir.name)}"
+        for moved in run_dir.parent.glob(pattern):
+            moved.rename(run_dir)
+            moved.parent.rmdir()
+            break
+
+
+def numbered(path: Path) -> Iterator[Path]:
+    """PATH, PATH-2, PATH-3 and so on."""
+    yield path
+    for number in itertools.count(2):
+        yield path.with_name(f"{path.name}-{number}")
+
+
+def rename_to_first_free(directory: Path, paths: Iterable[Path]) -> Path:
+    """Gives a directory the first of these names that nothing has.
+
+    Two processes never get the same.
+
+    Returns:
+        The name.
+    """
+    for path in paths:
+        try:
+            directory.rename(path)
+        except OSError:
+            if not os.path.lexists(path):
+                raise
+        else:
+            sync(path.parent)
+            return path
+    raise AssertionError("there is always a free name")
+
+
+@contextlib.contextmanager
+def temporary_directory(parent: Path) -> Iterator[Path]:
+    """A hidden directory to build something in, which is renamed when it is complete.
+
+    What has not been renamed by the end of the block is removed.
+    """
+    with _unfinished(
+        parent, lambda: tempfile.mkdtemp(dir=parent, prefix=_UNFINISHED)
+    ) as path:
+        yield path
+
+
+@contextlib.contextmanager
+def _unfinished(parent: Path, make: Callable[[], str]) -> Iterator[Path]:
+    """A file or directory that is locked while its process lives, then removed."""
+    remove_left_overs(parent)
+    with explaining_full_disk(parent), contextlib.ExitStack() as stack:
+        while True:
+            path = Path(make())
+            stack.callback(_remove, path)
+            # Another process may have removed it before it was locked.
+            with contextlib.suppress(BlockingIOError, FileNotFoundError):
+                stack.enter_context(locked(path))
+                if path.exists():
+                    break
+        yield path
+
+
+def remove_left_overs(parent: Path) -> None:
+    """Removes what killed processes left unfinished in a directory.
+
+    What a process still works on it has locked.
+    """
+    for left_over in parent.glob(f"{_UNFINISHED}*"):
+        with contextlib.suppress(OSError), locked(left_over) as is_held:
+            if is_held:
+                _remove(left_over)
+
+
+def _remove(path: Path) -> None:
+    """Deletes a file or a directory, as far as it is there and can be deleted."""
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def settle(directory: Path) -> None:
+    """Lets everyone read what is in a directory, and waits until it is on the disk.
+
+    Servers run as other users, and umask may be anything.
+    """
+    for path in (*directory.rglob("*"), directory):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+        sync(path)
 
 
 @contextlib.contextmanager
@@ -401,8 +648,12 @@ def only_process(run_dir: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def locked(directory: Path) -> Iterator[bool]:
-    """Holds a lock on a directory, which a process that is killed gives back.
+def locked(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Holds a lock on a file or directory, which a killed process gives back.
+
+    Args:
+        path: The file or directory.
+        wait: Whether to wait for a process that holds it.
 
     Yields:
         Whether it does: NFS among others, and Windows, lock no directories.
@@ -413,11 +664,11 @@ def locked(directory: Path) -> Iterator[bool]:
     if fcntl is None:
         yield False
         return
-    descriptor = os.open(directory, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         is_held = True
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
@@ -439,18 +690,20 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes its place whole, when the block ends well."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
+
+    def make() -> str:
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=_UNFINISHED)
+        os.close(descriptor)
+        return name
+
+    with _unfinished(path.parent, make) as temporary:
+        with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    sync(path.parent)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+        sync(path.parent)
 
 
 def phase_model(phase: Phase) -> str:

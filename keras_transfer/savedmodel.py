@@ -6,12 +6,11 @@ without Python's TensorFlow, and said of real images what the model says.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,10 +38,13 @@ from keras_transfer.run import (
     Manifest,
     OnNote,
     Run,
-    locked,
+    committing,
     now,
     open_run,
-    sync,
+    read_together,
+    rename_to_first_free,
+    settle,
+    temporary_directory,
     version_dirs,
     versions,
     write_atomic,
@@ -50,7 +52,6 @@ from keras_transfer.run import (
 from keras_transfer.warmup import RECORDS, read_records, write_records
 
 _BATCHES = (1, 8)  # images in the requests of verification and of warm-up
-_STAGING, _PRUNED = ".export.", ".pruned."
 _FORBIDDEN_OPS = re.compile(
     "Random|Multinomial|PyFunc|XlaCallModule|^(Read|Write)File$|MatchingFiles"
 )
@@ -78,13 +79,17 @@ class Trained:
 
     Attributes:
         model: From [0, 255] RGB pixels to probabilities.
+        class_names: The classes, in the order of its outputs.
         manifest: Where it came from.
         metrics: Split to what `evaluation.Evaluation` documents.
+        identity: `Run.identity` of the run that all of these are of.
     """
 
     model: keras.Model
+    class_names: list[str]
     manifest: Manifest
     metrics: dict[str, dict]
+    identity: bytes
 
 
 def load_trained(run: Run, min_accuracy: float | None) -> Trained:
@@ -96,16 +101,20 @@ def load_trained(run: Run, min_accuracy: float | None) -> Trained:
 
     Raises:
         UsageError: If the run has no test images to judge by.
-        KerasTransferError: If the model's accuracy is lower, or it was replaced while
-            it was loaded.
+        KerasTransferError: If the model's accuracy is lower.
     """
-    manifest, metrics, model = run.manifest, run.metrics, load_model(run)
-    if open_run(run.run_dir).manifest != manifest:
-        raise KerasTransferError(
-            f"Another process changed the run meanwhile. Received: {run.run_dir}. "
-            "Nothing was exported. Export it again."
+
+    def read() -> Trained:
+        manifest, metrics = run.manifest, run.metrics
+        return Trained(
+            load_model(run),
+            run.class_names,
+            manifest,
+            metrics[manifest.phase],
+            run.identity,
         )
-    trained = Trained(model, manifest, metrics[manifest.phase])
+
+    trained = read_together(run, read)
     if min_accuracy is not None:
         test = trained.metrics.get("test")
         if not test:
@@ -172,8 +181,9 @@ def export(
 
     Raises:
         UsageError: If there is no such run, or it has no test images to judge by.
-        KerasTransferError: If the model is worse than `min_accuracy`, or the bundle
-            does not agree with it. Nothing is published then.
+        KerasTransferError: If the model is worse than `min_accuracy`, the bundle does
+            not agree with it, or another process changed the run meanwhile. Nothing is
+            published then.
     """
     run = open_run(run)
     if keep is not None and keep < 1:
@@ -184,8 +194,8 @@ def export(
     if not is_folded:
         on_note("BatchNormalization is not folded: it would change what is predicted")
     image_size = trained.manifest.image_size
-    bundle = ServingBundle(network, image_size, run.class_names)
-    with _staging(run.run_dir) as staging:
+    bundle = ServingBundle(network, image_size, trained.class_names)
+    with temporary_directory(run.run_dir) as staging:
         tf.saved_model.save(tf.Module(), str(staging), bundle.signatures)
         (staging / "assets").rmdir()  # empty
         _finish_graph(staging)
@@ -193,8 +203,8 @@ def export(
         write_records(staging / RECORDS, _warmups(sample))
         about = _about(run, trained, is_folded, staging)
         write_atomic(staging / ABOUT, json.dumps(about, indent=1, ensure_ascii=False))
-        _verify(staging, sample, run.class_names)
-        version = _publish(staging, run.run_dir)
+        _verify(staging, sample, trained.class_names)
+        version = _publish(staging, run.run_dir, trained.identity)
     if keep is not None:
         _prune(run.run_dir, keep)
     return version
@@ -246,7 +256,7 @@ def _about(run: Run, trained: Trained, is_folded: bool, saved: Path) -> dict[str
         "run": run.run_dir.resolve().name,
         "base": manifest.base,
         "phase": manifest.phase,
-        "labels": run.class_names,
+        "labels": trained.class_names,
         "multi_label": manifest.multi_label,
         "image_size": manifest.image_size,
         "decoder_version": DECODER_VERSION,
@@ -350,51 +360,21 @@ def _difference(
     return ""
 
 
-@contextlib.contextmanager
-def _staging(run_dir: Path) -> Iterator[Path]:
-    """A hidden directory to build a version in; what killed processes left is removed.
-
-    A process holds a lock on its own, so that no other removes it.
-    """
-    for left_over in (*run_dir.glob(f"{_STAGING}*"), *run_dir.glob(f"{_PRUNED}*")):
-        with contextlib.suppress(OSError), locked(left_over) as is_held:
-            if is_held:
-                shutil.rmtree(left_over, ignore_errors=True)
-    with contextlib.ExitStack() as stack:
-        while True:
-            staging = Path(tempfile.mkdtemp(dir=run_dir, prefix=_STAGING))
-            stack.callback(shutil.rmtree, staging, ignore_errors=True)
-            # Another process may have removed it before it was locked.
-            with contextlib.suppress(BlockingIOError, FileNotFoundError):
-                stack.enter_context(locked(staging))
-                if staging.exists():
-                    break
-        yield staging
-
-
-def _publish(staging: Path, run_dir: Path) -> Path:
+def _publish(staging: Path, run_dir: Path, made_from: bytes) -> Path:
     """Gives a directory the next number; it is on the disk before it has it."""
-    staging.chmod(0o755)  # mkdtemp's 0700 would lock TensorFlow Serving out
-    for path in (*staging.rglob("*"), staging):
-        sync(path)
-    while True:
-        taken = [int(path.name) for path in version_dirs(run_dir)]
-        version = run_dir / str(max(taken, default=0) + 1)
-        try:
-            os.rename(staging, version)
-        except OSError:
-            if not version.exists():
-                raise
-        else:
-            sync(run_dir)
-            return version
+    settle(staging)
+    with committing(run_dir, made_from):
+        last = max((int(path.name) for path in version_dirs(run_dir)), default=0)
+        numbers = itertools.count(last + 1)
+        return rename_to_first_free(staging, (run_dir / str(n) for n in numbers))
 
 
 def _prune(run_dir: Path, keep: int) -> None:
     """Deletes all but the newest versions, each at once as far as a server sees."""
     versions = [path for path in version_dirs(run_dir) if path.is_dir()]
     for version in versions[:-keep]:
-        pruned = Path(tempfile.mkdtemp(dir=run_dir, prefix=_PRUNED))
-        with contextlib.suppress(FileNotFoundError):  # by another process
+        with (
+            temporary_directory(run_dir) as pruned,
+            contextlib.suppress(FileNotFoundError),  # pruned by another process
+        ):
             os.rename(version, pruned)
-        shutil.rmtree(pruned, ignore_errors=True)

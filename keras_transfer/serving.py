@@ -13,10 +13,7 @@ import numpy as np
 from keras_transfer.c_api import Request, Session
 from keras_transfer.data import Prediction, image_files, read_files
 from keras_transfer.errors import KerasTransferError, UsageError, refusal
-from keras_transfer.run import Run, open_run, version_dirs, write_atomic
-
-SERVING = "serving"
-"""The folder of a run with TensorFlow Serving's configuration."""
+from keras_transfer.run import SERVING, Run, open_run, version_dirs, write_atomic
 
 _BATCH = 16
 
@@ -166,6 +163,7 @@ def write_serving_config(run: str | Path | Run) -> tuple[Path, Path]:
     run = open_run(run)
     folder, run_dir = run.run_dir / SERVING, run.run_dir.resolve()
     folder.mkdir(exist_ok=True)
+    folder.chmod(0o755)  # whatever the umask, for the server reads it
     models, batching = folder / "models.config", folder / "batching.config"
     name, base_path = (
         text.replace("\\", "\\\\").replace('"', '\\"')

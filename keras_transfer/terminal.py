@@ -174,6 +174,11 @@ def show_run(run: Run) -> None:
         f"{seconds['forward']:.1f} s for the base), head {seconds['head']:.1f} s, "
         f"model {seconds['model']:.1f} s, total {seconds['total']:.1f} s.",
     )
+    if run.name != run.config.name:
+        console.print(
+            f"- Another process took or changed {run.config.name} meanwhile, which "
+            f"stays as it is; this run is {run.name}"
+        )
     console.print(f"Run: {run.run_dir}")
     console.print(
         f"Next: kt predict {run.run_dir} IMAGE..., or kt unfreeze-and-finetune "

@@ -1,8 +1,7 @@
 """What is published: asked through TensorFlow's C API, as TensorFlow Serving asks."""
 
+import contextlib
 import csv
-import errno
-import fcntl
 import io
 import json
 import os
@@ -12,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import CLASSES, draw, encode
+from conftest import CLASSES, draw, encode, fill
 from google.protobuf import text_format
 from PIL import Image
 from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
@@ -28,7 +28,7 @@ from test_decode import in_another_process, linux, peak_memory, png_bomb
 from test_unfreeze import SIZES, classifier, random_pixels
 
 import keras_transfer
-from keras_transfer import bundle, formats, savedmodel
+from keras_transfer import bundle, formats, prediction, savedmodel
 from keras_transfer.bundle import (
     TOLERANCE,
     disagreement,
@@ -42,7 +42,7 @@ from keras_transfer.errors import KerasTransferError, UsageError
 from keras_transfer.fold import convolutions_to_fold, folded_copy
 from keras_transfer.model import attach_head, build_head
 from keras_transfer.prediction import Predictor, load_model
-from keras_transfer.run import only_process, updating
+from keras_transfer.run import Run, building, new_run
 from keras_transfer.warmup import RECORDS, read_records, write_records
 
 SIZE = 64
@@ -93,10 +93,20 @@ def trained(runs_dir: Path, photos: Path) -> Path:
     return run.run_dir
 
 
+@contextlib.contextmanager
+def umask(mask: int) -> Iterator[None]:
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
 @pytest.fixture(scope="module")
 def exported(trained: Path) -> Path:
     """Its first version, which tests only read."""
-    return keras_transfer.export(trained)
+    with umask(0o077):
+        return keras_transfer.export(trained)
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +181,16 @@ def test_a_version_is_what_it_should_be(exported, trained):
     }
     assert exported.name == "1"
     assert not list(trained.glob(".*"))
-    assert exported.stat().st_mode & 0o777 == 0o755
+    assert modes(exported) == (0o755, 0o644)
+
+
+def modes(folder: Path) -> tuple[int, int]:
+    """What may be done with its folders and with its files, if it is the same."""
+    found: dict[bool, set[int]] = {True: set(), False: set()}
+    for path in (folder, *folder.rglob("*")):
+        found[path.is_dir()].add(path.stat().st_mode & 0o777)
+    (of_folders,), (of_files,) = found[True], found[False]
+    return of_folders, of_files
 
 
 def test_it_says_what_it_is(exported, trained):
@@ -533,19 +552,103 @@ def test_indices_are_those_of_the_classes():
     assert said == "indices are not those of the classes"
 
 
-def test_a_run_that_changes_meanwhile_is_not_published(kt, run_dir, monkeypatch):
-    def load(run):
-        with updating(run.run_dir) as staging:  # as fine-tuning does at its end
-            manifest = json.loads((run.run_dir / "manifest.json").read_text())
-            manifest["notes"].append("another model")
-            (staging / "manifest.json").write_text(json.dumps(manifest))
-        return load_model(run)
+def refit(run_dir: Path) -> None:
+    """Replaces a run by one that names its classes the other way round."""
+    run = Run(run_dir)
+    with building(new_run(run_dir.parent, run_dir.name, overwrite=True)) as staging:
+        for path in run_dir.iterdir():
+            if path.is_file():
+                shutil.copy(path, staging)
+        model = load_model(run)
+        layer = model.get_layer("head").get_layer("probabilities")
+        layer.set_weights([x[..., ::-1] for x in layer.get_weights()])
+        model.save(staging / "model.keras")
+        (staging / "labels.txt").write_text("\n".join(run.class_names[::-1]))
+        notes = [*run.manifest.notes, "fitted anew"]
+        manifest = run.manifest.model_copy(update={"notes": notes})
+        (staging / "manifest.json").write_text(manifest.model_dump_json())
 
-    monkeypatch.setattr(savedmodel, "load_model", load)
-    result = kt("export", run_dir)
+
+def replaced_while_read(monkeypatch, module, times: int) -> list[Path]:
+    """Has runs replaced between their model and what is read after it."""
+    replaced: list[Path] = []
+
+    def load(run, phase=None):
+        model = load_model(run, phase)
+        if len(replaced) < times:
+            replaced.append(run.run_dir)
+            refit(run.run_dir)
+        return model
+
+    monkeypatch.setattr(module, "load_model", load)
+    return replaced
+
+
+def test_model_and_labels_of_a_prediction_are_of_one_run(
+    kt, run_dir, photos, monkeypatch
+):
+    command = ("predict", run_dir, photos / "circle" / "00.jpg", "--top", 3)
+    before = kt(*command).stdout
+    replaced = replaced_while_read(monkeypatch, prediction, times=2)
+    assert kt(*command).stdout == before
+    assert len(replaced) == 2
+    assert Run(run_dir).class_names == [*CLASSES]  # of which each replaced the order
+
+
+def test_model_labels_and_images_of_an_evaluation_are_of_one_run(
+    kt, run_dir, monkeypatch
+):
+    before = json.loads(kt("evaluate", run_dir, "--json").stdout)
+    replaced = replaced_while_read(monkeypatch, prediction, times=1)
+    after = json.loads(kt("evaluate", run_dir, "--json").stdout)
+    assert len(replaced) == 1
+    assert Run(run_dir).class_names == [*CLASSES[::-1]]
+    assert after["classes"] == before["classes"]
+    assert after["confusion"] == [row[::-1] for row in before["confusion"][::-1]]
+
+
+@pytest.mark.parametrize("form", ["savedmodel", "keras"])
+def test_model_and_labels_of_an_export_are_of_one_run(kt, run_dir, form, monkeypatch):
+    replaced = replaced_while_read(monkeypatch, savedmodel, times=1)
+    result = kt("export", run_dir, "--format", form)
+    assert result.exit_code == 0, result.output
+    assert len(replaced) == 1
+    run, folder = Run(run_dir), run_dir / "exported" / "keras"
+    if form == "keras":
+        labels = (folder / "labels.txt").read_text().split()
+        model = keras.saving.load_model(folder / "model.keras", compile=False)
+        for one, other in zip(model.weights, load_model(run).weights, strict=True):
+            np.testing.assert_array_equal(one, other)
+    else:
+        about = (run_dir / "1" / "assets.extra/keras_transfer.json").read_text()
+        labels = json.loads(about)["labels"]
+    assert labels == run.class_names == [*CLASSES[::-1]]
+
+
+@pytest.mark.parametrize("form", ["savedmodel", "keras"])
+@pytest.mark.parametrize("change", ["while it is read", "while it is written"])
+def test_a_run_that_changes_meanwhile_is_not_published(
+    kt, run_dir, form, change, monkeypatch
+):
+    if change == "while it is read":
+        replaced_while_read(monkeypatch, savedmodel, times=1000)
+    else:
+        module = savedmodel if form == "savedmodel" else formats
+        written = module.write_atomic
+
+        def write(path, text):
+            if path.name == "keras_transfer.json":
+                refit(run_dir)
+            written(path, text)
+
+        monkeypatch.setattr(module, "write_atomic", write)
+    result = kt("export", run_dir, "--format", form)
     assert result.exit_code == 1
     assert "Another process changed the run" in result.stderr
-    assert not [p for p in run_dir.iterdir() if p.name.isdigit()]
+    assert str(run_dir) in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not [p for p in run_dir.iterdir() if p.name.isdigit() or p.name[0] == "."]
+    assert not (run_dir / "exported").exists()
 
 
 def test_a_warm_up_that_fails_is_not_published(run_dir, monkeypatch):
@@ -662,15 +765,15 @@ def check_kills(run_dir: Path, shares: list[float]) -> None:
             [sys.executable, "-c", loop, run_dir], stdout=subprocess.PIPE, text=True
         )
         process.stdout.readline()
-        before = set(run_dir.glob(".export.*"))
-        while not set(run_dir.glob(".export.*")) - before:
+        before = set(run_dir.glob(".kt-unfinished.*"))
+        while not set(run_dir.glob(".kt-unfinished.*")) - before:
             assert process.poll() is None
             time.sleep(0.01)
         time.sleep(share * seconds)
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
-        left_over += any(run_dir.glob(".export.*"))
+        left_over += any(run_dir.glob(".kt-unfinished.*"))
         for version in run_dir.glob("[0-9]*"):
             found = {
                 str(path.relative_to(version))
@@ -687,31 +790,6 @@ def check_kills(run_dir: Path, shares: list[float]) -> None:
 
 def test_killed_exports_leave_nothing_partial(run_dir):
     check_kills(run_dir, [0.0, 0.5])
-
-
-def refusing_locks(number: int):
-    def flock(*arguments):
-        raise OSError(number, os.strerror(number))
-
-    return flock
-
-
-def test_where_directories_are_not_locked_left_overs_stay(tmp_path, monkeypatch):
-    other = tmp_path / ".export.other"  # it may be a process's that writes there
-    other.mkdir()
-    monkeypatch.setattr(fcntl, "flock", refusing_locks(errno.EBADF))
-    with savedmodel._staging(tmp_path) as staging:
-        assert {*tmp_path.iterdir()} == {other, staging}
-    assert [*tmp_path.iterdir()] == [other]
-    with only_process(tmp_path):
-        pass
-
-
-def test_where_locking_fails_no_directory_is_left(tmp_path, monkeypatch):
-    monkeypatch.setattr(fcntl, "flock", refusing_locks(errno.EIO))
-    with pytest.raises(OSError), savedmodel._staging(tmp_path):
-        pass
-    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.slow
@@ -800,6 +878,7 @@ def test_a_format_that_disagrees_leaves_what_was_there(run_dir, monkeypatch):
     with pytest.raises(KerasTransferError, match="does not agree"):
         formats.export_format(run_dir, "keras")
     assert (first.path / "model.keras").read_bytes() == before
+    assert not list(run_dir.glob(".*"))
     assert not list(first.path.parent.glob(".*"))
 
 
@@ -817,7 +896,7 @@ def test_a_quantized_model_that_is_not_good_enough_is_refused(kt, run_dir, monke
     result = kt(*command, "--min-accuracy", 0.5)
     assert result.exit_code == 1
     assert "6 test images is 0.3333. Received: --min-accuracy 0.5" in result.stderr
-    assert not [*(run_dir / "exported").iterdir()]
+    assert not (run_dir / "exported").exists()
     assert kt(*command, "--min-accuracy", 0.3).exit_code == 0
 
 
@@ -843,7 +922,7 @@ def test_what_a_converter_refuses_is_one_line(kt, run_dir, monkeypatch, part):
     assert result.exit_code == 1
     expected = "Error: --format keras cannot express this model: unknown operation Foo."
     assert result.stderr == f"{expected} Nothing was exported.\n"
-    assert not [*(run_dir / "exported").iterdir()]
+    assert not (run_dir / "exported").exists()
 
 
 def test_a_package_that_is_missing_is_named(run_dir, kt, monkeypatch):
@@ -1021,12 +1100,30 @@ def test_api_refuses_to_keep_no_version(run_dir):
         keras_transfer.export(run_dir, keep=0)
 
 
-def test_a_run_that_cannot_be_written_to_is_one_line(kt, run_dir, monkeypatch):
-    def full(*arguments, **options):
-        raise OSError(28, "No space left on device", str(run_dir / ".export.x"))
+def test_whatever_the_umask_everyone_may_read_what_is_exported(kt, run_dir):
+    with umask(0o077):
+        options = ("--format", "keras", "--write-serving-config")
+        assert kt("export", run_dir, *options).exit_code == 0
+    assert modes(run_dir / "exported") == (0o755, 0o644)
+    assert modes(run_dir / "serving") == (0o755, 0o644)
 
-    monkeypatch.setattr(savedmodel.tempfile, "mkdtemp", full)
-    result = kt("export", run_dir)
+
+@pytest.mark.parametrize("form", ["savedmodel", "keras", "openvino", "onnx", "litert"])
+def test_on_a_full_disk_nothing_is_published_and_nothing_is_lost(
+    kt, run_dir, small_disk, form
+):
+    on_disk = small_disk / "run"
+    shutil.copytree(run_dir, on_disk)
+    for folder in ("1", f"exported/{form}"):
+        (on_disk / folder).mkdir(parents=True)
+        (on_disk / folder / "model").write_text("old")
+    before = {path: path.read_bytes() for path in on_disk.rglob("*") if path.is_file()}
+    fill(small_disk, 4_096)
+    result = kt("export", on_disk, "--format", form)
     assert result.exit_code == 1
-    assert "No space left on device" in result.stderr
+    assert result.stderr.startswith("Error: The disk is full. Received: ")
+    assert str(on_disk) in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+    assert {path for path in on_disk.rglob("*") if path.is_file()} == {*before}
+    assert {path: path.read_bytes() for path in before} == before
+    assert not list(on_disk.glob(".*"))

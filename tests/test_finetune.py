@@ -18,7 +18,7 @@ import keras
 import numpy as np
 import pytest
 import yaml
-from conftest import CLASSES, RUN_FILES, draw, encode
+from conftest import CLASSES, RUN_FILES, draw, encode, fill
 
 import keras_transfer
 from keras_transfer import activations as activations_module
@@ -980,6 +980,31 @@ def test_an_error_after_the_last_epoch_loses_none(
     assert_one_line(result, 1, "The disk is full.")
     tune(run_dir, *DROPOUT, "--resume", epochs=6)
     assert_same_result(run_dir, uninterrupted)
+
+
+@pytest.mark.parametrize("left", [0, 1_000_000])
+def test_on_a_full_disk_a_run_stays_as_it_was(guessing, kt, small_disk, left):
+    run_dir = Path(shutil.copytree(guessing, small_disk / "run"))
+    before = digests(run_dir)
+    fill(small_disk, left)  # not even for its config, or not for a checkpoint
+    result = kt("unfreeze-and-finetune", run_dir, *QUICK, "--epochs", 2)
+    assert_one_line(result, 1, "The disk is full. Received: ", str(small_disk))
+    assert digests(run_dir) == before
+    assert {path.name for path in run_dir.iterdir()} == {*before}
+
+
+def test_where_the_disk_is_full_after_an_epoch_it_is_gone_on_with(
+    unfinished, kt, small_disk
+):
+    run_dir = Path(shutil.copytree(unfinished, small_disk / "run"))
+    before = digests(run_dir)
+    fill(small_disk, 1_000_000)
+    result = kt("unfreeze-and-finetune", run_dir, "--resume")
+    assert_one_line(result, 1, "The disk is full. Received: ", str(small_disk))
+    assert digests(run_dir) == before
+    assert not [path for path in run_dir.rglob(".*")]
+    (small_disk / "filler").unlink()
+    assert kt("unfreeze-and-finetune", run_dir, "--resume").exit_code == 0
 
 
 def test_what_will_be_needed_is_read_before_training(guessing, kt, copy, monkeypatch):

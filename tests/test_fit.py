@@ -13,9 +13,10 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from conftest import CLASSES, RUN_FILES, draw, encode
+from conftest import CLASSES, RUN_FILES, draw, encode, fill
 
 import keras_transfer
+from keras_transfer import terminal
 from keras_transfer.config import load_config
 from keras_transfer.data import load as load_data
 from keras_transfer.errors import UsageError
@@ -185,13 +186,65 @@ def test_an_existing_run_is_kept_unless_told_otherwise(kt, photos):
     assert second.exit_code == 2
     assert "--name" in second.stderr and "--overwrite" in second.stderr
     assert manifest.read_bytes() == before
+    for name in ("1/saved_model.pb", "exported/keras/model.keras", "checkpoint/state"):
+        path = manifest.parent / name
+        path.parent.mkdir(parents=True)
+        path.write_text("of the run before")
     arguments = ["fit", photos, *SMALL, "--name", "same", "--weights", "none"]
     failing = kt(*arguments, "--overwrite", "--max-skipped", 2)
     assert failing.exit_code == 2
     assert manifest.read_bytes() == before
+    assert (manifest.parent / "checkpoint").exists()
     assert kt(*arguments, "--overwrite", "--seed", 1).exit_code == 0
     assert json.loads(manifest.read_text())["seed"] == 1
     assert [path.name for path in Path("saved_models").iterdir()] == ["same"]
+    # Of which a server goes on serving the versions that it had.
+    assert {path.name for path in manifest.parent.iterdir()} == RUN_FILES | {"1"}
+    assert (manifest.parent / "1" / "saved_model.pb").read_text() == "of the run before"
+
+
+def test_a_name_that_another_process_takes_meanwhile_stays_its(
+    run, photos, workspace, tmp_path, capsys
+):
+    def take_name(phase, done, total):
+        Path("saved_models/mine").mkdir(parents=True, exist_ok=True)
+        Path("saved_models/mine/manifest.json").write_text("its")
+
+    new = keras_transfer.fit(
+        str(photos),
+        image_size=64,
+        name="mine",
+        cache_dir=workspace / "cache",
+        on_progress=take_name,
+    )
+    assert Path("saved_models/mine/manifest.json").read_text() == "its"
+    assert new.run_dir == Path("saved_models/mine-2")
+    assert {path.name for path in new.run_dir.iterdir()} == RUN_FILES
+    terminal.show_run(new)
+    shown = capsys.readouterr().out
+    assert "took or changed mine meanwhile" in shown
+    assert "Run: saved_models/mine-2" in shown
+    terminal.show_run(run)
+    assert "meanwhile" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_on_a_full_disk_there_is_no_half_run(
+    run, kt, photos, workspace, small_disk, exists
+):
+    if exists:
+        shutil.copytree(run.run_dir, small_disk / "mine")
+    before = {path: path.read_bytes() for path in small_disk.glob("mine/*")}
+    fill(small_disk, 1_000_000)  # a model has 13
+    options = ("--cache-dir", workspace / "cache", "--name", "mine", "--overwrite")
+    result = kt("fit", photos, *SMALL, "--runs-dir", small_disk, *options)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: The disk is full. Received: ")
+    assert str(small_disk) in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    names = {"filler", "mine"} if exists else {"filler"}
+    assert {path.name for path in small_disk.iterdir()} == names
+    assert {path: path.read_bytes() for path in small_disk.glob("mine/*")} == before
 
 
 def test_labels_may_be_several(kt, tmp_path):
