@@ -54,7 +54,7 @@ def fill(cache: FeatureCache, *shards: range) -> Path:
         for i in numbers:
             table.add(digest(i), row(i))
         table.flush()
-    return table.folder
+    return cache.directory / SPEC.key()
 
 
 def held(cache: FeatureCache, asked: range) -> list[int]:
@@ -319,6 +319,7 @@ for i in range(first, last):
 filled.flush()
 """
     directory = cache.directory.parent
+    directory.mkdir()
     processes = [start(script, directory, *span) for span in ((0, 120), (80, 200))]
     for process in processes:
         assert process.stdout is not None
@@ -342,7 +343,7 @@ def test_prune_deletes_only_what_was_not_used(cache):
     table.add(digest(0), row(0))
     table.flush()
     age(folder, 40)
-    age(table.folder, 20)
+    age(cache.directory / other.key(), 20)
 
     listed = {found["view"]: found for found in cache.list()}
     assert {view: found["images"] for view, found in listed.items()} == {0: 6, 1: 1}
@@ -416,14 +417,20 @@ def test_a_file_in_the_way_of_the_cache_is_one_clear_line(tmp_path, blocked):
         True,
     ],
 )
-def test_a_read_only_cache_is_one_clear_line(public_directory, exists):
+def test_nothing_can_be_added_to_a_read_only_cache(public_directory, exists):
     cache = FeatureCache(public_directory)
     if exists:
         cache.directory.mkdir()
         cache.directory.chmod(0o555)
     public_directory.chmod(0o555)
-    with without_root_powers(), pytest.raises(KerasTransferError, match="--cache-dir"):
-        cache.table(SPEC)
+    with without_root_powers():
+        table = cache.table(SPEC)
+        assert digest(0) not in table
+        with pytest.raises(KerasTransferError, match="--cache-dir"):
+            table.prepare()
+        table.add(digest(0), row(0))
+        with pytest.raises(KerasTransferError, match="--cache-dir"):
+            table.flush()
 
 
 def test_the_cache_needs_no_tensorflow():
