@@ -37,6 +37,7 @@ from keras_transfer.run import locked, sync
 _SHARD_BYTES = 32 * 2**20
 _SHARD_SECONDS = 10.0
 _MOST_SMALL = 32  # shards of less than half that size, before they are merged
+_MOST_ATTEMPTS = 10  # to write a shard, while others prune its table
 _LARGEST_FLOAT16 = 65504.0
 _INDEX = np.dtype([("digest", "V32"), ("checksum", "<u4")])
 _KEYED = np.dtype([("key", "<u8"), ("rest", "V24")])  # a digest
@@ -177,8 +178,8 @@ class ShardStore:
                     self._write(files)
                     self._describe()
                     break
-                except FileNotFoundError:  # the table is being pruned
-                    if attempt == 3:
+                except (FileNotFoundError, FileExistsError):  # it is being pruned
+                    if attempt == _MOST_ATTEMPTS:
                         raise
         self._maps.pop(name, None)  # what it replaced
         return name
@@ -676,8 +677,11 @@ class _Folder:
         order = {".index": 0, ".json": 2}
         with _explained(self.path, "pruned"):
             for name in sorted(self.sizes, key=lambda x: order.get(Path(x).suffix, 1)):
-                with contextlib.suppress(FileNotFoundError):  # another prunes too
-                    (self.path / name).unlink()
+                path = self.path / name
+                # Another may have pruned it, or may be writing it.
+                with contextlib.suppress(FileNotFoundError, BlockingIOError):
+                    with locked(path):
+                        path.unlink()
                     freed += self.sizes[name]
             try:
                 self.path.rmdir()
@@ -695,7 +699,7 @@ def _as_table(path: Path) -> _Folder | None:
         text = (path / _SPEC).read_bytes() if _SPEC in sizes else b""
     own = {name: sizes[name] for name in sizes if _OWN_FILE.fullmatch(name)}
     if not text:
-        is_own, spec = len(own) == len(sizes), None
+        is_own, spec = own.keys() == {entry.name for entry in path.iterdir()}, None
     else:
         try:
             spec = FeatureSpec(**json.loads(text))
@@ -793,7 +797,8 @@ def _file_sizes(folder: Path) -> dict[str, int]:
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
             with contextlib.suppress(FileNotFoundError):  # merged, or pruned
-                sizes[entry.name] = entry.stat().st_size
+                if entry.is_file():
+                    sizes[entry.name] = entry.stat().st_size
     return sizes
 
 

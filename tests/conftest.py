@@ -1,8 +1,10 @@
 """Photos that the tests make, and a `kt` that runs in this process."""
 
+import contextlib
 import io
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -51,6 +53,14 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def public_directory() -> Iterator[Path]:
+    """A directory that other users may look into, unlike pytest's."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
+
+
+@pytest.fixture
 def kt() -> Callable[..., Result]:
     """Runs `kt ARGUMENT...` here; the result has exit_code, stdout and stderr."""
 
@@ -58,6 +68,19 @@ def kt() -> Callable[..., Result]:
         return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
     return run
+
+
+@contextlib.contextmanager
+def without_root_powers() -> Iterator[None]:
+    """Runs as a user whom file permissions bind."""
+    if os.getuid() != 0:
+        yield
+        return
+    os.setresuid(65_534, 65_534, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
 
 
 def draw(name: str, rng: np.random.Generator, size: int = 72) -> np.ndarray:
