@@ -14,7 +14,6 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from operator import itemgetter
 from pathlib import Path
 from typing import TypeVar
 
@@ -356,19 +355,17 @@ def read_files(
 
     def size(path: str) -> int:
         try:
-            return (root / path).stat().st_size
-        except OSError:
+            return os.path.getsize(os.path.join(root, path))
+        except (OSError, ValueError):  # `read` tells
             return 0
 
-    def read(item: tuple[str, int]) -> tuple[str, bytes | OSError]:
-        path, _ = item
+    def read(path: str) -> tuple[str, bytes | OSError]:
         try:
             return path, (root / path).read_bytes()
         except OSError as error:
             return path, error
 
-    sized = ((path, size(path)) for path in paths)
-    return map_ahead(read, sized, _READ_THREADS, weigh=itemgetter(1))
+    return map_ahead(read, paths, _READ_THREADS, weigh=size)
 
 
 def map_ahead(
@@ -388,9 +385,9 @@ def map_ahead(
         function: Called in the threads.
         items: What it is called with, one after the other.
         threads: How many.
-        ahead: At most so many items are taken before they are asked for.
-        weigh: From an item to its bytes. Once those that were taken before they are
-            asked for come to `MOST_BYTES_AHEAD`, no more are taken.
+        ahead: The most items that are taken before they are asked for.
+        weigh: From an item to its bytes. No more items are taken once those that were
+            not asked for yet come to `MOST_BYTES_AHEAD`.
     """
     limit = 4 * threads if ahead is None else ahead
     with ThreadPoolExecutor(threads) as pool:

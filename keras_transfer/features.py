@@ -45,7 +45,7 @@ _UNKNOWN, _SOUND, _DAMAGED = range(3)
 _VERSION = 1
 
 _SPEC = "spec.json"
-_SHARD = r"(?:[0-9a-f]{64}|\d{20}-[0-9a-f]{8})"  # the second: until version 0.1.0
+_SHARD = r"(?:[0-9a-f]{64}|\d{20}-[0-9a-f]{8})"  # by content; once, by time
 _TABLE_NAME = re.compile(r"[0-9a-f]{32}")
 _SHARD_NAME = re.compile(_SHARD)
 _OWN_FILE = re.compile(

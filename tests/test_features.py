@@ -71,7 +71,7 @@ def held(cache: FeatureCache, asked: range) -> list[int]:
 
 
 def write_old_shard(cache: FeatureCache, numbers: range) -> None:
-    """Writes rows as version 0.1.0 did, where a shard's name was a time."""
+    """Writes rows as was done while a shard's name was a time."""
     folder = cache.directory / SPEC.key()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "spec.json").write_text(json.dumps(dataclasses.asdict(SPEC), indent=1))
@@ -236,7 +236,7 @@ print(number, flush=True)
         assert [table["base"] for table in cache.list()] == ["base"]
 
 
-def test_shards_of_version_0_1_0_are_adopted(cache):
+def test_shards_that_are_named_by_time_are_adopted(cache):
     for first in (0, 4, 8):
         write_old_shard(cache, range(first, first + 4))
     assert cache.rows(SPEC) == 12
@@ -535,7 +535,7 @@ def test_only_the_temporary_files_of_dead_writers_are_removed(cache):
     assert held(cache, range(9)) == [0, 1, 7]
 
 
-def test_what_version_0_1_0_left_is_removed(cache):
+def test_what_writers_left_before_there_were_locks_is_removed(cache):
     folder = fill(cache, range(2))
     before = set(folder.iterdir())
     name = "01700000000000000000-0123abcd"
