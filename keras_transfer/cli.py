@@ -461,18 +461,48 @@ def cache_list(cache_dir: Path | None) -> None:
     terminal.show_cache(list(FeatureCache(cache_dir).list()))
 
 
+class _Bytes(click.ParamType):
+    """A size such as 20GB, 1.5TB or 500000000, in bytes."""
+
+    name = "size"
+    _units = {unit: 1000**power for power, unit in enumerate(("", "K", "M", "G", "T"))}
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", str(value).strip(), re.I)
+        if not found:
+            self.fail(f"{value!r} is not a size such as 20GB, 500MB or 0.", param, ctx)
+        return int(float(found[1]) * self._units[found[2].upper()])
+
+
 @cache.command("prune")
-@click.option("--unused-days", type=click.FloatRange(min=0), default=30.0)
+@click.option(
+    "--unused-days",
+    type=click.FloatRange(min=0),
+    help="Delete what was not used for so long; 0 deletes all. Default: 30, or no "
+    "limit with --max-size.",
+)
+@click.option(
+    "--max-size",
+    type=_Bytes(),
+    help="Delete what was not used for the longest time, until the rest fits.",
+)
 @_cache_dir
-def cache_prune(unused_days: float, cache_dir: Path | None) -> None:
-    """Delete features that were not used for some days; 0 deletes all.
+def cache_prune(
+    unused_days: float | None, max_size: int | None, cache_dir: Path | None
+) -> None:
+    """Delete features that were not used for some days, or that do not fit.
 
     \b
     kt cache prune --unused-days 7
+    kt cache prune --max-size 20GB
     """
     from keras_transfer.features import FeatureCache
 
-    deleted, freed = FeatureCache(cache_dir).prune(unused_days)
+    if unused_days is None and max_size is None:
+        unused_days = 30
+    deleted, freed = FeatureCache(cache_dir).prune(unused_days, max_size)
     click.echo(f"{deleted} tables deleted, {freed / 1e6:.1f} MB freed.")
 
 

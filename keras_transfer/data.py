@@ -24,7 +24,7 @@ from collections.abc import (
     Sequence,
     Set,
 )
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -61,6 +61,9 @@ _IMAGE_SUFFIXES = frozenset(
 )
 _READ_THREADS = 4
 _ROUNDING = 1e-6  # images
+
+MOST_BYTES_AHEAD = 2**26
+"""How many bytes of encoded images may wait to be worked on; see `map_ahead`."""
 
 Reader = Callable[[Sequence[str]], Iterator[tuple[str, bytes | OSError]]]
 """Yields (source, encoded bytes, or why they cannot be read) of the sources asked
@@ -397,13 +400,19 @@ def read_files(
 ) -> Iterator[tuple[str, bytes | OSError]]:
     """Reads files ahead in a few threads; yields (path, bytes or the error)."""
 
+    def size(path: str) -> int:
+        try:
+            return os.path.getsize(os.path.join(root, path))
+        except (OSError, ValueError):  # `read` tells
+            return 0
+
     def read(path: str) -> tuple[str, bytes | OSError]:
         try:
             return path, _read_file(root / path)
         except OSError as error:
             return path, error
 
-    return map_ahead(read, paths, threads=_READ_THREADS)
+    return map_ahead(read, paths, _READ_THREADS, weigh=size)
 
 
 def _read_file(path: Path) -> bytes:
@@ -422,20 +431,44 @@ def map_ahead(
     items: Iterable[_T],
     threads: int,
     ahead: int | None = None,
+    weigh: Callable[[_T], int] = lambda _: 0,
 ) -> Iterator[_R]:
-    """`map` in threads, in order, never more than `ahead` items before the consumer."""
+    """`map` in threads, in order, within bounds before the consumer.
+
+    A result is given away as soon as it is there: the first one does not wait until the
+    bounds are reached. Two items are taken for each result that nobody waited for, so
+    that they are reached all the same where the consumer is slower.
+
+    Args:
+        function: Called in the threads.
+        items: What it is called with, one after the other.
+        threads: How many.
+        ahead: The most items that are taken before they are asked for.
+        weigh: From an item to its bytes. No more items are taken once those that were
+            not asked for yet come to `MOST_BYTES_AHEAD`.
+    """
     limit = 4 * threads if ahead is None else ahead
     with ThreadPoolExecutor(threads) as pool:
-        pending: deque = deque()
+        pending: deque[tuple[Future[_R], int]] = deque()
+        weight = taken = 0
         try:
             for item in items:
-                pending.append(pool.submit(function, item))
-                if len(pending) > limit:
-                    yield pending.popleft().result()
+                pending.append((pool.submit(function, item), weigh(item)))
+                weight += pending[-1][1]
+                taken += 1
+                while pending and (
+                    len(pending) > limit
+                    or weight - pending[0][1] >= MOST_BYTES_AHEAD
+                    or (taken > 1 and pending[0][0].done())
+                ):
+                    future, size = pending.popleft()
+                    weight -= size
+                    taken = 0
+                    yield future.result()
             while pending:
-                yield pending.popleft().result()
+                yield pending.popleft()[0].result()
         finally:
-            for future in pending:
+            for future, _ in pending:
                 future.cancel()
 
 

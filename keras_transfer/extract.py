@@ -6,6 +6,7 @@ convert the model, it is Keras. Either way the model runs in inference mode: ran
 layers are off and BatchNormalization uses its stored statistics.
 """
 
+import contextlib
 import hashlib
 import itertools
 import os
@@ -348,7 +349,9 @@ def extract_features(
 
     def usable() -> Iterator[tuple[_ImageTag, np.ndarray]]:
         threads = os.cpu_count() or 1
-        items = map_ahead(decoded, missing(), threads, decoded_ahead)
+        items = map_ahead(
+            decoded, missing(), threads, decoded_ahead, weigh=lambda item: len(item[2])
+        )
         start = time.perf_counter()
         for digest, wanted, image in items:
             extraction.decode_seconds += time.perf_counter() - start
@@ -368,15 +371,15 @@ def extract_features(
         extractor = make_extractor(first[1])
         extraction.extractor = extractor
         extraction.tables = extraction.tables or make_tables(extractor.precision)
-        try:
+        with contextlib.ExitStack() as stack:
+            for table in extraction.tables:
+                table.prepare()
+                stack.callback(table.flush)
             for tags, outputs in extractor.run(itertools.chain([first], batches)):
                 for (digest, view, is_last), row in zip(tags, outputs, strict=True):
                     extraction.tables[view].add(digest, row)
                     if is_last:
                         on_image()
-        finally:
-            for table in extraction.tables:
-                table.flush()
     extraction.tables = extraction.tables or make_tables("f32")  # of no images
     for source, digest in list(extraction.digests.items()):
         if digest in unusable:
@@ -480,30 +483,41 @@ def frozen_features(
     def spec(precision: str, view: int) -> FeatureSpec:
         return part.spec(precision, view, dtype, engine)
 
+    sources = [source for _, table in splits.items() for source in table.sources]
+
+    def extract(cached: Precision | None, notes: Sequence[str] = ()) -> Extraction:
+        def make_extractor(sample: np.ndarray) -> Extractor:
+            made = extractor or Extractor(part.model, cached or "auto", sample, engine)
+            made.notes.extend(notes)
+            on_extractor(made, sample)
+            return made
+
+        seen = itertools.count(1)
+        return extract_features(
+            sources,
+            splits.read,
+            make_decoder(part.image_size),
+            make_extractor,
+            lambda name: [part.cache.table(spec(name, v)) for v in range(views + 1)],
+            cached,
+            make_augmenter(part.image_size, part.seed) if views else None,
+            dict.fromkeys(splits.train.sources, views),
+            lambda: on_progress("features", next(seen), len(sources)),
+            decoded_ahead=_WAITING_BYTES // (3 * part.image_size**2),
+        )
+
     cached: Precision | None = precision
     if precision == "auto":  # what was measured before stands
         f32, bf16 = (part.cache.rows(spec(name, view=0)) for name in ("f32", "bf16"))
         cached = None if not f32 + bf16 else "f32" if f32 >= bf16 else "bf16"
-
-    def make_extractor(sample: np.ndarray) -> Extractor:
-        made = extractor or Extractor(part.model, cached or "auto", sample, engine)
-        on_extractor(made, sample)
-        return made
-
-    sources = [source for _, table in splits.items() for source in table.sources]
-    seen = itertools.count(1)
-    extraction = extract_features(
-        sources,
-        splits.read,
-        make_decoder(part.image_size),
-        make_extractor,
-        lambda name: [part.cache.table(spec(name, v)) for v in range(views + 1)],
-        cached,
-        make_augmenter(part.image_size, part.seed) if views else None,
-        dict.fromkeys(splits.train.sources, views),
-        lambda: on_progress("features", next(seen), len(sources)),
-        decoded_ahead=_WAITING_BYTES // (3 * part.image_size**2),
-    )
+    try:
+        extraction = extract(cached)
+    except UsageError:
+        if precision != "auto" or cached != "bf16":
+            raise
+        cached = "f32"
+        note = "precision f32: what is cached as bfloat16 cannot be added to here"
+        extraction = extract(cached, [note])
     return FrozenFeatures(
         extraction,
         cached or (extraction.extractor.precision if extraction.extractor else "f32"),

@@ -1,8 +1,10 @@
 """Photos that the tests make, and a `kt` that runs in this process."""
 
+import contextlib
 import io
 import os
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -52,6 +54,14 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def public_directory() -> Iterator[Path]:
+    """A directory that other users may look into, unlike pytest's."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
+
+
+@pytest.fixture
 def kt() -> Callable[..., Result]:
     """Runs `kt ARGUMENT...` here; the result has exit_code, stdout and stderr."""
 
@@ -82,6 +92,19 @@ def fill(disk: Path, left: int) -> None:
     found = os.statvfs(disk)
     with filler.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, found.f_bavail * found.f_frsize - left)
+
+
+@contextlib.contextmanager
+def without_root_powers() -> Iterator[None]:
+    """Runs as a user whom file permissions bind."""
+    if os.getuid() != 0:
+        yield
+        return
+    os.setresuid(65_534, 65_534, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
 
 
 def draw(name: str, rng: np.random.Generator, size: int = 72) -> np.ndarray:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -16,6 +17,7 @@ from click.testing import CliRunner
 from keras_transfer.bases import BASES
 from keras_transfer.cli import main
 from keras_transfer.config import load_config
+from keras_transfer.features import FeatureCache, FeatureSpec
 from keras_transfer.terminal import printable
 
 ROOT = Path(__file__).parents[1]
@@ -260,8 +262,48 @@ def test_the_cache_is_listed_and_pruned(kt, photos):
     path = Path(kt("cache", "path").stdout.strip())
     assert len(list(path.iterdir())) == 1
     assert kt("cache", "prune").stdout.startswith("0 tables")
+    prune = ["cache", "prune", "--max-size"]
+    assert kt(*prune, "1GB", "--unused-days", 9).stdout.startswith("0 tables")
+    assert kt(*prune, "0.001 kb").stdout.startswith("1 tables")
+    assert list(path.iterdir()) == []
+    kt("fit", photos, "--image-size", 32, "--name", "y")
     assert kt("cache", "prune", "--unused-days", 0).stdout.startswith("1 tables")
     assert list(path.iterdir()) == []
+
+
+def test_what_a_size_limit_keeps_has_no_age_limit(kt):
+    cache = FeatureCache()
+    for view in range(2):
+        table = cache.table(FeatureSpec("base", "", 1, "", "f32", 1, view))
+        table.add(bytes(32), np.zeros(50_000, np.float32))
+        table.flush()
+        for folder in cache.directory.iterdir():
+            os.utime(folder, (1e9 + view, 1e9 + view))
+    (oldest, *_) = (found["view"] for found in cache.list() if found["view"] == 0)
+    assert oldest == 0
+    for size in ("20GB", "1 tb", "401KB", "500000"):
+        assert kt("cache", "prune", "--max-size", size).stdout.startswith("0 tables")
+    result = kt("cache", "prune", "--max-size", "399.9k")
+    assert result.stdout == "1 tables deleted, 0.2 MB freed.\n"
+    assert kt("cache", "prune").stdout.startswith("1 tables")
+
+
+@pytest.mark.parametrize("size", ["-1", "20XB", "GB", "1e3", "", "20GiB"])
+def test_what_is_no_size_is_refused(kt, size):
+    result = kt("cache", "prune", "--max-size", size)
+    assert result.exit_code == 2
+    assert repr(size) in result.stderr and "20GB" in result.stderr
+
+
+def test_prune_deletes_no_source_code(kt):
+    source = Path("features/login/page.py")
+    source.parent.mkdir(parents=True)
+    source.write_text("pass")
+    (source.parents[1] / "conftest.py").touch()
+    for options in (("--unused-days", 0), ("--max-size", 0)):
+        result = kt("cache", "prune", "--cache-dir", ".", *options)
+        assert result.stdout == "0 tables deleted, 0.0 MB freed.\n"
+    assert source.exists() and (source.parents[1] / "conftest.py").exists()
 
 
 def test_every_base_is_listed(kt):

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from keras_transfer import data
 from keras_transfer.config import SplitsConfig
 from keras_transfer.data import (
     Splits,
@@ -1106,6 +1107,76 @@ def test_mapping_ahead_keeps_the_order_and_its_distance(ahead):
         furthest = max(furthest, taken - count)
     assert count == 40
     assert furthest == ahead
+
+
+def test_a_result_does_not_wait_until_enough_was_taken_ahead():
+    taken, done = 0, threading.Semaphore(0)
+
+    def items():
+        nonlocal taken
+        for taken in range(1, 101):  # noqa: B020
+            yield taken
+            done.acquire(timeout=10)  # slower than the function
+
+    def function(item: int) -> int:
+        done.release()
+        return item
+
+    furthest = 0
+    for count, result in enumerate(map_ahead(function, items(), 2, ahead=20), 1):
+        assert result == count
+        assert taken <= 3 * count + 3
+        furthest = max(furthest, taken - count)
+    assert count == 100
+    assert furthest == 20  # which a slow consumer leaves time for
+
+
+@pytest.mark.parametrize("sizes", [[30] * 40, [500, 1, 1, 500, 500] * 3])
+def test_mapping_ahead_is_bounded_by_bytes(monkeypatch, sizes):
+    monkeypatch.setattr(data, "MOST_BYTES_AHEAD", 100)
+    waiting = furthest = 0
+
+    def items():
+        nonlocal waiting, furthest
+        for size in sizes:
+            waiting += size
+            furthest = max(furthest, waiting)
+            yield size
+
+    def slow(size: int) -> int:
+        time.sleep(0.002)
+        return size
+
+    results = []
+    for size in map_ahead(slow, items(), 2, ahead=20, weigh=lambda size: size):
+        results.append(size)
+        waiting -= size
+    assert results == sizes
+    assert furthest <= 100 + 2 * max(sizes)  # the next one, and the last one taken
+
+
+def test_large_files_are_not_all_read_ahead(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "MOST_BYTES_AHEAD", 40_000)
+    names = [f"{i:02d}.jpg" for i in range(30)]
+    for i, name in enumerate(names):
+        (tmp_path / name).write_bytes(bytes([i]) * 10_000)
+    names.insert(3, "missing.jpg")
+    read_bytes, read = Path.read_bytes, []
+
+    def counting(path: Path) -> bytes:
+        read.append(path)
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", counting)
+    furthest = 0
+    for count, (name, content) in enumerate(data.read_files(names, tmp_path), 1):
+        assert name == names[count - 1]
+        if name != "missing.jpg":
+            assert content == bytes([int(name[:2])]) * 10_000
+        time.sleep(0.002)
+        furthest = max(furthest, len(read) - count)
+    assert count == len(read) == 31
+    assert 3 <= furthest <= 5
 
 
 def test_mapping_ahead_runs_in_threads_at_once():

@@ -8,21 +8,30 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import CLASSES, draw, encode
+from conftest import CLASSES, draw, encode, without_root_powers
 
+from keras_transfer import data as data_module
 from keras_transfer import extract
 from keras_transfer.augment import make_augmenter
 from keras_transfer.bases import get_base
 from keras_transfer.data import read_files
 from keras_transfer.decode import make_decoder
-from keras_transfer.errors import UsageError
-from keras_transfer.extract import BATCH_SIZE, Extractor, extract_features
+from keras_transfer.errors import KerasTransferError, UsageError
+from keras_transfer.extract import (
+    BATCH_SIZE,
+    Extractor,
+    FrozenPart,
+    extract_features,
+    frozen_features,
+)
 from keras_transfer.features import FeatureCache, FeatureSpec
 from keras_transfer.model import build_base
 
@@ -444,11 +453,11 @@ def test_all_files_may_be_unusable(pipeline):
 @pytest.mark.parametrize(
     ("place", "engine", "kept"),
     [
-        ("on_image", "openvino", 50),
-        ("on_image", "keras", 50),
-        # Of the 49 that were read, 9 were still to be decoded.
-        ("read", "keras", 40),
-        ("read", "openvino", 40),
+        ("on_image", "openvino", {50}),
+        ("on_image", "keras", {50}),
+        # Of the 49 that were read, up to 9 were still to be decoded.
+        ("read", "keras", {40, 48}),
+        ("read", "openvino", {40, 48}),
     ],
 )
 def test_what_is_finished_when_interrupted_is_kept(
@@ -480,8 +489,105 @@ def test_what_is_finished_when_interrupted_is_kept(
     pipeline.forget()
     extraction = pipeline.run()
     assert extraction.decoded == sum(pipeline.decodes.values()) == pipeline.images_run
-    assert extraction.decoded == 60 - kept
+    assert 60 - extraction.decoded in kept
     pipeline.check(extraction, pipeline.sources())
+
+
+@pytest.fixture
+def many(tmp_path, photos, small):
+    """A pipeline of 60 photos."""
+    for path in photos.glob("*/*.jpg"):
+        shutil.copy(path, tmp_path / f"{path.parent.name}{path.name}")
+    return Pipeline(tmp_path, small)
+
+
+def test_the_first_batch_does_not_wait_for_many_images(many, monkeypatch):
+    read, done = 0, threading.Semaphore(0)
+    decode, make_extractor = many.decode, many.make_extractor
+    read_before = []
+
+    def slow_read(sources):
+        nonlocal read
+        for item in many.read(sources):
+            read += 1
+            yield item
+            done.acquire(timeout=10)
+
+    def decode_and_tell(encoded):
+        pixels = decode(encoded)
+        done.release()
+        return pixels
+
+    def told(sample):
+        read_before.append(read)
+        return make_extractor(sample)
+
+    monkeypatch.setattr(many, "decode", decode_and_tell)
+    monkeypatch.setattr(many, "make_extractor", told)
+    extraction = many.run(read=slow_read, decoded_ahead=446)
+    assert extraction.decoded == read == 60
+    assert BATCH_SIZE <= read_before[0] <= 3 * BATCH_SIZE
+
+
+def test_encoded_images_that_wait_are_bounded_by_bytes(many, monkeypatch):
+    monkeypatch.setattr(data_module, "MOST_BYTES_AHEAD", 20_000)
+    decode, lock = many.decode, threading.Lock()
+    waiting = furthest = largest = 0
+
+    def counting_read(sources):
+        nonlocal waiting, furthest, largest
+        for source, encoded in many.read(sources):
+            with lock:
+                waiting += len(encoded)
+                furthest = max(furthest, waiting)
+                largest = max(largest, len(encoded))
+            yield source, encoded
+
+    def slow_decode(encoded):
+        nonlocal waiting
+        time.sleep(0.005)
+        with lock:
+            waiting -= len(encoded)
+        return decode(encoded)
+
+    monkeypatch.setattr(many, "decode", slow_decode)
+    assert many.run(read=counting_read, decoded_ahead=446).decoded == 60
+    assert 10_000 < furthest <= 20_000 + 2 * largest
+
+
+def test_a_warm_cache_that_is_read_only_works(public_directory, photos, small):
+    for index in range(9):
+        shutil.copy(photos / "circle" / f"{index:02d}.jpg", public_directory)
+    pipeline = Pipeline(public_directory, small)
+    first = pipeline.run()
+    shutil.copy(photos / "square" / "00.jpg", public_directory / "new.jpg")
+    for path in (*pipeline.cache.directory.rglob("*"), pipeline.cache.directory):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    with without_root_powers():
+        second = pipeline.run(sorted(first.digests))
+        assert (second.decoded, second.extractor) == (0, None)
+        pipeline.check(second, sorted(first.digests))
+        with pytest.raises(KerasTransferError, match="cannot be written"):
+            pipeline.run()
+
+
+def test_where_one_table_cannot_be_written_the_others_are(many):
+    views = dict.fromkeys(many.sources(), 1)
+    key = FeatureSpec("base", "", SMALL, "", "f32", 1, 0).key()
+    folder = many.cache.directory / key
+
+    def put_a_file_in_its_way() -> None:
+        if folder.is_dir():
+            shutil.rmtree(folder)
+            folder.touch()
+
+    with pytest.raises(KerasTransferError, match="cannot be written"):
+        many.run(views=views, on_image=put_a_file_in_its_way)
+    folder.unlink()
+    many.forget()
+    extraction = many.run(views=views)
+    assert (extraction.decoded, many.images_run) == (60, 60)
+    many.check(extraction, many.sources(), view=1)
 
 
 def test_views_are_cached_for_the_images_that_have_them(pipeline):
@@ -521,6 +627,66 @@ def test_the_extractor_decides_a_precision_that_is_open(pipeline, monkeypatch):
     pipeline.check(extraction, pipeline.sources())
     assert pipeline.run(precision="bf16").decoded == 20
     assert pipeline.run(precision="f32").decoded == 0
+
+
+@pytest.fixture
+def part(tmp_path):
+    image = keras.Input((SMALL, SMALL, 3))
+    x = keras.layers.Conv2D(4, 3, activation="relu")(image)
+    model = keras.Model(image, keras.layers.GlobalAveragePooling2D()(x))
+    cache = FeatureCache(tmp_path / "cache")
+    return FrozenPart(model, "base", "weights", "pool", 0, cache)
+
+
+def keep_bf16(part: FrozenPart, digests) -> None:
+    """As a CPU that has bfloat16 would."""
+    table = part.cache.table(part.spec("bf16", 0, "float32"))
+    for digest in digests:
+        table.add(digest, np.zeros(4, np.float32))
+    table.flush()
+
+
+def no_bf16(monkeypatch) -> None:
+    monkeypatch.setattr(extract, "cpu_has_bf16", lambda: False)
+
+
+def a_gpu(monkeypatch) -> None:
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [kind])
+
+
+@pytest.mark.parametrize("make", [no_bf16, a_gpu])
+def test_auto_computes_float32_where_bfloat16_cannot_be_added_to(
+    part, photos, monkeypatch, make
+):
+    splits = data_module.load(str(photos))
+    keep_bf16(part, [bytes([i]) * 32 for i in range(99)])
+    make(monkeypatch)
+    with pytest.raises(UsageError, match="bfloat16"):
+        frozen_features(part, splits, 0, "bf16")
+    told = []
+    found = frozen_features(
+        part, splits, 0, "auto", on_extractor=lambda e, _: told.extend(e.notes)
+    )
+    assert found.precision == "f32"
+    assert found.extraction.decoded == 60
+    assert any(note.startswith("precision f32: ") for note in told)
+    pixels = [
+        make_decoder(SMALL)((photos / s).read_bytes()) for s in splits.val.sources
+    ]
+    rows = found.rows(splits.val.sources)[:]
+    assert difference(rows, by_keras(part.model, np.stack(pixels))) < 1e-4
+
+    again = frozen_features(part, splits, 0, "auto")
+    assert (again.precision, again.extraction.extractor) == ("f32", None)
+
+
+def test_auto_takes_bfloat16_that_is_cached_on_any_cpu(part, photos, monkeypatch):
+    splits = data_module.load(str(photos))
+    files = [(photos / s).read_bytes() for _, t in splits.items() for s in t.sources]
+    keep_bf16(part, [hashlib.sha256(file).digest() for file in files])
+    monkeypatch.setattr(extract, "cpu_has_bf16", lambda: pytest.fail("not needed"))
+    found = frozen_features(part, splits, 0, "auto")
+    assert (found.precision, found.extraction.extractor) == ("bf16", None)
 
 
 @pytest.fixture(scope="module")
