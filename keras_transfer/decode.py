@@ -105,8 +105,12 @@ def is_nearly_black(encoded: bytes, pixels: np.ndarray) -> bool:
         encoded: An image file.
         pixels: uint8 `[H, W, 3]`, what it was decoded to.
     """
-    is_16_bit = encoded[:4] == b"\x89PNG" and encoded[24:25] == b"\x10"
-    return is_16_bit and int(pixels.max()) <= 2**12 >> 8
+    return is_16_bit_png(encoded) and int(pixels.max()) <= 2**12 >> 8
+
+
+def is_16_bit_png(encoded: bytes) -> bool:
+    """Whether a file is a PNG of 16 bits a channel, by its header."""
+    return encoded[:4] == b"\x89PNG" and encoded[24:25] == b"\x10"
 
 
 @functools.cache

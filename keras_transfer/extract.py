@@ -24,7 +24,12 @@ import tensorflow as tf
 from keras_transfer.augment import AUGMENT_VERSION, make_augmenter
 from keras_transfer.config import Precision
 from keras_transfer.data import Reader, Splits, map_ahead
-from keras_transfer.decode import DECODER_VERSION, make_decoder
+from keras_transfer.decode import (
+    DECODER_VERSION,
+    is_16_bit_png,
+    is_nearly_black,
+    make_decoder,
+)
 from keras_transfer.errors import DecodeError, UsageError
 from keras_transfer.features import FeatureCache, Features, FeatureSpec, FeatureTable
 
@@ -38,6 +43,7 @@ MAX_BF16_ERROR = 0.01
 Engine = Literal["openvino", "keras"]
 
 _WAITING_BYTES = 2**26
+_MOST_CHECKED = 64  # 16-bit PNGs that are decoded for no other reason
 
 _Tag = TypeVar("_Tag")
 _ImageTag = tuple[bytes, int, bool]  # digest, view, whether it is the image's last view
@@ -269,7 +275,9 @@ class Extraction:
         extractor: What ran the base; None if nothing was missing.
         digests: SHA-256 of the bytes of each image that has features.
         skipped: Why each image that has none could not be used.
-        decoded: Number of images decoded.
+        nearly_black: Digests of 16-bit PNGs that use 12 bits or fewer; of images whose
+            features were cached, only the first `_MOST_CHECKED` are looked at.
+        decoded: Number of images decoded for their features.
         decode_seconds: How long was waited for images to be read and decoded.
     """
 
@@ -277,6 +285,7 @@ class Extraction:
     extractor: Extractor | None = None
     digests: dict[str, bytes] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    nearly_black: set[bytes] = field(default_factory=set)
     decoded: int = 0
     decode_seconds: float = 0.0
 
@@ -317,6 +326,7 @@ def extract_features(
     extraction = Extraction(tables=make_tables(precision) if precision else ())
     unusable: dict[bytes, str] = {}
     started: set[tuple[bytes, int]] = set()
+    checked = itertools.count()
 
     def missing() -> Iterator[tuple[bytes, list[int], bytes]]:
         for source, encoded in read(sources):
@@ -332,8 +342,8 @@ def extract_features(
                 if (digest, view) not in started
                 and not (precision and digest in extraction.tables[view])
             ]
-            if wanted:
-                started.update((digest, view) for view in wanted)
+            started.update((digest, view) for view in wanted)
+            if wanted or (is_16_bit_png(encoded) and next(checked) < _MOST_CHECKED):
                 yield digest, wanted, encoded
             else:
                 on_image()
@@ -343,9 +353,12 @@ def extract_features(
     ) -> tuple[bytes, list[int], np.ndarray | DecodeError]:
         digest, wanted, encoded = item
         try:
-            return digest, wanted, decode(encoded)
+            pixels = decode(encoded)
         except DecodeError as error:
             return digest, wanted, error
+        if is_nearly_black(encoded, pixels):
+            extraction.nearly_black.add(digest)
+        return digest, wanted, pixels
 
     def usable() -> Iterator[tuple[_ImageTag, np.ndarray]]:
         threads = os.cpu_count() or 1
@@ -357,6 +370,8 @@ def extract_features(
             extraction.decode_seconds += time.perf_counter() - start
             if isinstance(image, DecodeError):
                 unusable[digest] = str(image)
+                on_image()
+            elif not wanted:
                 on_image()
             else:
                 extraction.decoded += 1
@@ -485,8 +500,16 @@ def frozen_features(
 
     sources = [source for _, table in splits.items() for source in table.sources]
 
+    training = set(splits.train.sources)
+
+    def read(sources: Sequence[str]) -> Iterator[tuple[str, bytes | OSError]]:
+        """Training images first: what the first ones decide, no others may decide."""
+        yield from splits.read([source for source in sources if source in training])
+        yield from splits.read([source for source in sources if source not in training])
+
     def extract(cached: Precision | None, notes: Sequence[str] = ()) -> Extraction:
         def make_extractor(sample: np.ndarray) -> Extractor:
+            sample = sample[: max(len(training), 1)]
             made = extractor or Extractor(part.model, cached or "auto", sample, engine)
             made.notes.extend(notes)
             on_extractor(made, sample)
@@ -495,7 +518,7 @@ def frozen_features(
         seen = itertools.count(1)
         return extract_features(
             sources,
-            splits.read,
+            read,
             make_decoder(part.image_size),
             make_extractor,
             lambda name: [part.cache.table(spec(name, v)) for v in range(views + 1)],

@@ -413,7 +413,17 @@ def doubts(splits: Splits, usable: Splits, extraction: Extraction) -> list[str]:
         if torn
         else []
     )
+    black = sum(digest in extraction.nearly_black for digest in digests.values())
+    too_dark = (
+        [
+            f"{black} images are PNGs of 16 bits that use 12 or fewer, and so nearly "
+            "black. Multiply their pixels by 16, or save them in 8 bits."
+        ]
+        if black
+        else []
+    )
     return [
+        *too_dark,
         *(line for line in usable.absent_classes() if line not in known),
         *usable.shared(digests, "are byte for byte in"),
         *contradictions,

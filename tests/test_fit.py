@@ -8,18 +8,22 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 from conftest import CLASSES, RUN_FILES, draw, encode, fill
+from PIL import Image
 
 import keras_transfer
 from keras_transfer import terminal
 from keras_transfer.config import load_config
 from keras_transfer.data import load as load_data
 from keras_transfer.errors import UsageError
+from keras_transfer.extract import frozen_features
+from keras_transfer.feature_extraction import frozen_base
 from keras_transfer.inputs import prepare
 from keras_transfer.prediction import run_splits, sample_images
 from keras_transfer.run import Run
@@ -491,3 +495,43 @@ def test_the_embedded_default_needs_nothing(kt):
     result = kt("fit", "digits", "--image-size", 32, "--name", "digits")
     assert result.exit_code == 0, result.output
     assert keras_transfer.open_run("digits").metrics["fit"]["test"]["accuracy"] > 0.85
+
+
+def test_16_bit_images_that_use_12_bits_are_noted(kt, tmp_path):
+    rng = np.random.default_rng(0)
+    for index in range(40):
+        name = ("dark", "light")[index % 2]
+        pixels = rng.integers(
+            0, 2**12 if name == "dark" else 2**16, (40, 40), np.uint16
+        )
+        path = tmp_path / "scans" / name / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    note = "20 images are PNGs of 16 bits that use 12 or fewer"
+    for name, forwarded in (("first", 40), ("second", 0)):  # from the cache, too
+        result = kt("fit", tmp_path / "scans", *SMALL, "--name", name)
+        assert result.exit_code == 0, result.output
+        assert note in result.stderr
+        assert keras_transfer.open_run(name).manifest.images_decoded == forwarded
+
+
+def test_the_precision_is_chosen_on_training_images_only(photos):
+    splits = load_data(str(photos))
+    reversed_reader = replace(
+        splits, read=lambda names: reversed(list(splits.read(names)))
+    )
+    config = prepare(
+        load_config(None, {"data": str(photos), "image_size": 64}), makes_run=False
+    ).config
+    seen = []
+    frozen_features(
+        frozen_base(config),
+        reversed_reader,
+        0,
+        "f32",
+        on_extractor=lambda _, sample: seen.append(sample),
+    )
+    training = sample_images(splits, 64, len(splits.train))
+    known = {pixels.tobytes() for _, _, pixels in training}
+    assert all(pixels.tobytes() in known for pixels in seen[0])
+    assert len(seen[0]) == 8
