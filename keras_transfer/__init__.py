@@ -15,6 +15,7 @@ feature_extraction, unfreeze, activations, optim, tail, finetune, advice, eviden
 ranking, terminal, cli.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -57,5 +58,7 @@ def __getattr__(name: str) -> Any:
     """Imports a workflow, and with it TensorFlow, when it is first asked for."""
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # TensorFlow would take all memory of a GPU; it reads this when it is imported.
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     module, attribute = _LAZY[name]
     return getattr(import_module(module), attribute)

@@ -14,7 +14,7 @@ from tensorflow.python.framework.convert_to_constants import (
     convert_variables_to_constants_v2,
 )
 
-from keras_transfer.decode import decode_image, resize_image
+from keras_transfer.decode import decode_image, require, resize_image
 from keras_transfer.errors import KerasTransferError
 from keras_transfer.fold import folded_copy
 from keras_transfer.model import POOL
@@ -141,7 +141,7 @@ class ServingBundle:
 
     def _predict_bytes(self, image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
         """Encoded images -> classification."""
-        return self._predict_tensor(self._decode(image_bytes))
+        return self._predict_pixels(self._decode(image_bytes))
 
     def _predict_images(self, images: tf.Tensor) -> dict[str, tf.Tensor]:
         """uint8 `[N, H, W, 3]` RGB images, upright, of any size -> classification."""
@@ -151,10 +151,16 @@ class ServingBundle:
             parallel_iterations=_PARALLEL,
             fn_output_signature=self._square(tf.uint8),
         )
-        return self._predict_tensor(tf.cast(pixels, tf.float32))
+        return self._predict_pixels(tf.cast(pixels, tf.float32))
 
     def _predict_tensor(self, images: tf.Tensor) -> dict[str, tf.Tensor]:
         """float32 `[N, image_size, image_size, 3]` in [0, 255] -> classification."""
+        is_finite = tf.reduce_all(tf.math.is_finite(images))
+        return self._predict_pixels(
+            require(images, is_finite, "pixels that are not finite numbers")
+        )
+
+    def _predict_pixels(self, images: tf.Tensor) -> dict[str, tf.Tensor]:
         probabilities = self._network(images)["probabilities"]
         top = min(TOP, len(self._class_names))
         scores, indices = tf.math.top_k(probabilities, top)
@@ -197,8 +203,10 @@ def _function(
     It first makes sure of the shape: a session does not, and TensorFlow aborts where
     a tensor of another rank reaches some kernels.
     """
-    return tf.function(
-        lambda tensor: method(tf.ensure_shape(tensor, spec.shape)),
-        input_signature=[spec],
-        autograph=False,
-    )
+
+    def signature(tensor: tf.Tensor) -> dict[str, tf.Tensor]:
+        tensor = tf.ensure_shape(tensor, spec.shape)
+        is_filled = tf.shape(tensor)[0] > 0
+        return method(require(tensor, is_filled, "an empty batch; send an image"))
+
+    return tf.function(signature, input_signature=[spec], autograph=False)

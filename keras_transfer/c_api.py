@@ -259,6 +259,8 @@ def answer_elsewhere(
         [sys.executable, "-P", "-c", code],
         input=pickle.dumps((saved_model, requests)),
         capture_output=True,
+        # Verification needs no GPU, and must not take the memory of one.
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1"},
     )
     if process.returncode:
         said = process.stderr.decode(errors="replace").strip().splitlines()
@@ -295,13 +297,12 @@ def _library() -> ctypes.CDLL:
         raise KerasTransferError("TensorFlow is not installed.")
     folder = Path(spec.origin).parent
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read when it is loaded
-    suffix = "2.dylib" if sys.platform == "darwin" else "so.2"
-    framework, library_name = (
-        str(folder / f"libtensorflow_{part}.{suffix}") for part in ("framework", "cc")
-    )
+    is_mac = sys.platform == "darwin"
+    path = folder / f"libtensorflow_cc.{'2.dylib' if is_mac else 'so.2'}"
     try:
-        ctypes.CDLL(framework, ctypes.RTLD_GLOBAL)
-        library = ctypes.CDLL(library_name)
+        # Its symbols stay its own: it has an OpenSSL inside, which would replace the
+        # one that Python's ssl and hashlib use.
+        library = ctypes.CDLL(str(path), ctypes.RTLD_LOCAL)
     except OSError as error:
         raise KerasTransferError(
             f"TensorFlow's C library cannot be loaded from {folder}: {error}."

@@ -332,20 +332,26 @@ def export(
 
 @main.command()
 @click.argument("run", type=_PATH)
+@click.argument("flags", nargs=-1, metavar="[-- FLAG...]")
+@click.option("--host", default="127.0.0.1", help="Address; 0.0.0.0 for all.")
 @click.option("--port", type=click.IntRange(1, 65535), default=8500, help="Of gRPC.")
 @click.option("--rest-port", type=click.IntRange(1, 65535), default=8501)
-def serve(run: Path, port: int, rest_port: int) -> None:
+def serve(
+    run: Path, flags: tuple[str, ...], host: str, port: int, rest_port: int
+) -> None:
     """Serve a RUN's exported versions with TensorFlow Serving, until Ctrl-C.
 
-    It starts tensorflow_model_server, or where that is not on PATH, docker.
+    It starts docker, or with --host 0.0.0.0 tensorflow_model_server where that is on
+    PATH: it listens on every address. What follows -- are flags of it.
 
     \b
     kt serve saved_models/photos-efficientnet_lite0
+    kt serve saved_models/photos-efficientnet_lite0 -- --enable_batching
     """
     from keras_transfer import terminal
     from keras_transfer.serving import server_command
 
-    command = server_command(run, port, rest_port)
+    command = server_command(run, port, rest_port, host, flags)
     name = open_run(run).run_dir.resolve().name
     terminal.show_line(shlex.join(command))
     terminal.show_line(f"http://localhost:{rest_port}/v1/models/{name}")

@@ -155,7 +155,7 @@ def _decode_jpeg(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> tf.T
 
 
 def _decode_png(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> tf.Tensor:
-    encoded = _require(
+    encoded = require(
         encoded,
         _starts_with(header[8:], b"\0\0\0\rIHDR"),
         "damaged: a PNG that does not start with its header (IHDR)",
@@ -178,7 +178,7 @@ def _decode_bmp(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> tf.Te
     compression = _little_endian(header[30:34])
     red_mask = _little_endian(header[54:58])
     plain = (compression == 0) | ((compression == 3) & (red_mask == 0xFF0000))
-    encoded = _require(
+    encoded = require(
         encoded,
         ((bits == 24) | (bits == 32)) & plain,
         "a BMP with a palette, 16 bits or compression; only 24 and 32 bit BMP",
@@ -191,13 +191,13 @@ def _decode_webp(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> tf.T
     lossy = _starts_with(header[12:], b"VP8 ")
     lossless = _starts_with(header[12:], b"VP8L")
     extended = _starts_with(header[12:], b"VP8X")
-    encoded = _require(
+    encoded = require(
         encoded,
         _starts_with(header[8:], b"WEBP") & (lossy | lossless | extended),
         "not an image: a RIFF file without WebP inside",
     )
     animated = extended & (tf.bitwise.bitwise_and(header[20], 0x02) != 0)
-    encoded = _require(encoded, ~animated, "an animated WebP; only still WebP")
+    encoded = require(encoded, ~animated, "an animated WebP; only still WebP")
     packed = _little_endian(header[21:25])  # VP8L: two 14-bit fields
     width = tf.where(
         extended,
@@ -228,7 +228,7 @@ def _refuse_unknown(
     reason = tf.where(empty, "an empty file", "not an image")
     reason = tf.where(tiff, "a TIFF; convert it to JPEG or PNG", reason)
     reason = tf.where(avif, "an AVIF or HEIC; convert it to JPEG or PNG", reason)
-    with tf.control_dependencies([_require(encoded, tf.constant(False), reason)]):
+    with tf.control_dependencies([require(encoded, tf.constant(False), reason)]):
         return tf.zeros((image_size, image_size, 3), tf.uint8)
 
 
@@ -341,7 +341,7 @@ def _first_frame(
         return end + 1, steps + 1
 
     def require_few(steps: tf.Tensor) -> tf.Tensor:
-        return _require(encoded, steps < limit, "a GIF of too many small blocks")
+        return require(encoded, steps < limit, "a GIF of too many small blocks")
 
     # Extensions come first: a mark, a label, and blocks of data.
     position, steps = tf.while_loop(
@@ -351,7 +351,7 @@ def _first_frame(
         parallel_iterations=1,
     )
     encoded = require_few(steps)
-    encoded = _require(
+    encoded = require(
         encoded, position + 10 < length, "damaged or truncated before its image"
     )
     frame = _integers(tf.strings.substr(encoded, position, 10), 10)
@@ -363,9 +363,7 @@ def _first_frame(
     encoded = _within_pixel_limit(encoded, height, width)
     end, steps = after_blocks(position + 11 + table_size(frame[9]), steps)
     encoded = require_few(steps)
-    encoded = _require(
-        encoded, end <= length, "damaged or truncated in its first image"
-    )
+    encoded = require(encoded, end <= length, "damaged or truncated in its first image")
     before = tf.strings.substr(encoded, 0, position + 1)
     after = tf.strings.substr(encoded, position + 5, end - position - 5)
     return tf.strings.join([before, b"\0\0\0\0", after, b";"]), [
@@ -383,7 +381,7 @@ def _within_pixel_limit(
     valid = (height > 0) & (width > 0) & (pixels <= MAX_PIXELS)
     size = tf.strings.join([tf.as_string(width), "x", tf.as_string(height)])
     reason = tf.strings.join([size, f" pixels; at most {MAX_PIXELS:,} are decoded"])
-    return _require(encoded, valid, reason)
+    return require(encoded, valid, reason)
 
 
 def _within_scan_limit(
@@ -400,20 +398,20 @@ def _within_scan_limit(
     scans = tf.cast(tf.size(parts) - 1, tf.float64)
     pixels = tf.cast(height, tf.float64) * tf.cast(width, tf.float64)
     few = (scans * pixels <= _MOST_SCANS * MAX_PIXELS) & (scans <= _MOST_SCANS_OF_SMALL)
-    return _require(encoded, few, "a JPEG of too many scans")
+    return require(encoded, few, "a JPEG of too many scans")
 
 
-def _require(
-    encoded: tf.Tensor, condition: tf.Tensor, reason: str | tf.Tensor
+def require(
+    tensor: tf.Tensor, condition: tf.Tensor, reason: str | tf.Tensor
 ) -> tf.Tensor:
-    """`encoded`, but only to be had where the condition holds.
+    """A tensor, but only to be had where the condition holds.
 
     An assertion alone would not do: decoders have no side effects, so TensorFlow
     may run them before it.
     """
     message = tf.strings.join([REFUSED, reason])
     with tf.control_dependencies([tf.debugging.Assert(condition, [message])]):
-        return tf.identity(encoded)
+        return tf.identity(tensor)
 
 
 def _integers(encoded: tf.Tensor, count: int) -> tf.Tensor:

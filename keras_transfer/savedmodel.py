@@ -52,6 +52,8 @@ from keras_transfer.run import (
 from keras_transfer.warmup import RECORDS, read_records, write_records
 
 _BATCHES = (1, 8)  # images in the requests of verification and of warm-up
+# What is served is never trained, and TensorFlow cannot save the gradient of its swish.
+_SAVING = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
 _FORBIDDEN_OPS = re.compile(
     "Random|Multinomial|PyFunc|XlaCallModule|^(Read|Write)File$|MatchingFiles"
 )
@@ -196,7 +198,7 @@ def export(
     image_size = trained.manifest.image_size
     bundle = ServingBundle(network, image_size, trained.class_names)
     with temporary_directory(run.run_dir) as staging:
-        tf.saved_model.save(tf.Module(), str(staging), bundle.signatures)
+        tf.saved_model.save(tf.Module(), str(staging), bundle.signatures, _SAVING)
         (staging / "assets").rmdir()  # empty
         _finish_graph(staging)
         (staging / RECORDS).parent.mkdir()

@@ -3,8 +3,8 @@
 Nothing here imports TensorFlow's Python.
 """
 
-import os
 import shutil
+import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -15,7 +15,13 @@ from keras_transfer.data import Prediction, image_files, read_files
 from keras_transfer.errors import KerasTransferError, UsageError, refusal
 from keras_transfer.run import SERVING, Run, open_run, version_dirs, write_atomic
 
+IMAGE = "tensorflow/serving:2.20.0"
+"""The container, of the first version that decodes WebP."""
+
+LOCALHOST, EVERYWHERE = "127.0.0.1", "0.0.0.0"
+
 _BATCH = 16
+_DAEMON_SECONDS = 10.0
 
 _MODELS = """\
 # tensorflow_model_server --model_config_file=THIS_FILE
@@ -37,12 +43,12 @@ _BATCHING = """\
 # What is answered together fails together: an unusable image fails the requests beside
 # it, and so do images of different sizes in requests to predict_images. Where either
 # is common, send files and leave batching off.
-max_batch_size {{ value: 1024 }}  # images in a request, which is split
-enable_large_batch_splitting {{ value: true }}
-max_execution_batch_size {{ value: 32 }}
-batch_timeout_micros {{ value: 2000 }}
-max_enqueued_batches {{ value: 64 }}
-num_batch_threads {{ value: {cores} }}
+max_batch_size { value: 1024 }  # images in a request, which is split
+enable_large_batch_splitting { value: true }
+max_execution_batch_size { value: 32 }
+batch_timeout_micros { value: 2000 }
+max_enqueued_batches { value: 64 }
+# num_batch_threads is left to the server: as many as it has cores.
 """
 
 
@@ -105,17 +111,25 @@ def _predict_batch(
                 yield Prediction(source, None, refusal(str(error), len(encoded)))
 
 
-def server_command(run: str | Path | Run, port: int, rest_port: int) -> list[str]:
+def server_command(
+    run: str | Path | Run,
+    port: int,
+    rest_port: int,
+    host: str = LOCALHOST,
+    flags: Sequence[str] = (),
+) -> list[str]:
     """The command that serves a run: TensorFlow Serving's binary, or its container.
 
     Args:
         run: A run or its directory.
         port: Of gRPC.
         rest_port: Of HTTP.
+        host: The address that is listened on; `0.0.0.0` for all of the machine's.
+        flags: More flags of tensorflow_model_server.
 
     Raises:
         UsageError: If nothing was exported.
-        KerasTransferError: If neither is installed.
+        KerasTransferError: If nothing can serve it on that address.
     """
     run = open_run(run)
     if not version_dirs(run.run_dir):
@@ -124,25 +138,49 @@ def server_command(run: str | Path | Run, port: int, rest_port: int) -> list[str
             f"kt export {run.run_dir}"
         )
     run_dir, name = run.run_dir.resolve(), run.run_dir.resolve().name
-    if server := shutil.which("tensorflow_model_server"):
-        return [server, *_arguments(port, rest_port, name, str(run_dir))]
+    server = shutil.which("tensorflow_model_server")
+    if server and host == EVERYWHERE:
+        return [server, *_arguments(port, rest_port, name, str(run_dir)), *flags]
     if docker := shutil.which("docker"):
+        _check_daemon(docker)
         base_path = f"/models/{name}"
         return [
             *(docker, "run", "--rm"),
             # The image's own entry point is a script that lets no Ctrl-C through.
             *("--init", "--entrypoint", "tensorflow_model_server"),
-            *("-p", f"{port}:8500", "-p", f"{rest_port}:8501"),
+            *("-p", f"{host}:{port}:8500", "-p", f"{host}:{rest_port}:8501"),
             *("--mount", f"type=bind,source={run_dir},target={base_path},readonly"),
-            "tensorflow/serving",
+            IMAGE,
             *_arguments(8500, 8501, name, base_path),
+            *flags,
         ]
+    if server:
+        raise KerasTransferError(
+            f"tensorflow_model_server listens on every address of this machine, and "
+            f"has no option for less. Received: --host {host}. Allow it with --host "
+            f"{EVERYWHERE}, or install docker."
+        )
     raise KerasTransferError(
         "TensorFlow Serving is not installed. Received: neither "
         "tensorflow_model_server nor docker on PATH. Install one: the first as "
         "https://www.tensorflow.org/tfx/serving/setup says, or docker, and then "
-        "`docker pull tensorflow/serving`."
+        f"`docker pull {IMAGE}`."
     )
+
+
+def _check_daemon(docker: str) -> None:
+    """Docker's client says at length that there is no daemon, and only when used."""
+    command = [docker, "version", "--format", "{{.Server.Version}}"]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=_DAEMON_SECONDS)
+        is_running = done.returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        is_running = False
+    if not is_running:
+        raise KerasTransferError(
+            f"docker has no daemon that answers. Received: {docker}. Start it, or "
+            f"install tensorflow_model_server and use --host {EVERYWHERE}."
+        )
 
 
 def _arguments(port: int, rest_port: int, name: str, base_path: str) -> list[str]:
@@ -170,5 +208,5 @@ def write_serving_config(run: str | Path | Run) -> tuple[Path, Path]:
         for text in (run_dir.name, str(run_dir))
     )
     write_atomic(models, _MODELS.format(name=name, base_path=base_path))
-    write_atomic(batching, _BATCHING.format(cores=os.cpu_count() or 1))
+    write_atomic(batching, _BATCHING)
     return models, batching

@@ -2,15 +2,18 @@
 
 import hashlib
 import importlib
+import shutil
 import sys
+from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
+from conftest import CLASSES
 from keras.src.utils import file_utils
 
 from keras_transfer.bases import BASES, get_base, weights_path
-from keras_transfer.config import HeadConfig
+from keras_transfer.config import Format, HeadConfig, choices
 from keras_transfer.errors import UsageError, WeightsError
 from keras_transfer.model import (
     POOL,
@@ -22,6 +25,7 @@ from keras_transfer.model import (
     weights_digest,
 )
 
+FORMATS = choices(Format)
 KERAS_BASES = [base for base in BASES if base.module == "keras.applications"]
 EVERY_BASE = pytest.mark.parametrize("base", BASES, ids=lambda base: base.name)
 
@@ -305,3 +309,65 @@ def test_random_weights_depend_on_the_seed_only():
     digests = [weights_digest(build_base(base, "none", 32, s)) for s in (0, 1, 0)]
     assert digests[0] == digests[2] != digests[1]
     assert weights_digest(build_base(base, "none", 48, 0)) == digests[0]
+
+
+# From images to what is served
+
+
+LEAST = {
+    "alexnet": 64,
+    "alexnet_fc7": 224,
+    "InceptionResNetV2": 75,
+    "InceptionV3": 75,
+    "Xception": 71,
+}
+"""Side in pixels of the smallest images, where it is not 32."""
+
+
+@pytest.fixture(scope="session")
+def few_photos(photos, tmp_path_factory) -> Path:
+    """A folder of two classes of 8 photos each: two batches are enough here."""
+    folder = tmp_path_factory.mktemp("few")
+    for name in CLASSES[:2]:
+        (folder / name).mkdir()
+        for photo in sorted((photos / name).iterdir())[:8]:
+            shutil.copy(photo, folder / name)
+    return folder
+
+
+def succeed(kt, *arguments) -> str:
+    result = kt(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def fit_options(base) -> tuple:
+    size = LEAST.get(base.name, 32)
+    return ("--base", base.name, "--weights", "none", "--image-size", size)
+
+
+@pytest.mark.parametrize("base", SMALLEST, ids=lambda base: base.name)
+def test_a_base_of_every_family_is_trained_and_exported(kt, few_photos, base):
+    keras.utils.clear_session()
+    succeed(kt, "fit", few_photos, "--name", "run", *fit_options(base))
+    assert succeed(kt, "export", "saved_models/run").strip() == "saved_models/run/1"
+    form = FORMATS[SMALLEST.index(base) % len(FORMATS)]  # each by some family
+    exported = succeed(kt, "export", "saved_models/run", "--format", form)
+    assert exported.startswith(f"saved_models/run/exported/{form}:")
+
+
+@pytest.mark.slow
+@EVERY_BASE
+def test_every_base_is_fine_tuned_and_exported_in_every_format(kt, few_photos, base):
+    keras.utils.clear_session()
+    succeed(kt, "fit", few_photos, "--name", "run", "--export", *fit_options(base))
+    run = Path("saved_models/run")
+    assert (run / "1" / "saved_model.pb").is_file()
+    for form in FORMATS:
+        succeed(kt, "export", run, "--format", form)
+    finetune = ("unfreeze-and-finetune", run, "--force", "--epochs", 1)
+    succeed(kt, *finetune)
+    assert succeed(kt, "export", run).strip() == "saved_models/run/2"
+    for form in FORMATS:
+        succeed(kt, "export", run, "--format", form)
+    assert sorted(p.name for p in (run / "exported").iterdir()) == sorted(FORMATS)

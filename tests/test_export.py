@@ -38,11 +38,12 @@ from keras_transfer.bundle import (
 from keras_transfer.c_api import Request, Session, answer_elsewhere
 from keras_transfer.config import HeadConfig
 from keras_transfer.decode import make_decoder
-from keras_transfer.errors import KerasTransferError, UsageError
+from keras_transfer.errors import KerasTransferError, UsageError, refusal
 from keras_transfer.fold import convolutions_to_fold, folded_copy
 from keras_transfer.model import attach_head, build_head
 from keras_transfer.prediction import Predictor, load_model
 from keras_transfer.run import Run, building, new_run
+from keras_transfer.serving import LOCALHOST
 from keras_transfer.warmup import RECORDS, read_records, write_records
 
 SIZE = 64
@@ -425,16 +426,25 @@ def test_few_images_of_a_request_are_decoded_at_a_time(exported, monkeypatch):
 
 
 @pytest.mark.parametrize("signature", SIGNATURES)
-def test_no_images_have_no_answers(exported, signature):
-    (name, dtype, shape), outputs = SIGNATURES[signature]
+def test_an_empty_batch_is_refused_in_our_words(exported, signature):
+    (name, dtype, shape), _ = SIGNATURES[signature]
     nothing = np.zeros([0, *(side or 5 for side in shape[1:])], dtype.as_numpy_dtype)
     request = Request(signature, {name: nothing})
     whole = Request("serving_default", {"image_bytes": strings(WHOLE)})
-    answer, answered = answer_elsewhere(exported, [request, whole])
-    assert isinstance(answer, str) or {k: len(v) for k, v in answer.items()} == (
-        dict.fromkeys(outputs, 0)
-    )
+    refused, answered = answer_elsewhere(exported, [request, whole])
+    assert refusal(refused, 0) == "an empty batch; send an image"
     assert answered["probabilities"].shape == (1, 3)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_pixels_that_are_not_finite_are_refused(exported, value):
+    pixels = np.zeros((2, SIZE, SIZE, 3), "f4")
+    fine = Request("predict_tensor", {"images": pixels.copy()})
+    pixels[1, 3, 4, 2] = value
+    broken = Request("predict_tensor", {"images": pixels})
+    refused, answered = answer_elsewhere(exported, [broken, fine])
+    assert refusal(refused, 0) == "pixels that are not finite numbers"
+    assert answered["probabilities"].shape == (2, 3)
 
 
 # Folding
@@ -977,6 +987,85 @@ def test_predictions_of_a_bundle_are_those_of_its_run(
             assert float(score) == pytest.approx(float(expected_score), abs=1e-4)
 
 
+_AFTERWARDS = {
+    "https": """
+import socket, ssl, threading
+server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+server.load_cert_chain(CERTIFICATE)
+client = ssl.create_default_context(cafile=CERTIFICATE)
+near, far = socket.socketpair()
+def greet():
+    with server.wrap_socket(far, server_side=True) as connection:
+        connection.sendall(b"hello")
+thread = threading.Thread(target=greet)
+thread.start()
+with client.wrap_socket(near, server_hostname="localhost") as connection:
+    assert connection.recv(5) == b"hello"
+thread.join()
+""",
+    "hashlib": """
+import hashlib
+assert hashlib.sha256(b"x").hexdigest().startswith("2d711642b726b044")
+assert hashlib.new("sha512", b"x").digest()
+""",
+    "tensorflow": """
+import tensorflow as tf
+assert tf.reduce_sum(tf.ones((2, 3)) @ tf.ones((3, 2))).numpy() == 12
+first = [next(predict_bundle(BUNDLE, PHOTO)[1]).probabilities.tolist()]
+assert first == said, (first, said)
+""",
+}
+
+
+@pytest.mark.parametrize("what", _AFTERWARDS)
+def test_a_process_that_used_a_bundle_goes_on(exported, photos, tmp_path, what):
+    certificate = tmp_path / "localhost.pem"
+    if what == "https":
+        command = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost"
+        subject = ["-addext", "subjectAltName=DNS:localhost", "-out", certificate]
+        openssl = ["openssl", *command.split(), *subject, "-keyout", tmp_path / "key"]
+        subprocess.run(openssl, check=True, capture_output=True)
+        with certificate.open("a") as file:
+            file.write((tmp_path / "key").read_text())
+    photo = next((photos / "circle").iterdir())
+    script = (
+        f"BUNDLE, PHOTO = {str(exported)!r}, {str(photo)!r}\n"
+        f"CERTIFICATE = {str(certificate)!r}\n"
+        "from keras_transfer.serving import predict_bundle\n"
+        "said = [x.probabilities.tolist() for x in predict_bundle(BUNDLE, PHOTO)[1]]\n"
+        f"{_AFTERWARDS[what]}"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_process_that_verifies_sees_no_gpu(exported, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    seen = []
+    run = subprocess.run
+
+    def spy(*arguments, **options):
+        seen.append(options["env"]["CUDA_VISIBLE_DEVICES"])
+        return run(*arguments, **options)
+
+    monkeypatch.setattr(subprocess, "run", spy)
+    whole = Request("serving_default", {"image_bytes": strings(WHOLE)})
+    answer_elsewhere(exported, [whole])
+    assert seen == ["-1"]
+
+
+def test_tensorflow_takes_no_more_of_a_gpu_than_it_needs():
+    script = (
+        "import os, keras_transfer\n"
+        "keras_transfer.fit\n"
+        "assert os.environ['TF_FORCE_GPU_ALLOW_GROWTH'] == 'true'\n"
+    )
+    kept = {k: v for k, v in os.environ.items() if k != "TF_FORCE_GPU_ALLOW_GROWTH"}
+    subprocess.run([sys.executable, "-c", script], check=True, env=kept)
+
+
 def test_a_bundle_is_used_without_tensorflows_python(exported, photos):
     code = (
         "import sys; from keras_transfer.cli import main\n"
@@ -1030,56 +1119,81 @@ def test_serving_config_names_the_run(kt, run_dir):
     lines = Path(batching).read_text().splitlines()
     assert "enable_large_batch_splitting { value: true }" in lines
     assert "max_execution_batch_size { value: 32 }" in lines
+    assert not any(line.startswith("num_batch_threads") for line in lines)
 
 
-@pytest.mark.parametrize("program", ["tensorflow_model_server", "docker"])
-def test_serve_starts_the_server_that_is_there(run_dir, tmp_path, monkeypatch, program):
-    (run_dir / "1").mkdir()
-    bin_dir = tmp_path / "bin"
+def serve(run_dir: Path, bin_dir: Path, programs: dict[str, int], *options: str):
+    """Runs `kt serve` with programs on PATH that print how they are called.
+
+    The numbers are the exit codes of `docker version`, or of what else is called.
+    """
     bin_dir.mkdir()
-    fake = bin_dir / program
-    fake.write_text('#!/bin/sh\nprintf "%s\\n" "$0" "$@"\n')
-    fake.chmod(0o755)
-    result = subprocess.run(
-        [*EXPORT, "serve", run_dir, "--rest-port", "9000"],
-        env={**os.environ, "PATH": f"{bin_dir}:/usr/bin:/bin"},
+    (run_dir / "1").mkdir(exist_ok=True)
+    for program, code in programs.items():
+        fake = bin_dir / program
+        fake.write_text(
+            '#!/bin/sh\nif [ "$1" = version ]; then exit '
+            f'{code}; fi\nprintf "%s\\n" "$0" "$@"\n'
+        )
+        fake.chmod(0o755)
+    return subprocess.run(
+        [*EXPORT, "serve", run_dir, *options],
+        env={**os.environ, "PATH": str(bin_dir)},
         capture_output=True,
         text=True,
     )
-    assert result.returncode == 0, result.stderr
-    arguments = result.stdout.splitlines()
-    assert arguments[0] == str(fake)
-    assert "http://localhost:9000/v1/models/copy" in result.stderr
-    expected = {
-        "tensorflow_model_server": [
-            f"--model_base_path={run_dir}",
-            "--model_name=copy",
-            "--rest_api_port=9000",
-            "--port=8500",
-        ],
-        "docker": [
-            f"type=bind,source={run_dir},target=/models/copy,readonly",
-            "9000:8501",
-            "8500:8500",
-            "--init",
-            "--entrypoint",
-            "tensorflow_model_server",
-            "tensorflow/serving",
-            "--model_base_path=/models/copy",
-            "--model_name=copy",
-            "--rest_api_port=8501",
-            "--port=8500",
-        ],
-    }[program]
-    assert set(expected) <= set(arguments)
-    if program == "docker":
-        image = arguments.index("tensorflow/serving")
-        assert [x[:7] for x in arguments[image + 1 :]] == [
-            "--port=",
-            "--rest_",
-            "--model",
-            "--model",
-        ]
+
+
+@pytest.mark.parametrize(
+    ("programs", "host"),
+    [
+        (("docker",), "127.0.0.1"),
+        (("docker", "tensorflow_model_server"), "127.0.0.1"),
+        (("docker",), "0.0.0.0"),
+    ],
+)
+def test_docker_serves_on_the_address_asked_for(run_dir, tmp_path, programs, host):
+    options = ["--rest-port", "9000", *(["--host", host] if host != LOCALHOST else [])]
+    flags = ["--", "--enable_batching", "--file=x y"]
+    done = serve(
+        run_dir, tmp_path / "bin", dict.fromkeys(programs, 0), *options, *flags
+    )
+    assert done.returncode == 0, done.stderr
+    assert "http://localhost:9000/v1/models/copy" in done.stderr
+    assert done.stdout.splitlines() == [
+        str(tmp_path / "bin/docker"),
+        *("run", "--rm", "--init", "--entrypoint", "tensorflow_model_server"),
+        *("-p", f"{host}:8500:8500", "-p", f"{host}:9000:8501", "--mount"),
+        f"type=bind,source={run_dir},target=/models/copy,readonly",
+        "tensorflow/serving:2.20.0",
+        *("--port=8500", "--rest_api_port=8501", "--model_name=copy"),
+        *("--model_base_path=/models/copy", "--enable_batching", "--file=x y"),
+    ]
+
+
+def test_the_server_itself_listens_everywhere_only_where_that_is_asked_for(
+    run_dir, tmp_path
+):
+    programs = {"tensorflow_model_server": 0}
+    done = serve(run_dir, tmp_path / "a", programs)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "listens on every address" in line and "--host 0.0.0.0" in line
+    options = ["--host", "0.0.0.0", "--", "--enable_batching"]
+    done = serve(run_dir, tmp_path / "b", programs, *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        str(tmp_path / "b/tensorflow_model_server"),
+        *("--port=8500", "--rest_api_port=8501", "--model_name=copy"),
+        *(f"--model_base_path={run_dir}", "--enable_batching"),
+    ]
+
+
+def test_docker_without_a_daemon_is_one_line(run_dir, tmp_path):
+    done = serve(run_dir, tmp_path / "bin", {"docker": 1})
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "docker has no daemon" in line
 
 
 def test_without_a_server_both_ways_to_install_one_are_named(
