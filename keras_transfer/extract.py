@@ -531,8 +531,7 @@ def frozen_features(
 
     cached: Precision | None = precision
     if precision == "auto":  # what was measured before stands
-        f32, bf16 = (part.cache.rows(spec(name, view=0)) for name in ("f32", "bf16"))
-        cached = None if not f32 + bf16 else "f32" if f32 >= bf16 else "bf16"
+        cached = _cached_precision(part.cache, spec("f32", 0), spec("bf16", 0))
     try:
         extraction = extract(cached)
     except UsageError:
@@ -546,6 +545,16 @@ def frozen_features(
         cached or (extraction.extractor.precision if extraction.extractor else "f32"),
         time.perf_counter() - started,
     )
+
+
+def _cached_precision(
+    cache: FeatureCache, f32: FeatureSpec, bf16: FeatureSpec
+) -> Literal["f32", "bf16"] | None:
+    """The precision of which more rows are cached; None if there are no rows."""
+    rows, bf16_rows = cache.rows(f32), cache.rows(bf16)
+    if not rows + bf16_rows:
+        return None
+    return "f32" if rows >= bf16_rows else "bf16"
 
 
 def _batches(

@@ -5,7 +5,8 @@ base, weights, image size, ...). A folder holds shards, and a shard is two files
 rows as `.npy`, and an index of the images' digests with a checksum of each row. A shard
 is written under a temporary name and never changed afterwards, the index last. So a
 killed process loses at most the shard it was filling, any number of processes may read
-and write one folder, and what was damaged on disk is noticed and computed again.
+and write one folder, and what was damaged on disk is noticed and computed again. Shards
+are written every few seconds, and when there are many small ones they are merged.
 """
 
 import contextlib
