@@ -3,7 +3,9 @@
 `saved_models/<run>/` is also a TensorFlow Serving model base path: `kt export` adds
 integer-named version directories, and Serving ignores every other file. A run is
 built in a hidden sibling directory and renamed when it is complete, so whoever lists
-`saved_models/` sees a whole run or none.
+`saved_models/` sees a whole run or none. Changes of a run, up to its replacement, are
+prepared in a hidden directory too: renaming that to `.committed` decides, and whoever
+opens the run next finishes what a killed process had decided.
 """
 
 import contextlib
