@@ -333,7 +333,7 @@ def export(
 @main.command()
 @click.argument("run", type=_PATH)
 @click.argument("flags", nargs=-1, metavar="[-- FLAG...]")
-@click.option("--host", default="127.0.0.1", help="Address; 0.0.0.0 for all.")
+@click.option("--host", default="127.0.0.1", help="0.0.0.0: for other machines too.")
 @click.option("--port", type=click.IntRange(1, 65535), default=8500, help="Of gRPC.")
 @click.option("--rest-port", type=click.IntRange(1, 65535), default=8501)
 def serve(
@@ -341,8 +341,8 @@ def serve(
 ) -> None:
     """Serve a RUN's exported versions with TensorFlow Serving, until Ctrl-C.
 
-    It starts docker, or with --host 0.0.0.0 tensorflow_model_server where that is on
-    PATH: it listens on every address. What follows -- are flags of it.
+    It starts a container, or with --host 0.0.0.0 tensorflow_model_server where that is
+    on PATH: it cannot listen at one address only. What follows -- is passed on to it.
 
     \b
     kt serve saved_models/photos-efficientnet_lite0
@@ -354,7 +354,8 @@ def serve(
     command = server_command(run, port, rest_port, host, flags)
     name = open_run(run).run_dir.resolve().name
     terminal.show_line(shlex.join(command))
-    terminal.show_line(f"http://localhost:{rest_port}/v1/models/{name}")
+    at = "localhost" if host in ("127.0.0.1", "0.0.0.0") else host
+    terminal.show_line(f"http://{at}:{rest_port}/v1/models/{name}")
     os.execv(command[0], command)
 
 

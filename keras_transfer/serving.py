@@ -6,6 +6,7 @@ Nothing here imports TensorFlow's Python.
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
+from ipaddress import AddressValueError, IPv4Address
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +17,15 @@ from keras_transfer.errors import KerasTransferError, UsageError, refusal
 from keras_transfer.run import SERVING, Run, open_run, version_dirs, write_atomic
 
 IMAGE = "tensorflow/serving:2.20.0"
-"""The container, of the first version that decodes WebP."""
-
-LOCALHOST, EVERYWHERE = "127.0.0.1", "0.0.0.0"
+"""The container that serves: the first version that decodes WebP."""
 
 _BATCH = 16
-_DAEMON_SECONDS = 10.0
+_TIMEOUT = 10  # seconds that docker's daemon has to answer
 
 _MODELS = """\
 # tensorflow_model_server --model_config_file=THIS_FILE
 # In a container base_path must be there too, and with it this file:
-# docker run -v BASE_PATH:BASE_PATH ... tensorflow/serving --model_config_file=THIS_FILE
+# docker run -v BASE_PATH:BASE_PATH ... {image} --model_config_file=THIS_FILE
 model_config_list {{
   config {{
     name: "{name}"
@@ -115,7 +114,7 @@ def server_command(
     run: str | Path | Run,
     port: int,
     rest_port: int,
-    host: str = LOCALHOST,
+    host: str = "127.0.0.1",
     flags: Sequence[str] = (),
 ) -> list[str]:
     """The command that serves a run: TensorFlow Serving's binary, or its container.
@@ -124,12 +123,13 @@ def server_command(
         run: A run or its directory.
         port: Of gRPC.
         rest_port: Of HTTP.
-        host: The address that is listened on; `0.0.0.0` for all of the machine's.
-        flags: More flags of tensorflow_model_server.
+        host: The IPv4 address that both are at. The binary listens at all of the
+            machine's and takes no option for it: it is used for 0.0.0.0 alone.
+        flags: More of tensorflow_model_server's.
 
     Raises:
-        UsageError: If nothing was exported.
-        KerasTransferError: If nothing can serve it on that address.
+        UsageError: If nothing was exported, or the host is no such address.
+        KerasTransferError: If there is nothing to serve with at that address.
     """
     run = open_run(run)
     if not version_dirs(run.run_dir):
@@ -137,12 +137,19 @@ def server_command(
             f"The run has no version to serve. Received: {run.run_dir}. Run: "
             f"kt export {run.run_dir}"
         )
+    try:
+        is_everywhere = IPv4Address(host).is_unspecified
+    except AddressValueError:
+        raise UsageError(
+            f"The host is no IPv4 address. Received: {host!r}. Give 127.0.0.1 for this "
+            "machine alone, or 0.0.0.0 for whoever reaches it."
+        ) from None
     run_dir, name = run.run_dir.resolve(), run.run_dir.resolve().name
-    server = shutil.which("tensorflow_model_server")
-    if server and host == EVERYWHERE:
+    server, docker = shutil.which("tensorflow_model_server"), shutil.which("docker")
+    if server and is_everywhere:
         return [server, *_arguments(port, rest_port, name, str(run_dir)), *flags]
-    if docker := shutil.which("docker"):
-        _check_daemon(docker)
+    trouble = _docker_trouble(docker) if docker else "No docker is on PATH."
+    if docker and not trouble:
         base_path = f"/models/{name}"
         return [
             *(docker, "run", "--rm"),
@@ -156,31 +163,30 @@ def server_command(
         ]
     if server:
         raise KerasTransferError(
-            f"tensorflow_model_server listens on every address of this machine, and "
-            f"has no option for less. Received: --host {host}. Allow it with --host "
-            f"{EVERYWHERE}, or install docker."
+            "tensorflow_model_server listens at every address of this machine and has "
+            f"no option for one. Received: --host {host}. {trouble} Start docker, or "
+            "give --host 0.0.0.0 if whoever reaches this machine may ask."
         )
     raise KerasTransferError(
-        "TensorFlow Serving is not installed. Received: neither "
-        "tensorflow_model_server nor docker on PATH. Install one: the first as "
-        "https://www.tensorflow.org/tfx/serving/setup says, or docker, and then "
+        "TensorFlow Serving cannot be started. Received: no tensorflow_model_server on "
+        f"PATH. {trouble} Install the first as "
+        "https://www.tensorflow.org/tfx/serving/setup says, or start docker and "
         f"`docker pull {IMAGE}`."
     )
 
 
-def _check_daemon(docker: str) -> None:
-    """Docker's client says at length that there is no daemon, and only when used."""
-    command = [docker, "version", "--format", "{{.Server.Version}}"]
+def _docker_trouble(docker: str) -> str:
+    """Why docker cannot run a container: its client says so too, but later; or ""."""
     try:
-        done = subprocess.run(command, capture_output=True, timeout=_DAEMON_SECONDS)
-        is_running = done.returncode == 0
-    except (OSError, subprocess.TimeoutExpired):
-        is_running = False
-    if not is_running:
-        raise KerasTransferError(
-            f"docker has no daemon that answers. Received: {docker}. Start it, or "
-            f"install tensorflow_model_server and use --host {EVERYWHERE}."
+        asked = subprocess.run(
+            [docker, "version"], capture_output=True, text=True, timeout=_TIMEOUT
         )
+    except subprocess.TimeoutExpired:
+        return f"Docker has no daemon that answers (in {_TIMEOUT} s)."
+    if asked.returncode:
+        said = (asked.stderr.strip() or "it says nothing").splitlines()[-1]
+        return f"Docker has no daemon that answers ({said.rstrip('.')})."
+    return ""
 
 
 def _arguments(port: int, rest_port: int, name: str, base_path: str) -> list[str]:
@@ -207,6 +213,6 @@ def write_serving_config(run: str | Path | Run) -> tuple[Path, Path]:
         text.replace("\\", "\\\\").replace('"', '\\"')
         for text in (run_dir.name, str(run_dir))
     )
-    write_atomic(models, _MODELS.format(name=name, base_path=base_path))
+    write_atomic(models, _MODELS.format(name=name, base_path=base_path, image=IMAGE))
     write_atomic(batching, _BATCHING)
     return models, batching

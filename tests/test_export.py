@@ -43,7 +43,6 @@ from keras_transfer.fold import convolutions_to_fold, folded_copy
 from keras_transfer.model import attach_head, build_head
 from keras_transfer.prediction import Predictor, load_model
 from keras_transfer.run import Run, building, new_run
-from keras_transfer.serving import LOCALHOST
 from keras_transfer.warmup import RECORDS, read_records, write_records
 
 SIZE = 64
@@ -1153,7 +1152,11 @@ def serve(run_dir: Path, bin_dir: Path, programs: dict[str, int], *options: str)
     ],
 )
 def test_docker_serves_on_the_address_asked_for(run_dir, tmp_path, programs, host):
-    options = ["--rest-port", "9000", *(["--host", host] if host != LOCALHOST else [])]
+    options = [
+        "--rest-port",
+        "9000",
+        *(["--host", host] if host != "127.0.0.1" else []),
+    ]
     flags = ["--", "--enable_batching", "--file=x y"]
     done = serve(
         run_dir, tmp_path / "bin", dict.fromkeys(programs, 0), *options, *flags
@@ -1178,7 +1181,7 @@ def test_the_server_itself_listens_everywhere_only_where_that_is_asked_for(
     done = serve(run_dir, tmp_path / "a", programs)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert "listens on every address" in line and "--host 0.0.0.0" in line
+    assert "listens at every address" in line and "--host 0.0.0.0" in line
     options = ["--host", "0.0.0.0", "--", "--enable_batching"]
     done = serve(run_dir, tmp_path / "b", programs, *options)
     assert done.returncode == 0, done.stderr
@@ -1193,7 +1196,15 @@ def test_docker_without_a_daemon_is_one_line(run_dir, tmp_path):
     done = serve(run_dir, tmp_path / "bin", {"docker": 1})
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert "docker has no daemon" in line
+    assert "Docker has no daemon" in line
+
+
+@pytest.mark.parametrize("host", ["localhost", "::1", "1.2.3", ""])
+def test_a_host_that_is_no_ipv4_address_is_refused(kt, run_dir, host):
+    (run_dir / "1").mkdir()
+    result = kt("serve", run_dir, "--host", host)
+    assert result.exit_code == 2
+    assert "IPv4" in result.stderr and repr(host) in result.stderr
 
 
 def test_without_a_server_both_ways_to_install_one_are_named(
