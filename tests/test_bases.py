@@ -346,6 +346,7 @@ def fit_options(base) -> tuple:
     return ("--base", base.name, "--weights", "none", "--image-size", size)
 
 
+@pytest.mark.families
 @pytest.mark.parametrize("base", SMALLEST, ids=lambda base: base.name)
 def test_a_base_of_every_family_is_trained_and_exported(kt, few_photos, base):
     keras.utils.clear_session()
