@@ -42,6 +42,9 @@ if TYPE_CHECKING:
     from keras_transfer.run import open_run
     from keras_transfer.savedmodel import export
 
+# TensorFlow, from Python or through its C API, would take all memory of a GPU at once.
+os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+
 _LAZY = {
     "advise": ("keras_transfer.evidence", "advise"),
     "evaluate": ("keras_transfer.prediction", "evaluate_run"),
@@ -58,7 +61,5 @@ def __getattr__(name: str) -> Any:
     """Imports a workflow, and with it TensorFlow, when it is first asked for."""
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # TensorFlow would take all memory of a GPU; it reads this when it is imported.
-    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     module, attribute = _LAZY[name]
     return getattr(import_module(module), attribute)

@@ -116,7 +116,6 @@ def import_tensorflow() -> None:
     """Imports TensorFlow without its start-up messages."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # not all of its memory
     with quiet_stderr():
         import tensorflow  # noqa: F401
 
