@@ -27,10 +27,11 @@ RUN_FILES = {
     "manifest.json",
     "metrics.json",
     "model.keras",
+    "out_of_fold.csv",
     "skipped.csv",
     "splits.csv",
 }
-"""What `kt fit` leaves."""
+"""What `kt fit` leaves, of as few test images as here."""
 
 
 @pytest.fixture(autouse=True)

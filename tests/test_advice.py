@@ -22,7 +22,7 @@ from keras_transfer.config import load_config
 from keras_transfer.crossvalidation import estimate, fold_numbers
 from keras_transfer.data import Table
 from keras_transfer.errors import UsageError
-from keras_transfer.feature_extraction import resolve
+from keras_transfer.inputs import prepare
 from keras_transfer.run import Estimate
 from keras_transfer.transferability import logme
 
@@ -280,8 +280,9 @@ def test_advice_ends_in_a_command_that_uses_what_it_computed(kt, photos):
 
 def test_the_command_is_whole(photos):
     options = {"base": "MobileNetV2", "head.dropout": 0.5, "overwrite": True}
-    config = resolve(load_config(None, {**options, "data": str(photos)}))
-    command = evidence._command(config, "finetune-all", options, balanced=True)
+    config = load_config(None, {**options, "data": str(photos)})
+    inputs = prepare(config, makes_run=False)
+    command = evidence._command(inputs, "finetune-all", options, balanced=True)
     fit, tune = (shlex.split(part)[2:] for part in command.split(" && "))
     assert fit == [
         *(str(photos), "--base", "MobileNetV2", "--set", "head.dropout=0.5"),
