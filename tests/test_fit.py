@@ -495,7 +495,7 @@ def test_a_killed_fit_keeps_its_features_and_leaves_no_run(photos, tmp_path):
 def test_the_embedded_default_needs_nothing(kt):
     result = kt("fit", "digits", "--image-size", 32, "--name", "digits")
     assert result.exit_code == 0, result.output
-    assert keras_transfer.open_run("digits").metrics["fit"]["test"]["accuracy"] > 0.85
+    assert keras_transfer.open_run("digits").metrics["fit"]["test"]["accuracy"] > 0.8
 
 
 def test_16_bit_images_that_use_12_bits_are_noted(kt, tmp_path):
