@@ -433,7 +433,7 @@ def test_unusable_files_are_skipped_with_their_reason(pipeline):
             "empty.jpg": "an empty file",
             "text.jpg": "not an image",
             "missing.jpg": "cannot be read: No such file or directory",
-            "folder.jpg": "cannot be read: Is a directory",
+            "folder.jpg": "cannot be read: it is not a regular file",
         }
         assert sorted(extraction.digests) == good
         assert set(pipeline.decodes.values()) == {1}
