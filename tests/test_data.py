@@ -1175,7 +1175,7 @@ def test_large_files_are_not_all_read_ahead(tmp_path, monkeypatch):
             assert content == bytes([int(name[:2])]) * 10_000
         time.sleep(0.002)
         furthest = max(furthest, len(read) - count)
-    assert count == len(read) == 31
+    assert count == 31 and len(read) == 30  # what is missing is not opened
     assert 3 <= furthest <= 5
 
 
