@@ -5,6 +5,7 @@ reader that yields the encoded bytes of any of them. Nothing of TensorFlow is im
 unless the data are `digits` (encoded to PNG) or `tfds:`.
 """
 
+import contextlib
 import csv
 import errno
 import hashlib
@@ -518,53 +519,50 @@ def _list_folder(folder: Path) -> _Listing:
     if not os.access(folder, os.R_OK | os.X_OK):
         raise UsageError(f"DATA cannot be read. Received: {folder} (no permission).")
     listing = _Listing(read=lambda paths: read_files(paths, folder))
-    found = _subfolders(folder)
-    parts = {path: split for path in found if (split := _split_of(path.name))}
-    if not _is_split_layout(folder, found, parts):
-        _list_class_folders(listing, folder, folder, split="")
+    contents = _contents(folder)
+    parts = {x: split for x in contents.folders if (split := _split_of(x.name))}
+    if not _is_split_layout(contents, parts):
+        _list_class_folders(listing, folder, contents, split="")
         return listing
-    if others := [path for path in found if path not in parts]:
+    if others := [path for path in contents.folders if path not in parts]:
         listing.warnings.append(
             f"{_shown(others)} beside {_shown(parts)} is no split and was left out."
         )
     for path, split in parts.items():
-        _list_class_folders(listing, folder, path, split)
+        _list_class_folders(listing, folder, _contents(path), split)
     return listing
 
 
-def _is_split_layout(
-    folder: Path, found: Sequence[Path], parts: Mapping[Path, str]
-) -> bool:
+def _is_split_layout(contents: "_Contents", parts: Mapping[Path, str]) -> bool:
     """Whether folders are train/, val/, test/ and not classes.
 
     Raises:
         KerasTransferError: If that cannot be told.
     """
-    if "train" in parts.values() and (len(parts) > 1 or len(found) == 1):
+    if "train" in parts.values() and (len(parts) > 1 or len(contents.folders) == 1):
         return True
     if parts:
         what = "is a split or a class" if len(parts) == 1 else "are splits or classes"
         raise KerasTransferError(
-            f"It cannot be told whether {_shown(parts)} {what}. Received: {folder} "
-            f"with {_shown(found)}. Of splits, one must be called train and another "
-            "val or test; for classes, choose other names, or list the images in a CSV "
-            "file with the columns path,label."
+            f"It cannot be told whether {_shown(parts)} {what}. Received: "
+            f"{contents.path} with {_shown(contents.folders)}. Of splits, one must be "
+            "called train and another val or test; for classes, choose other names, or "
+            "list the images in a CSV file with the columns path,label."
         )
     return False
 
 
 def _list_class_folders(
-    listing: _Listing, root: Path, parent: Path, split: str
+    listing: _Listing, root: Path, contents: "_Contents", split: str
 ) -> None:
-    class_folders = _subfolders(parent)
-    _check_class_folders(parent, class_folders)
-    loose = _loose_images(parent)
+    parent, class_folders, loose = contents
     if loose and not class_folders and split in ("", "train"):
         raise KerasTransferError(
             f"The {len(loose)} images lie in no class folders. Received: {parent}, "
             f"which holds {loose[0].name} itself. Put the images of each class into a "
             "folder of its own, or list them in a CSV file with the columns path,label."
         )
+    _check_class_folders(contents)
     if loose:
         listing.warnings.append(
             f"{len(loose)} images lie outside the class folders and were left out, "
@@ -592,51 +590,43 @@ def _list_class_folders(
         )
 
 
-def _check_class_folders(parent: Path, class_folders: Sequence[Path]) -> None:
+def _check_class_folders(contents: "_Contents") -> None:
     """Refuses folders that are classes by their place only.
 
     Raises:
         KerasTransferError: If there is one, which holds folders, or if each holds the
             same folders: the classes, or the splits, are a level further down.
     """
-    below = [_below_wrappers(folder) for folder in class_folders]
-    if len(below) == 1 and len(_subfolders(below[0])) > 1:
-        if not _loose_images(below[0]):
-            raise KerasTransferError(
-                f"There is one folder only, and the classes seem to be the folders in "
-                f"it. Received: {parent}, which holds {class_folders[0].name} alone. "
-                f"Name {below[0]} instead."
-            )
+    parent, class_folders, _ = contents
+    inside = [_contents(folder) for folder in class_folders]
+    below = [_below_wrappers(one) for one in inside]
+    if len(below) == 1 and len(below[0].folders) > 1 and not below[0].images:
+        raise KerasTransferError(
+            f"There is one folder only, and the classes seem to be the folders in it. "
+            f"Received: {parent}, which holds {class_folders[0].name} alone. Name "
+            f"{below[0].path} instead."
+        )
     if len(below) < 2:
         return
-    inside = [_folder_names(folder) for folder in class_folders]
-    splits = {name for name in set.intersection(*inside) if _split_of(name)}
+    shared = set.intersection(*(one.names for one in inside))
+    splits = sorted(name for name in shared if _split_of(name))
     if splits:
         raise KerasTransferError(
             f"Splits are folders of classes, not the other way round. Received: "
             f"{parent}, in which each of {_shown(class_folders)} holds "
-            f"{', '.join(sorted(splits))}. Arrange the images as train/CLASS/ and "
+            f"{', '.join(splits)}. Arrange the images as train/CLASS/ and "
             "test/CLASS/, or list them in a CSV file with the columns path,label,split."
         )
-    inside = [names for folder in below if (names := _folder_names(folder))]
-    is_same = len(inside) > 1 and all(names == inside[0] for names in inside)
-    if is_same and len(inside[0]) > 1 and not any(map(_loose_images, below)):
+    names = [one.names for one in below if one.folders]
+    is_same = len(names) > 1 and all(x == names[0] for x in names)
+    if is_same and len(names[0]) > 1 and not any(one.images for one in below):
         raise KerasTransferError(
             f"Folders that all hold the same folders are no classes. Received: "
             f"{parent}, in which each of {_shown(class_folders)} holds "
-            f"{', '.join(sorted(inside[0])[:5])}. Name one of them, such as "
-            f"{below[0]}, or list the images in a CSV file with the columns path,label."
+            f"{', '.join(sorted(names[0])[:5])}. Name one of them, such as "
+            f"{below[0].path}, or list the images in a CSV file with the columns "
+            "path,label."
         )
-
-
-def _below_wrappers(folder: Path) -> Path:
-    """The first folder below that holds more than one other folder, and nothing else.
-
-    Archives often wrap what they hold in a folder or two of the same name.
-    """
-    while len(inner := _subfolders(folder)) == 1 and not _loose_images(folder):
-        (folder,) = inner
-    return folder
 
 
 def _shown(paths: Collection[Path]) -> str:
@@ -644,23 +634,40 @@ def _shown(paths: Collection[Path]) -> str:
     return ", ".join(names[:5]) + (", ..." if names[5:] else "")
 
 
-def _folder_names(folder: Path) -> set[str]:
-    return {path.name for path in _subfolders(folder)}
+class _Contents(NamedTuple):
+    """A folder, and what it holds: folders, and files whose suffix is an image's."""
+
+    path: Path
+    folders: list[Path]
+    images: list[Path]
+
+    @property
+    def names(self) -> set[str]:
+        """Of the folders."""
+        return {path.name for path in self.folders}
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    try:
-        return [Path(entry.path) for entry in _entries(folder) if _is_folder(entry)]
-    except OSError:  # which `_walk` reports
-        return []
+def _contents(folder: Path) -> _Contents:
+    """What a folder holds; nothing where it cannot be read, which `_walk` reports."""
+    contents = _Contents(folder, [], [])
+    with contextlib.suppress(OSError):
+        for entry in _entries(folder):
+            path = Path(entry.path)
+            if _is_folder(entry):
+                contents.folders.append(path)
+            elif path.suffix.lower() in _IMAGE_SUFFIXES:
+                contents.images.append(path)
+    return contents
 
 
-def _loose_images(folder: Path) -> list[Path]:
-    try:
-        files = [Path(x.path) for x in _entries(folder) if not _is_folder(x)]
-    except OSError:
-        return []
-    return [path for path in files if path.suffix.lower() in _IMAGE_SUFFIXES]
+def _below_wrappers(contents: _Contents) -> _Contents:
+    """The first folder below that holds more than one other folder, and nothing else.
+
+    Archives often wrap what they hold in a folder or two of the same name.
+    """
+    while len(contents.folders) == 1 and not contents.images:
+        contents = _contents(contents.folders[0])
+    return contents
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
