@@ -539,13 +539,12 @@ def _csv_rows(
 
     ranks = range(1, top + 1)
     names = (f"{c}_{k}" for k in ranks for c in ("class", "score"))
-    write_line(csv_line(["path", "error", *names]).removesuffix("\n"))
+    write_line(csv_line(["path", "error", *names]))
     classified = 0
     for prediction in predictions:
         best = _best(prediction, class_names, top)
         cells = [cell for name, score in best for cell in (name, f"{score:.6f}")]
-        row = csv_line([prediction.source, prediction.error, *cells])
-        write_line(row.removesuffix("\n"))
+        write_line(csv_line([prediction.source, prediction.error, *cells]))
         classified += not prediction.error
     return classified
 

@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 
 from keras_transfer.errors import KerasTransferError, UsageError
-from keras_transfer.run import locked, sync
+from keras_transfer.run import is_writable, locked, nearest_directory, sync
 
 _SHARD_BYTES = 32 * 2**20
 _SHARD_SECONDS = 10.0
@@ -410,7 +410,7 @@ class FeatureTable:
             return True
         while True:
             index = self._index
-            try:
+            try:  # as `_find` does for many, which takes six times as long for one
                 return any(self._is_sound(index, e) for e in index.candidates(digest))
             except FileNotFoundError:  # shards were merged, or pruned
                 self.reload()
@@ -578,10 +578,7 @@ class FeatureCache:
         Raises:
             UsageError: If the directory cannot be used.
         """
-        places = (self.directory, *self.directory.absolute().parents)
-        existing = next(path for path in places if path.exists())
-        is_writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
-        if not is_writable and next(self.list(), None) is None:
+        if not is_writable(self.directory) and next(self.list(), None) is None:
             raise UsageError(
                 f"The feature cache cannot be written. Received: {self.directory}. "
                 "Choose another with --cache-dir."
@@ -607,8 +604,7 @@ class FeatureCache:
             KerasTransferError: If the cache directory cannot be used.
         """
         with _explained(self.directory, "read"):
-            folders = (self.directory, *self.directory.absolute().parents)
-            return shutil.disk_usage(next(filter(Path.exists, folders))).free
+            return shutil.disk_usage(nearest_directory(self.directory)).free
 
     def rows(self, spec: FeatureSpec) -> int:
         """How many images a spec has features of, without reading them."""

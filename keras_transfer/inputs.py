@@ -5,7 +5,6 @@ data that are not there are found here, at once.
 """
 
 import functools
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from keras_transfer.config import Config
 from keras_transfer.data import Splits, is_on_disk, load
 from keras_transfer.errors import UsageError
 from keras_transfer.features import FeatureCache
-from keras_transfer.run import NewRun, new_run
+from keras_transfer.run import NewRun, is_writable, new_run
 
 
 @dataclass(frozen=True)
@@ -58,20 +57,13 @@ def prepare(config: Config, makes_run: bool = True) -> Inputs:
     run = NewRun(runs_dir / config.name)
     if makes_run:
         run = new_run(runs_dir, config.name, config.overwrite)
-        _check_writable(runs_dir)
+        if not is_writable(runs_dir):
+            raise UsageError(
+                f"The runs directory cannot be written. Received: {runs_dir}. Choose "
+                "another with --runs-dir."
+            )
     FeatureCache(config.cache_dir).check_usable()
     return Inputs(config, run)
-
-
-def _check_writable(runs_dir: Path) -> None:
-    existing = next(
-        path for path in (runs_dir, *runs_dir.absolute().parents) if path.exists()
-    )
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UsageError(
-            f"The runs directory cannot be written. Received: {runs_dir}. Choose "
-            "another with --runs-dir."
-        )
 
 
 def _resolve(config: Config) -> Config:

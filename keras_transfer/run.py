@@ -715,18 +715,21 @@ def phase_model(phase: Phase) -> str:
 
 def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """The text of a CSV file."""
-    return "".join(map(csv_line, (header, *rows)))
+    return "".join(f"{csv_line(cells)}\n" for cells in (header, *rows))
 
 
 def csv_line(cells: Sequence[object]) -> str:
-    """A line of a CSV file, which reads back to the same cells, whatever they hold."""
+    """A line of a CSV file, without its end.
+
+    It reads back to the same cells, whatever they hold.
+    """
     # Where lines end in a line feed, csv does not quote a carriage return by itself,
     # and takes it for the end of a line when it reads it.
     has_return = any("\r" in str(cell) for cell in cells)
     quoting: Literal[0, 1] = csv.QUOTE_ALL if has_return else csv.QUOTE_MINIMAL
     text = io.StringIO()
     csv.writer(text, lineterminator="\n", quoting=quoting).writerow(cells)
-    return text.getvalue()
+    return text.getvalue().removesuffix("\n")
 
 
 def now() -> str:
@@ -757,6 +760,17 @@ def host() -> dict[str, str | int]:
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count() or 1,
     }
+
+
+def nearest_directory(path: Path) -> Path:
+    """A path, or the nearest of its parents that exists."""
+    return next(x for x in (path, *path.absolute().parents) if x.exists())
+
+
+def is_writable(directory: Path) -> bool:
+    """Whether a directory can be written, or made where it is not there yet."""
+    existing = nearest_directory(directory)
+    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
 
 
 def sync(path: Path) -> None:
