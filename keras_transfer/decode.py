@@ -376,8 +376,7 @@ def _first_frame(
 def _within_pixel_limit(
     encoded: tf.Tensor, height: tf.Tensor, width: tf.Tensor
 ) -> tf.Tensor:
-    # In float: the product of two hostile 32-bit numbers does not overflow there.
-    pixels = tf.cast(height, tf.float64) * tf.cast(width, tf.float64)
+    pixels = _product(height, width)
     valid = (height > 0) & (width > 0) & (pixels <= MAX_PIXELS)
     size = tf.strings.join([tf.as_string(width), "x", tf.as_string(height)])
     reason = tf.strings.join([size, f" pixels; at most {MAX_PIXELS:,} are decoded"])
@@ -395,10 +394,15 @@ def _within_scan_limit(
     parts = tf.raw_ops.StringSplitV2(
         input=[encoded], sep=b"\xff\xda", maxsplit=_MOST_SCANS_OF_SMALL + 1
     ).values
-    scans = tf.cast(tf.size(parts) - 1, tf.float64)
-    pixels = tf.cast(height, tf.float64) * tf.cast(width, tf.float64)
-    few = (scans * pixels <= _MOST_SCANS * MAX_PIXELS) & (scans <= _MOST_SCANS_OF_SMALL)
+    scans = tf.size(parts) - 1
+    passes = _product(scans, height, width)
+    few = (passes <= _MOST_SCANS * MAX_PIXELS) & (scans <= _MOST_SCANS_OF_SMALL)
     return require(encoded, few, "a JPEG of too many scans")
+
+
+def _product(*factors: tf.Tensor) -> tf.Tensor:
+    """In float64, where that of hostile 32-bit numbers does not overflow."""
+    return tf.reduce_prod(tf.cast(tf.stack(factors), tf.float64))
 
 
 def require(
