@@ -500,16 +500,16 @@ def frozen_features(
 
     sources = [source for _, table in splits.items() for source in table.sources]
 
-    training = set(splits.train.sources)
+    views_of = dict.fromkeys(splits.train.sources, views)
 
     def read(sources: Sequence[str]) -> Iterator[tuple[str, bytes | OSError]]:
         """Training images first: what the first ones decide, no others may decide."""
-        yield from splits.read([source for source in sources if source in training])
-        yield from splits.read([source for source in sources if source not in training])
+        yield from splits.read([source for source in sources if source in views_of])
+        yield from splits.read([source for source in sources if source not in views_of])
 
     def extract(cached: Precision | None, notes: Sequence[str] = ()) -> Extraction:
         def make_extractor(sample: np.ndarray) -> Extractor:
-            sample = sample[: max(len(training), 1)]
+            sample = sample[: max(len(views_of), 1)]
             made = extractor or Extractor(part.model, cached or "auto", sample, engine)
             made.notes.extend(notes)
             on_extractor(made, sample)
@@ -524,7 +524,7 @@ def frozen_features(
             lambda name: [part.cache.table(spec(name, v)) for v in range(views + 1)],
             cached,
             make_augmenter(part.image_size, part.seed) if views else None,
-            dict.fromkeys(splits.train.sources, views),
+            views_of,
             lambda: on_progress("features", next(seen), len(sources)),
             decoded_ahead=_WAITING_BYTES // (3 * part.image_size**2),
         )

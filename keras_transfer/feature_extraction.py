@@ -401,33 +401,27 @@ def doubts(splits: Splits, usable: Splits, extraction: Extraction) -> list[str]:
         usable: Those that have features.
         extraction: Where their digests are.
     """
-    known = splits.absent_classes()
     digests = extraction.digests
+    lines = []
+    black = sum(digest in extraction.nearly_black for digest in digests.values())
+    if black:
+        lines.append(
+            f"{black} images are PNGs of 16 bits that use 12 or fewer, and so nearly "
+            "black. Multiply their pixels by 16, or save them in 8 bits."
+        )
+    known = splits.absent_classes()
+    lines += [line for line in usable.absent_classes() if line not in known]
+    lines += usable.shared(digests, "are byte for byte in")
     labels = defaultdict(set)
     for _, table in usable.items():
         for source, target in zip(table.sources, table.targets, strict=True):
             labels[digests[source]].add(target.tobytes())
-    torn = sum(len(labels[digests[source]]) > 1 for source in digests)
-    contradictions = (
-        [f"{torn} images are byte for byte copies of images with other labels."]
-        if torn
-        else []
-    )
-    black = sum(digest in extraction.nearly_black for digest in digests.values())
-    too_dark = (
-        [
-            f"{black} images are PNGs of 16 bits that use 12 or fewer, and so nearly "
-            "black. Multiply their pixels by 16, or save them in 8 bits."
-        ]
-        if black
-        else []
-    )
-    return [
-        *too_dark,
-        *(line for line in usable.absent_classes() if line not in known),
-        *usable.shared(digests, "are byte for byte in"),
-        *contradictions,
-    ]
+    torn = sum(len(labels[digest]) > 1 for digest in digests.values())
+    if torn:
+        lines.append(
+            f"{torn} images are byte for byte copies of images with other labels."
+        )
+    return lines
 
 
 def _image_size(config: Config) -> int:

@@ -137,13 +137,7 @@ def server_command(
             f"The run has no version to serve. Received: {run.run_dir}. Run: "
             f"kt export {run.run_dir}"
         )
-    try:
-        is_everywhere = IPv4Address(host).is_unspecified
-    except AddressValueError:
-        raise UsageError(
-            f"The host is no IPv4 address. Received: {host!r}. Give 127.0.0.1 for this "
-            "machine alone, or 0.0.0.0 for whoever reaches it."
-        ) from None
+    is_everywhere = _is_everywhere(host)
     run_dir, name = run.run_dir.resolve(), run.run_dir.resolve().name
     server, docker = shutil.which("tensorflow_model_server"), shutil.which("docker")
     if server and is_everywhere:
@@ -173,6 +167,17 @@ def server_command(
         "https://www.tensorflow.org/tfx/serving/setup says, or start docker and "
         f"`docker pull {IMAGE}`."
     )
+
+
+def _is_everywhere(host: str) -> bool:
+    """Whether an IPv4 address stands for all of the machine's."""
+    try:
+        return IPv4Address(host).is_unspecified
+    except AddressValueError:
+        raise UsageError(
+            f"The host is no IPv4 address. Received: {host!r}. Give 127.0.0.1 for this "
+            "machine alone, or 0.0.0.0 for whoever reaches it."
+        ) from None
 
 
 def _docker_trouble(docker: str) -> str:
