@@ -39,6 +39,20 @@ def row(i):
 
 def table(directory):
     return FeatureCache(Path(directory)).table({SPEC!r})
+
+def kill_before(number, *names):
+    # Kills this process before that call of these functions of the system.
+    count = 0
+    def count_down(function):
+        def wrapper(*arguments, **options):
+            nonlocal count
+            count += 1
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **options)
+        return wrapper
+    for name in names:
+        setattr(os, name, count_down(getattr(os, name)))
 """
 
 
@@ -193,23 +207,10 @@ for i in range(10**6):
 
 def test_a_kill_at_any_write_loses_no_more_than_the_shard_being_written(tmp_path):
     script = """
-def kill_before_write(number):
-    count = 0
-    def count_down(function):
-        def wrapper(*arguments, **options):
-            nonlocal count
-            count += 1
-            if count == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*arguments, **options)
-        return wrapper
-    for name in ("fsync", "replace", "chmod"):
-        setattr(os, name, count_down(getattr(os, name)))
-
 for number in range(1, 99):
     child = os.fork()
     if child == 0:
-        kill_before_write(number)
+        kill_before(number, "fsync", "replace", "chmod")
         filled = table(Path(sys.argv[1], str(number)))
         for i in range(6):
             filled.add(digest(i), row(i))
@@ -450,18 +451,6 @@ def test_a_kill_while_merging_loses_nothing(tmp_path):
     script = """
 from keras_transfer import features
 features._MOST_SMALL = 3
-def kill_before(number):
-    count = 0
-    def count_down(function):
-        def wrapper(*arguments, **options):
-            nonlocal count
-            count += 1
-            if count == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*arguments, **options)
-        return wrapper
-    for name in ("fsync", "replace", "chmod", "unlink"):
-        setattr(os, name, count_down(getattr(os, name)))
 
 for number in range(1, 99):
     directory = Path(sys.argv[1], str(number))
@@ -473,7 +462,7 @@ for number in range(1, 99):
     if child == 0:
         filled = table(directory)
         filled.add(digest(2), row(2))
-        kill_before(number)
+        kill_before(number, "fsync", "replace", "chmod", "unlink")
         filled.flush()
         os._exit(0)
     if os.waitpid(child, 0)[1] == 0:
