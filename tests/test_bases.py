@@ -357,6 +357,22 @@ def test_a_base_of_every_family_is_trained_and_exported(kt, few_photos, base):
     assert exported.startswith(f"saved_models/run/exported/{form}:")
 
 
+def export_every_format(kt, run: Path, base) -> None:
+    """Exports a run in each format that can express its base."""
+    # Its depthwise convolutions of 7 x 7 become calls of XLA, which these do not know.
+    cannot = ("onnx", "openvino") if base.name.startswith("ConvNeXt") else ()
+    for form in FORMATS:
+        result = kt("export", run, "--format", form)
+        if form in cannot:
+            assert result.exit_code == 1
+            (line,) = result.stderr.strip().splitlines()
+            assert f"--format {form} cannot express this model" in line
+        else:
+            assert result.exit_code == 0, result.output
+    exported = {path.name for path in (run / "exported").iterdir()}
+    assert exported == set(FORMATS) - set(cannot)
+
+
 @pytest.mark.slow
 @EVERY_BASE
 def test_every_base_is_fine_tuned_and_exported_in_every_format(kt, few_photos, base):
@@ -364,11 +380,8 @@ def test_every_base_is_fine_tuned_and_exported_in_every_format(kt, few_photos, b
     succeed(kt, "fit", few_photos, "--name", "run", "--export", *fit_options(base))
     run = Path("saved_models/run")
     assert (run / "1" / "saved_model.pb").is_file()
-    for form in FORMATS:
-        succeed(kt, "export", run, "--format", form)
+    export_every_format(kt, run, base)
     finetune = ("unfreeze-and-finetune", run, "--force", "--epochs", 1)
     succeed(kt, *finetune)
     assert succeed(kt, "export", run).strip() == "saved_models/run/2"
-    for form in FORMATS:
-        succeed(kt, "export", run, "--format", form)
-    assert sorted(p.name for p in (run / "exported").iterdir()) == sorted(FORMATS)
+    export_every_format(kt, run, base)
