@@ -397,7 +397,7 @@ def advise(data: str, budget: float | None, as_json: bool, **options: Any) -> No
     with terminal.progress() as on_progress:
         found = measure(inputs, options, budget, on_progress, terminal.show_note)
     if as_json:
-        for line in found.model_dump_json(indent=1).split("\n"):
+        for line in json.dumps(found.model_dump(mode="json"), indent=1).split("\n"):
             terminal.write_line(line)
     else:
         terminal.show_recommendation(found)

@@ -25,7 +25,19 @@ Format = Literal["litert", "onnx", "openvino", "keras"]
 Quantization = Literal["dynamic", "int8"]
 
 _MOST_YAML = 100_000  # characters; a whole config has 2,000, and more take seconds
-_SHORT = reprlib.Repr()  # of values that are not allowed, however large or nested
+
+
+class _ShortRepr(reprlib.Repr):
+    """Of values that are not allowed, however large or nested."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        try:
+            return super().repr_int(x, level)
+        except ValueError:  # Python writes no more than 4,300 digits
+            return f"a number of {x.bit_length():,} bits"
+
+
+_SHORT = _ShortRepr()
 _SHORT.maxstring = _SHORT.maxother = 200
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]

@@ -222,7 +222,7 @@ def extract_and_fit(inputs: Inputs, on_progress: OnProgress, on_note: OnNote) ->
             images_decoded=extraction.decoded,
             images_forwarded=extractor.images if extractor else 0,
         )
-        write_atomic(staging / MANIFEST, manifest.model_dump_json(indent=1))
+        write_atomic(staging / MANIFEST, manifest.to_json())
     run = Run(inputs.run.run_dir)
     if config.export:
         export(run)

@@ -531,10 +531,8 @@ def _commit(
         write_atomic(staging / METRICS, text)
         write_atomic(staging / HISTORY, _history(run, trained))
         update = {"phase": "finetune" if report.kept else "fit", "finetune": report}
-        write_atomic(
-            staging / MANIFEST,
-            manifest.model_copy(update=update).model_dump_json(indent=1),
-        )
+        changed = manifest.model_copy(update=update)
+        write_atomic(staging / MANIFEST, changed.to_json())
     if report.kept:  # of an earlier fine-tuning that was not
         (run.run_dir / phase_model("finetune")).unlink(missing_ok=True)
 

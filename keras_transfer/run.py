@@ -27,7 +27,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import BinaryIO, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from keras_transfer.config import Config, FinetuneConfig, load_config
 from keras_transfer.errors import (
@@ -205,6 +205,10 @@ class Manifest(BaseModel):
     """Whose model `model.keras` is; the other phase's is `model.PHASE.keras`."""
     finetune: FinetuneReport | None = None
 
+    def to_json(self) -> str:
+        """The text of manifest.json, escaped: not every path can be text in UTF-8."""
+        return json.dumps(self.model_dump(mode="json"), indent=1)
+
 
 class Run:
     """A finished run on disk.
@@ -250,8 +254,9 @@ class Run:
     def manifest(self) -> Manifest:
         """Where the model came from."""
         try:
-            return Manifest.model_validate_json((self.run_dir / MANIFEST).read_bytes())
-        except (OSError, ValidationError) as error:
+            values = json.loads((self.run_dir / MANIFEST).read_bytes())
+            return Manifest.model_validate(values)
+        except (OSError, ValueError) as error:
             raise KerasTransferError(
                 f"{self.run_dir / MANIFEST} cannot be read: "
                 f"{str(error).splitlines()[0]}. Train the run again."

@@ -292,8 +292,10 @@ def test_the_command_is_whole(photos):
     assert tune == [run_dir, "--unfreeze", "all"]
 
 
-def test_advice_as_json(kt, photos):
-    result = kt("advise", photos, "--image-size", 64, "--json")
+def test_advice_as_json(kt, photos, tmp_path):
+    folder = tmp_path / "photos\udcff"  # not UTF-8
+    shutil.copytree(photos, folder)
+    result = kt("advise", folder, "--image-size", 64, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     evidence = found["evidence"]

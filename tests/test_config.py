@@ -116,12 +116,13 @@ def test_text_that_is_hostile_to_a_parser_is_a_mistake_of_one_line(
         ("data=" + "x" * 100_001, "longer than 100,000 characters"),
         ("data=[" + "x," * 40_000 + "]", "'data'"),
         ("data=2024-13-45", "month"),
+        ("seed=" + "1:" * 10_000 + "1", "a number of"),  # of base 60
     ],
     ids=lambda value: value[:20],
 )
 def test_a_hostile_value_is_a_mistake_of_one_line(assignment, words):
     with pytest.raises(UsageError) as caught:
-        load_config(None, {}, [assignment])
+        load_config(None, {"data": "x"}, [assignment])
     message = str(caught.value)
     assert words in message
     assert "\n" not in message

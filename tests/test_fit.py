@@ -383,7 +383,7 @@ def test_enough_test_images_are_not_cross_validated(photos):
 
 
 def test_names_that_are_hard_to_write_survive_every_command(kt, photos, tmp_path):
-    folder = tmp_path / "odd"
+    folder = tmp_path / "odd\udcff"  # not UTF-8
     names = {"circle": " circles", "square": "square ", "stripes": "stripes, red"}
     for name, odd in names.items():
         shutil.copytree(photos / name, folder / odd)
