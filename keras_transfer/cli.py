@@ -36,11 +36,11 @@ from keras_transfer.errors import (
     UsageError,
     explaining_full_disk,
 )
-from keras_transfer.inputs import Inputs, prepare
 from keras_transfer.run import Phase, csv_line, open_run
 
 if TYPE_CHECKING:
     from keras_transfer.data import Prediction
+    from keras_transfer.inputs import Inputs
 
 
 class _Commands(click.Group):
@@ -140,6 +140,8 @@ def fit(file: Path | None, assignments: tuple[str, ...], **options: Any) -> None
     kt fit photos/ --base MobileNetV2 --head mlp --set head.dropout=0.5
     """
     overrides = {key.replace("__", "."): value for key, value in options.items()}
+    from keras_transfer.inputs import prepare
+
     inputs = prepare(load_config(file, overrides, assignments))
     _import_tensorflow(after=inputs)
     from keras_transfer import terminal
@@ -388,6 +390,8 @@ def advise(data: str, budget: float | None, as_json: bool, **options: Any) -> No
     \b
     kt advise photos/ --budget 30m
     """
+    from keras_transfer.inputs import prepare
+
     config = load_config(None, {**options, "data": data})
     inputs = prepare(config, makes_run=False)
     _import_tensorflow(after=inputs)
@@ -427,6 +431,8 @@ def rank(data: str, bases: str, chart: Path, **options: Any) -> None:
         raise UsageError(
             f"--chart names a file in a folder that exists. Received: {chart}."
         )
+    from keras_transfer.inputs import prepare
+
     config = load_config(None, {**options, "data": data})
     inputs = prepare(config, makes_run=False)
     _import_tensorflow(after=inputs)
@@ -523,7 +529,7 @@ def cache_path(cache_dir: Path | None) -> None:
     terminal.write_line(FeatureCache(cache_dir).directory)
 
 
-def _import_tensorflow(after: Inputs | None = None) -> None:
+def _import_tensorflow(after: "Inputs | None" = None) -> None:
     """Imports TensorFlow, which takes seconds; first the images are looked for."""
     from keras_transfer.terminal import import_tensorflow
 

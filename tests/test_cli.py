@@ -56,6 +56,14 @@ def test_what_needs_no_tensorflow_does_not_import_it(arguments):
     assert done.returncode == 0, done.stderr
 
 
+def test_the_command_line_starts_without_what_only_some_commands_need():
+    script = (
+        "import sys, keras_transfer.cli\n"
+        "sys.exit(bool({'numpy', 'rich', 'tensorflow'} & set(sys.modules)))\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
