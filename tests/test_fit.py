@@ -136,7 +136,10 @@ def test_a_second_fit_computes_nothing_again(run, photos, workspace):
         np.testing.assert_array_equal(one, other)
 
     mlp = keras_transfer.fit(
-        str(photos), name="mlp", head={"kind": "mlp", "hidden": [16]}, **options
+        str(photos),
+        name="mlp",
+        head={"kind": "mlp", "hidden": [16], "l2": [1e-4]},
+        **options,
     )
     assert mlp.manifest.images_forwarded == 0
     assert mlp.metrics["fit"]["test"]["accuracy"] >= 0.8

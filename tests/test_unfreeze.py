@@ -8,7 +8,7 @@ from keras.src.applications.convnext import StochasticDepth
 from test_bases import (
     EVERY_BASE,
     EVERY_BASE_IN_TIME,
-    SMALLEST,
+    FAMILIES_IN_TIME,
     stage_ends,
     without_weights,
 )
@@ -276,7 +276,7 @@ def rows_at(model: keras.Model, point: str, count: int) -> np.ndarray:
     return np.asarray(cut(model, point)[0](pixels, training=False))
 
 
-@pytest.fixture(scope="module", params=SMALLEST, ids=lambda base: base.name)
+@pytest.fixture(scope="module", params=FAMILIES_IN_TIME)
 def network(request):
     """(base, classifier), one of every family."""
     keras.utils.clear_session()
@@ -394,7 +394,9 @@ def test_frozen_layers_above_the_cut_stay_as_they_are(name, layer):
     check_training(base, model, f"from:{layer}")
 
 
-@pytest.mark.parametrize("name", ["MobileNetV2", "DenseNet121"])
+@pytest.mark.parametrize(
+    "name", ["MobileNetV2", pytest.param("DenseNet121", marks=pytest.mark.families)]
+)
 def test_normalization_is_trained_when_asked(name):
     base = get_base(name)
     model = classifier(base, 64)
@@ -432,7 +434,14 @@ def test_changed_variables_are_those_that_training_changes():
     assert not [name for name in names if name.startswith("normalization")]
 
 
-@pytest.mark.parametrize("name", ["MobileNetV2", "ConvNeXtTiny", "ResNet50V2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "MobileNetV2",
+        pytest.param("ConvNeXtTiny", marks=pytest.mark.families),
+        pytest.param("ResNet50V2", marks=pytest.mark.families),
+    ],
+)
 def test_bf16_is_used_for_layers_but_not_for_variables_or_logits(name):
     base = get_base(name)
     model = classifier(base, 48)
