@@ -20,6 +20,7 @@ from keras_transfer import __version__
 from keras_transfer.bases import get_base
 from keras_transfer.config import (
     ClassWeight,
+    Config,
     Format,
     HeadKind,
     Precision,
@@ -140,10 +141,7 @@ def fit(file: Path | None, assignments: tuple[str, ...], **options: Any) -> None
     kt fit photos/ --base MobileNetV2 --head mlp --set head.dropout=0.5
     """
     overrides = {key.replace("__", "."): value for key, value in options.items()}
-    from keras_transfer.inputs import prepare
-
-    inputs = prepare(load_config(file, overrides, assignments))
-    _import_tensorflow(after=inputs)
+    inputs = _prepare(load_config(file, overrides, assignments))
     from keras_transfer import terminal
     from keras_transfer.feature_extraction import extract_and_fit
 
@@ -390,11 +388,8 @@ def advise(data: str, budget: float | None, as_json: bool, **options: Any) -> No
     \b
     kt advise photos/ --budget 30m
     """
-    from keras_transfer.inputs import prepare
-
     config = load_config(None, {**options, "data": data})
-    inputs = prepare(config, makes_run=False)
-    _import_tensorflow(after=inputs)
+    inputs = _prepare(config, makes_run=False)
     from keras_transfer import terminal
     from keras_transfer.evidence import measure
 
@@ -431,11 +426,8 @@ def rank(data: str, bases: str, chart: Path, **options: Any) -> None:
         raise UsageError(
             f"--chart names a file in a folder that exists. Received: {chart}."
         )
-    from keras_transfer.inputs import prepare
-
     config = load_config(None, {**options, "data": data})
-    inputs = prepare(config, makes_run=False)
-    _import_tensorflow(after=inputs)
+    inputs = _prepare(config, makes_run=False)
     from keras_transfer import terminal
     from keras_transfer.ranking import draw_chart, measure_bases
 
@@ -529,12 +521,21 @@ def cache_path(cache_dir: Path | None) -> None:
     terminal.write_line(FeatureCache(cache_dir).directory)
 
 
-def _import_tensorflow(after: "Inputs | None" = None) -> None:
-    """Imports TensorFlow, which takes seconds; first the images are looked for."""
+def _prepare(config: Config, makes_run: bool = True) -> "Inputs":
+    """Checks inputs, and looks for the images, before TensorFlow is imported."""
+    from keras_transfer.inputs import prepare
+
+    inputs = prepare(config, makes_run)
+    if not inputs.need_tensorflow:
+        _ = inputs.splits
+    _import_tensorflow()
+    return inputs
+
+
+def _import_tensorflow() -> None:
+    """Imports TensorFlow, which takes seconds."""
     from keras_transfer.terminal import import_tensorflow
 
-    if after and not after.need_tensorflow:
-        _ = after.splits
     import_tensorflow()
 
 

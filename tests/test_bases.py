@@ -358,6 +358,10 @@ def test_a_base_of_every_family_is_trained_and_exported(kt, few_photos, base):
     keras.utils.clear_session()
     succeed(kt, "fit", few_photos, "--name", "run", *fit_options(base))
     assert succeed(kt, "export", "saved_models/run").strip() == "saved_models/run/1"
+    if base.parameters < 10_000_000:  # a format takes up to 80 times the weights
+        form = FORMATS[SMALLEST.index(base) % len(FORMATS)]  # each by some family
+        exported = succeed(kt, "export", "saved_models/run", "--format", form)
+        assert exported.startswith(f"saved_models/run/exported/{form}:")
 
 
 def export_every_format(kt, run: Path, base) -> None:
