@@ -7,12 +7,20 @@
     for prediction in keras_transfer.predict(run, ["new.jpg"]):
         ...
 
-Reading order of the modules, each of which imports only those before it: errors,
-config, run, data, c_api, serving, decode, augment, bases, efficientnet_lite, alexnet,
-torch_checkpoint, weights, model, fold, features, inputs, extract, head, evaluation,
-crossvalidation, transferability, prediction, bundle, warmup, savedmodel, formats,
-feature_extraction, unfreeze, activations, optim, tail, finetune, advice, evidence,
-ranking, terminal, cli.
+Where things are, each of which imports only those below it:
+
+    cli, terminal   the command line, and what it shows
+    workflows       one file for each command
+    reporting       what people look at
+    advice          measured numbers -> advice
+    serving         what leaves the tool
+    training        heads and tails
+    evaluation      figures, with intervals
+    features        the frozen part's outputs, computed once
+    models, data    pretrained bases; images
+    runs            the run directory
+    runtime         TensorFlow's C API, OpenVINO
+    config, events, errors
 """
 
 import os
@@ -33,27 +41,30 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from keras_transfer.evidence import advise
-    from keras_transfer.feature_extraction import fit
-    from keras_transfer.finetune import unfreeze_and_finetune
-    from keras_transfer.prediction import evaluate_run as evaluate
-    from keras_transfer.prediction import predict
-    from keras_transfer.ranking import rank
-    from keras_transfer.run import open_run
-    from keras_transfer.savedmodel import export
+    from keras_transfer.runs.run import open_run
+    from keras_transfer.workflows.advise import advise
+    from keras_transfer.workflows.evaluate import evaluate_run as evaluate
+    from keras_transfer.workflows.export import export
+    from keras_transfer.workflows.finetune import unfreeze_and_finetune
+    from keras_transfer.workflows.fit import fit
+    from keras_transfer.workflows.predict import predict
+    from keras_transfer.workflows.rank import rank
 
 # TensorFlow, from Python or through its C API, would take all memory of a GPU at once.
 os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 
 _LAZY = {
-    "advise": ("keras_transfer.evidence", "advise"),
-    "evaluate": ("keras_transfer.prediction", "evaluate_run"),
-    "export": ("keras_transfer.savedmodel", "export"),
-    "fit": ("keras_transfer.feature_extraction", "fit"),
-    "open_run": ("keras_transfer.run", "open_run"),
-    "predict": ("keras_transfer.prediction", "predict"),
-    "rank": ("keras_transfer.ranking", "rank"),
-    "unfreeze_and_finetune": ("keras_transfer.finetune", "unfreeze_and_finetune"),
+    "advise": ("keras_transfer.workflows.advise", "advise"),
+    "evaluate": ("keras_transfer.workflows.evaluate", "evaluate_run"),
+    "export": ("keras_transfer.workflows.export", "export"),
+    "fit": ("keras_transfer.workflows.fit", "fit"),
+    "open_run": ("keras_transfer.runs.run", "open_run"),
+    "predict": ("keras_transfer.workflows.predict", "predict"),
+    "rank": ("keras_transfer.workflows.rank", "rank"),
+    "unfreeze_and_finetune": (
+        "keras_transfer.workflows.finetune",
+        "unfreeze_and_finetune",
+    ),
 }
 
 

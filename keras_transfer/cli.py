@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from keras_transfer import __version__
-from keras_transfer.bases import get_base
 from keras_transfer.config import (
     ClassWeight,
     Config,
@@ -32,16 +31,15 @@ from keras_transfer.config import (
     parse_assignments,
     with_finetune,
 )
-from keras_transfer.errors import (
-    KerasTransferError,
-    UsageError,
-    explaining_full_disk,
-)
-from keras_transfer.run import Phase, csv_line, open_run
+from keras_transfer.errors import KerasTransferError, UsageError, explaining_full_disk
+from keras_transfer.models.bases import get_base
+from keras_transfer.runs.files import csv_line
+from keras_transfer.runs.manifest import Phase
+from keras_transfer.runs.run import open_run
 
 if TYPE_CHECKING:
-    from keras_transfer.data import Prediction
-    from keras_transfer.inputs import Inputs
+    from keras_transfer.data.tables import Prediction
+    from keras_transfer.workflows.inputs import Inputs
 
 
 class _Commands(click.Group):
@@ -143,7 +141,7 @@ def fit(file: Path | None, assignments: tuple[str, ...], **options: Any) -> None
     overrides = {key.replace("__", "."): value for key, value in options.items()}
     inputs = _prepare(load_config(file, overrides, assignments))
     from keras_transfer import terminal
-    from keras_transfer.feature_extraction import extract_and_fit
+    from keras_transfer.workflows.fit import extract_and_fit
 
     with terminal.progress() as on_progress:
         run = extract_and_fit(inputs, on_progress, terminal.show_note)
@@ -183,7 +181,7 @@ def unfreeze_and_finetune(
     with_finetune(opened.config, given)  # mistakes are found before TensorFlow starts
     _import_tensorflow()
     from keras_transfer import terminal
-    from keras_transfer.finetune import attempt
+    from keras_transfer.workflows.finetune import attempt
 
     with terminal.progress() as on_progress:
         report, metrics = attempt(
@@ -213,7 +211,7 @@ def evaluate(
     opened = open_run(run)
     _import_tensorflow()
     from keras_transfer import terminal
-    from keras_transfer.prediction import evaluate_run
+    from keras_transfer.workflows.evaluate import evaluate_run
 
     evaluation, of, skipped = evaluate_run(opened, data, data_dir, phase=phase)
     if as_json:
@@ -250,14 +248,14 @@ def predict(
         raise click.UsageError(f"Name {wanted}. Received: {len(run_and_paths)} paths.")
     if bundle:
         from keras_transfer import terminal
-        from keras_transfer.serving import predict_bundle
+        from keras_transfer.serving.server import predict_bundle
 
         with terminal.quiet_stderr():
             class_names, predictions = predict_bundle(bundle, paths, recursive)
     else:
         opened = open_run(run_and_paths[0])
         _import_tensorflow()
-        from keras_transfer.prediction import predict_run
+        from keras_transfer.workflows.predict import predict_run
 
         class_names, predictions = predict_run(opened, paths, recursive)
     write = _csv_rows if form == "csv" else _json_rows
@@ -302,14 +300,14 @@ def export(
     from keras_transfer import terminal
 
     if form == "savedmodel":
-        from keras_transfer.savedmodel import export as run_export
+        from keras_transfer.workflows.export import export as run_export
 
         path = run_export(
             opened, min_accuracy=min_accuracy, keep=keep, on_note=terminal.show_note
         )
         terminal.write_line(path)
     else:
-        from keras_transfer.formats import export_format
+        from keras_transfer.workflows.export import export_format
 
         notes: list[str] = []
         with terminal.quiet_stderr():  # converters talk
@@ -324,7 +322,7 @@ def export(
             terminal.show_note(note)
         terminal.write_line(exported)
     if write_serving_config:
-        from keras_transfer.serving import write_serving_config as run_write
+        from keras_transfer.serving.server import write_serving_config as run_write
 
         for path in run_write(opened):
             terminal.write_line(path)
@@ -349,7 +347,7 @@ def serve(
     kt serve saved_models/photos-efficientnet_lite0 -- --enable_batching
     """
     from keras_transfer import terminal
-    from keras_transfer.serving import server_command
+    from keras_transfer.serving.server import server_command
 
     command = server_command(run, port, rest_port, host, flags)
     name = open_run(run).run_dir.resolve().name
@@ -391,7 +389,7 @@ def advise(data: str, budget: float | None, as_json: bool, **options: Any) -> No
     config = load_config(None, {**options, "data": data})
     inputs = _prepare(config, makes_run=False)
     from keras_transfer import terminal
-    from keras_transfer.evidence import measure
+    from keras_transfer.workflows.advise import measure
 
     with terminal.progress() as on_progress:
         found = measure(inputs, options, budget, on_progress, terminal.show_note)
@@ -429,7 +427,8 @@ def rank(data: str, bases: str, chart: Path, **options: Any) -> None:
     config = load_config(None, {**options, "data": data})
     inputs = _prepare(config, makes_run=False)
     from keras_transfer import terminal
-    from keras_transfer.ranking import draw_chart, measure_bases
+    from keras_transfer.reporting.charts import draw_chart
+    from keras_transfer.workflows.rank import measure_bases
 
     with terminal.progress() as on_progress:
         ranked, left_out = measure_bases(
@@ -461,7 +460,7 @@ _cache_dir = click.option("--cache-dir", type=_PATH, help="Where features are ke
 def cache_list(cache_dir: Path | None) -> None:
     """List what is cached."""
     from keras_transfer import terminal
-    from keras_transfer.features import FeatureCache
+    from keras_transfer.features.cache import FeatureCache
 
     terminal.show_cache(list(FeatureCache(cache_dir).list()))
 
@@ -503,7 +502,7 @@ def cache_prune(
     kt cache prune --unused-days 7
     kt cache prune --max-size 20GB
     """
-    from keras_transfer.features import FeatureCache
+    from keras_transfer.features.cache import FeatureCache
 
     if unused_days is None and max_size is None:
         unused_days = 30
@@ -516,14 +515,14 @@ def cache_prune(
 def cache_path(cache_dir: Path | None) -> None:
     """Print where the cache is."""
     from keras_transfer import terminal
-    from keras_transfer.features import FeatureCache
+    from keras_transfer.features.cache import FeatureCache
 
     terminal.write_line(FeatureCache(cache_dir).directory)
 
 
 def _prepare(config: Config, makes_run: bool = True) -> "Inputs":
     """Checks inputs, and looks for the images, before TensorFlow is imported."""
-    from keras_transfer.inputs import prepare
+    from keras_transfer.workflows.inputs import prepare
 
     inputs = prepare(config, makes_run)
     if not inputs.need_tensorflow:

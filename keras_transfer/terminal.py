@@ -22,14 +22,16 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from keras_transfer.advice import METHODS
-from keras_transfer.bases import BASES, weights_path
+from keras_transfer.advice.rules import METHODS
 from keras_transfer.errors import KerasTransferError
-from keras_transfer.run import FinetuneReport, Run
+from keras_transfer.models.bases import BASES, weights_path
+from keras_transfer.runs.manifest import FinetuneReport
+from keras_transfer.runs.run import Run
 
 if TYPE_CHECKING:
-    from keras_transfer.evidence import Recommendation
-    from keras_transfer.ranking import Ranked
+    from keras_transfer.advice.ranking import Ranked
+    from keras_transfer.workflows.advise import Recommendation
+
 
 _MOST_CLASSES = 30
 

@@ -14,10 +14,11 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from keras_transfer.bases import BASES
 from keras_transfer.cli import main
 from keras_transfer.config import load_config
-from keras_transfer.features import FeatureCache, FeatureSpec
+from keras_transfer.features.cache import FeatureCache
+from keras_transfer.features.shards import FeatureSpec
+from keras_transfer.models.bases import BASES
 from keras_transfer.terminal import printable
 
 ROOT = Path(__file__).parents[1]

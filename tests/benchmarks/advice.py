@@ -21,9 +21,10 @@ import numpy as np
 from fit_vs_recipe import run
 
 import keras_transfer
-from keras_transfer.evaluation import compare
-from keras_transfer.prediction import load_model, predict_sources, run_splits
-from keras_transfer.run import Run
+from keras_transfer.evaluation.comparison import compare
+from keras_transfer.evaluation.of_run import load_model, run_splits
+from keras_transfer.evaluation.prediction import predict_sources
+from keras_transfer.runs.run import Run
 
 KT = Path(sys.executable).with_name("kt")
 

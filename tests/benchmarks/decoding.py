@@ -25,10 +25,10 @@ from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from keras_transfer.bases import get_base
-from keras_transfer.decode import make_decoder
-from keras_transfer.extract import Extractor
-from keras_transfer.model import build_base
+from keras_transfer.data.decode import make_decoder
+from keras_transfer.features.engine import Extractor
+from keras_transfer.models.bases import get_base
+from keras_transfer.models.classifier import build_base
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("photos", type=Path)

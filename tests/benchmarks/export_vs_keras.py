@@ -19,8 +19,8 @@ import keras
 import numpy as np
 
 import keras_transfer
-from keras_transfer.c_api import ABOUT, Request, Session
-from keras_transfer.savedmodel import read_signatures
+from keras_transfer.runtime.c_api import ABOUT, Request, Session
+from keras_transfer.serving.savedmodel import read_signatures
 
 
 def plain_export(model: keras.Model, path: Path) -> None:

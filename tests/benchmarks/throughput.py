@@ -15,12 +15,15 @@ from pathlib import Path
 
 import numpy as np
 
-from keras_transfer.bases import get_base
-from keras_transfer.data import load, map_ahead
-from keras_transfer.decode import DECODER_VERSION, make_decoder
-from keras_transfer.extract import BATCH_SIZE, Extractor, extract_features
-from keras_transfer.features import FeatureCache, FeatureSpec
-from keras_transfer.model import POOL, build_base, weights_digest
+from keras_transfer.data.decode import DECODER_VERSION, make_decoder
+from keras_transfer.data.loading import load
+from keras_transfer.data.reading import map_ahead
+from keras_transfer.features.cache import FeatureCache
+from keras_transfer.features.engine import BATCH_SIZE, Extractor
+from keras_transfer.features.extraction import extract_features
+from keras_transfer.features.shards import FeatureSpec
+from keras_transfer.models.bases import get_base
+from keras_transfer.models.classifier import POOL, build_base, weights_digest
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("folder")

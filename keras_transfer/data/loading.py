@@ -1,0 +1,184 @@
+"""DATA -> Splits: which images there are, what they show, who trains on them.
+
+Images stay encoded here. A `Splits` holds three tables of names and labels, and a
+reader that yields the encoded bytes of any of them. Nothing of TensorFlow is imported
+unless the data are `digits` (encoded to PNG) or `tfds:`.
+"""
+
+import unicodedata
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from keras_transfer.config import SplitsConfig
+from keras_transfer.data.listing import Listing, list_data
+from keras_transfer.data.reading import Reader
+from keras_transfer.data.splitting import assign_splits, free_train, keep_old_splits
+from keras_transfer.data.tables import LABEL_SEPARATOR, SPLIT_NAMES, Splits, Table
+from keras_transfer.errors import KerasTransferError
+
+
+def load(
+    data: str,
+    config: SplitsConfig | None = None,
+    seed: int = 0,
+    data_dir: Path | None = None,
+) -> Splits:
+    """Finds the images that DATA names and divides them into train, val and test.
+
+    Splits that the data name are kept. Where they name none, images are divided per
+    class in the shares of `config`, seeded, a group always staying whole. A train/
+    folder without a val/ gives up a part of itself for validation.
+
+    Args:
+        data: A folder of class folders, a folder of train/ val/ [test/] folders of
+            class folders, a CSV/TSV file, `tfds:NAME[:VERSION]` or `digits`.
+        config: Shares, and a splits.csv whose assignment is kept.
+        seed: Decides which images go where.
+        data_dir: Where tensorflow-datasets keeps prepared data.
+
+    Raises:
+        UsageError: If DATA is not one of these.
+        KerasTransferError: If there is no image, only one class, or a line of the
+            file is wrong.
+    """
+    config = config or SplitsConfig()
+    listing = list_data(data, data_dir)
+    if not listing.sources:
+        raise KerasTransferError(
+            f"There are no images. Received: {data}. Expected class folders that hold "
+            "JPEG, PNG, GIF, BMP or WebP files."
+        )
+    class_names = listing.class_names or sorted(
+        {name for labels in listing.labels for name in labels}
+    )
+    _check_class_names(class_names, listing)
+    if len(class_names) < 2:
+        raise KerasTransferError(
+            f"A classifier needs at least two classes. Received: {data} with "
+            f"{repr(class_names[0]) + ' only' if class_names else 'none'}."
+        )
+    held_out = {*listing.splits} - {"", "train"}
+    if "val" not in held_out:
+        free_train(listing)
+    if config.file is not None:
+        keep_old_splits(listing, config.file)
+    assign_splits(listing, config, seed, held_out)
+    splits = _to_splits(listing, tuple(class_names))
+    return replace(splits, warnings=(*splits.warnings, *_doubts(splits)))
+
+
+def load_all(
+    data: str,
+    class_names: Sequence[str],
+    multi_label: bool,
+    data_dir: Path | None = None,
+) -> tuple[Table, Reader]:
+    """All images that DATA names as one table, labelled as a model's classes.
+
+    Raises:
+        UsageError: If DATA is not what `load` takes.
+        KerasTransferError: If there is no image, or a label is none of the classes.
+    """
+    listing = list_data(data, data_dir, multi_label)
+    if not listing.sources:
+        raise KerasTransferError(f"There are no images. Received: {data}.")
+    unknown = {name for labels in listing.labels for name in labels} - {*class_names}
+    if unknown:
+        raise KerasTransferError(
+            f"The model has no class {sorted(unknown)[0]!r}. Its classes are "
+            f"{', '.join(class_names)}."
+        )
+    for source, names in zip(listing.sources, listing.labels, strict=True):
+        if len(names) != 1 and not multi_label:
+            raise KerasTransferError(
+                f"The model gives each image one class. Received: {source} with "
+                f"{len(names)} labels."
+            )
+    targets = _targets(listing.labels, class_names, multi_label)
+    table = Table(tuple(listing.sources), targets, tuple(listing.groups))
+    return table, listing.read
+
+
+def _check_class_names(class_names: Sequence[str], listing: Listing) -> None:
+    for name in class_names:
+        categories = {unicodedata.category(character) for character in name}
+        if LABEL_SEPARATOR in name or categories & {"Cc", "Cs", "Zl", "Zp"}:
+            raise KerasTransferError(
+                f"A class name is UTF-8 without {LABEL_SEPARATOR!r}, control "
+                f"characters and line separators. Received: {name!r}. Rename the class."
+            )
+    alike = defaultdict(list)
+    for name in class_names:
+        alike[unicodedata.normalize("NFC", name).casefold()].append(name)
+    for names in alike.values():
+        if len(names) > 1:
+            listing.warnings.append(
+                f"Classes {' and '.join(map(repr, names))} differ only in case or in "
+                "how their letters are encoded; they are kept apart."
+            )
+
+
+def _doubts(splits: Splits) -> list[str]:
+    """What makes figures flatter or fail, as far as names and labels show it."""
+    doubts = []
+    if not len(splits.test):
+        figures = (
+            "figures are of the validation images, which also chose the L2 strength"
+            if len(splits.val)
+            else "no image is held out to measure the model on"
+        )
+        doubts.append(f"There is no test split: {figures}.")
+    elif not len(splits.val):
+        doubts.append("There is no validation split: the L2 strength is not chosen.")
+    groups = {
+        source: group
+        for _, table in splits.items()
+        for source, group in zip(table.sources, table.groups, strict=True)
+        if group
+    }
+    return [
+        *doubts,
+        *splits.absent_classes(),
+        *splits.shared(groups, "are of a group that is in"),
+    ]
+
+
+def _to_splits(listing: Listing, class_names: tuple[str, ...]) -> Splits:
+    targets = _targets(listing.labels, class_names, listing.multi_label)
+    tables = {}
+    for split in SPLIT_NAMES:
+        rows = [i for i, name in enumerate(listing.splits) if name == split]
+        tables[split] = Table(
+            tuple(listing.sources[i] for i in rows),
+            targets[rows],
+            tuple(listing.groups[i] for i in rows),
+        )
+    if not len(tables["train"]):
+        raise KerasTransferError(
+            "No image is in the train split: nothing to learn from."
+        )
+    return Splits(
+        train=tables["train"],
+        val=tables["val"],
+        test=tables["test"],
+        class_names=class_names,
+        multi_label=listing.multi_label,
+        read=listing.read,
+        warnings=tuple(listing.warnings),
+    )
+
+
+def _targets(
+    labels: Sequence[tuple[str, ...]], class_names: Sequence[str], multi_label: bool
+) -> np.ndarray:
+    index = {name: i for i, name in enumerate(class_names)}
+    if not multi_label:
+        return np.array([index[names[0]] for names in labels], np.int64)
+    targets = np.zeros((len(labels), len(class_names)), np.uint8)
+    for row, names in enumerate(labels):
+        targets[row, [index[name] for name in names]] = 1
+    return targets

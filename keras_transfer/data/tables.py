@@ -1,0 +1,203 @@
+"""Tables of images: which there are, what they show, which split they are in."""
+
+import hashlib
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from keras_transfer.data.reading import Reader
+from keras_transfer.errors import KerasTransferError
+from keras_transfer.runs.files import csv_text
+
+SPLIT_NAMES = ("train", "val", "test")
+LABEL_SEPARATOR = "|"
+
+
+@dataclass(frozen=True)
+class Table:
+    """The images of one split.
+
+    Attributes:
+        sources: What names each image: a path relative to the data, or an id.
+        targets: int64 `[N]` indices into the class names; of multi-label data uint8
+            `[N, num_classes]`, 1 where the class is present.
+        groups: The group of each image (a patient, a burst of photos), "" for none.
+    """
+
+    sources: tuple[str, ...]
+    targets: np.ndarray
+    groups: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def keep(self, sources: Iterable[str]) -> "Table":
+        """The same table with only the images named."""
+        wanted = set(sources)
+        rows = [i for i, source in enumerate(self.sources) if source in wanted]
+        return Table(
+            tuple(self.sources[i] for i in rows),
+            self.targets[rows],
+            tuple(self.groups[i] for i in rows),
+        )
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Labelled images in three parts that share no image and no group.
+
+    Attributes:
+        class_names: In the order of the model's outputs.
+        read: Yields the encoded bytes of the sources given to it.
+        warnings: What the user should know about the data, a line each.
+    """
+
+    train: Table
+    val: Table
+    test: Table
+    class_names: tuple[str, ...]
+    multi_label: bool
+    read: Reader
+    warnings: tuple[str, ...]
+
+    def items(self) -> Iterator[tuple[str, Table]]:
+        """(split name, table) of train, val and test."""
+        for name in SPLIT_NAMES:
+            yield name, getattr(self, name)
+
+    def class_counts(self) -> dict[str, dict[str, int]]:
+        """For each split, how many images show each class."""
+        counts = {}
+        for name, table in self.items():
+            of_class = count_classes(table.targets, len(self.class_names)).tolist()
+            counts[name] = dict(zip(self.class_names, of_class, strict=True))
+        return counts
+
+    def absent_classes(self) -> list[str]:
+        """A line for each split that has images, but none of some classes."""
+        lines = []
+        for split, counts in self.class_counts().items():
+            absent = [repr(name) for name, count in counts.items() if count == 0]
+            if absent and len(getattr(self, split)):
+                shown = ", ".join(absent[:5]) + (", ..." if absent[5:] else "")
+                lines.append(
+                    f"The {split} split has no image of {len(absent)} of "
+                    f"{len(counts)} classes: {shown}."
+                )
+        return lines
+
+    def shared(self, keys: Mapping[str, Hashable], what: str) -> list[str]:
+        """A line for each two splits that have images with the same key.
+
+        Args:
+            keys: The key of each source that has one.
+            what: Ends the line, after "3 of 10 test images".
+        """
+        lines = []
+        for one, other in (("val", "train"), ("test", "train"), ("test", "val")):
+            table, others = getattr(self, one), getattr(self, other)
+            known = {keys[source] for source in others.sources if source in keys}
+            found = sum(keys.get(source) in known for source in table.sources)
+            if found:
+                lines.append(
+                    f"{found} of {len(table)} {one} images {what} {other} too: their "
+                    "figures flatter."
+                )
+        return lines
+
+    def keep(self, sources: Iterable[str]) -> "Splits":
+        """The same splits with only the images named."""
+        kept = set(sources)
+        return replace(
+            self,
+            train=self.train.keep(kept),
+            val=self.val.keep(kept),
+            test=self.test.keep(kept),
+        )
+
+    def relabel(self, class_names: Sequence[str]) -> "Splits":
+        """The same splits with targets that are indices into other class names.
+
+        Raises:
+            KerasTransferError: If an image shows a class that has no name there.
+        """
+        position = {name: index for index, name in enumerate(class_names)}
+        columns = np.array([position.get(name, -1) for name in self.class_names])
+
+        def relabelled(table: Table) -> Table:
+            shown = count_classes(table.targets, len(columns)) > 0
+            for index in np.flatnonzero(shown & (columns < 0)):
+                raise KerasTransferError(
+                    "The classes of the data are not those that were trained on. "
+                    f"Received: {self.class_names[index]!r}, which is none of "
+                    f"{', '.join(class_names)}. Train again with kt fit."
+                )
+            if not self.multi_label:
+                return replace(table, targets=columns[table.targets])
+            targets = np.zeros((len(table), len(class_names)), np.uint8)
+            targets[:, columns[columns >= 0]] = table.targets[:, columns >= 0]
+            return replace(table, targets=targets)
+
+        return replace(
+            self,
+            class_names=tuple(class_names),
+            train=relabelled(self.train),
+            val=relabelled(self.val),
+            test=relabelled(self.test),
+        )
+
+    def to_csv(self) -> str:
+        """The text of splits.csv: path,label,split,group, an image a line."""
+        rows = (
+            (source, self._label(target), name, group)
+            for name, table in self.items()
+            for source, target, group in zip(
+                table.sources, table.targets, table.groups, strict=True
+            )
+        )
+        return csv_text(("path", "label", "split", "group"), rows)
+
+    def fingerprint(self, digests: Mapping[str, bytes]) -> str:
+        """SHA-256 over split, name, bytes and labels of every image."""
+        digest = hashlib.sha256()
+        for name, table in self.items():
+            for source, target in zip(table.sources, table.targets, strict=True):
+                row = (name, source, digests[source].hex(), self._label(target))
+                digest.update("\0".join(row).encode(errors="surrogateescape") + b"\n")
+        return digest.hexdigest()
+
+    def _label(self, target: np.ndarray) -> str:
+        indices = np.flatnonzero(target) if self.multi_label else [int(target)]
+        return LABEL_SEPARATOR.join(self.class_names[i] for i in indices)
+
+
+def one_hot(targets: np.ndarray, num_classes: int) -> np.ndarray:
+    """float32 `[N, num_classes]` of a table's targets, single- or multi-label."""
+    if targets.ndim == 2:
+        return targets.astype(np.float32)
+    encoded = np.zeros((len(targets), num_classes), np.float32)
+    encoded[np.arange(len(targets)), targets] = 1
+    return encoded
+
+
+def count_classes(targets: np.ndarray, num_classes: int) -> np.ndarray:
+    """int64 `[num_classes]`: how many of a table's images show each class."""
+    if targets.ndim == 2:
+        return targets.sum(0, dtype=np.int64)
+    return np.bincount(targets, minlength=num_classes)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a run's model says of one image.
+
+    Attributes:
+        source: The image's path, or its id in the data.
+        probabilities: float32 `[num_classes]`; None if the image is unusable.
+        error: Why it is unusable, or "".
+    """
+
+    source: str
+    probabilities: np.ndarray | None
+    error: str = ""

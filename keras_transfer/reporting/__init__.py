@@ -1,0 +1,4 @@
+"""What people look at.
+
+Reading order: charts.
+"""

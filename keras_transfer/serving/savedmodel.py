@@ -1,0 +1,208 @@
+"""A run's model -> a SavedModel version directory for TensorFlow Serving, verified.
+
+What is published was loaded before by TensorFlow's own C++ loader, in a process
+without Python's TensorFlow, and said of real images what the model says.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
+from tensorflow.python.saved_model.fingerprinting_utils import write_fingerprint
+
+from keras_transfer.data.decode import DECODER_VERSION
+from keras_transfer.errors import KerasTransferError
+from keras_transfer.models.classifier import weights_digest
+from keras_transfer.runs.files import rename_to_first_free, settle, temporary_directory
+from keras_transfer.runs.manifest import now, versions
+from keras_transfer.runs.run import Run, committing, version_dirs
+from keras_transfer.runtime.c_api import Arrays, Request, answer_elsewhere
+from keras_transfer.serving.sample import BATCHES, Sample, Trained
+from keras_transfer.serving.signatures import EXAMPLE_KEY, TOLERANCE, disagreement
+from keras_transfer.serving.warmup import RECORDS, read_records
+
+# What is served is never trained, and TensorFlow cannot save the gradient of its swish.
+SAVING = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
+_FORBIDDEN_OPS = re.compile(
+    "Random|Multinomial|PyFunc|XlaCallModule|^(Read|Write)File$|MatchingFiles"
+)
+
+
+def read_signatures(saved: Path) -> dict[str, dict[str, dict[str, str]]]:
+    """Signature -> `inputs`, `outputs` -> name -> name of the tensor."""
+    proto = SavedModel.FromString((saved / "saved_model.pb").read_bytes())
+    return {
+        name: {
+            "inputs": {key: info.name for key, info in signature.inputs.items()},
+            "outputs": {key: info.name for key, info in signature.outputs.items()},
+        }
+        for name, signature in proto.meta_graphs[0].signature_def.items()
+        if not name.startswith("__")  # which initialize
+    }
+
+
+def finish_graph(saved: Path) -> None:
+    """Makes `classify` one of TensorFlow Serving's classification signatures.
+
+    Raises:
+        KerasTransferError: If the graph holds what must not be served.
+    """
+    path = saved / "saved_model.pb"
+    proto = SavedModel.FromString(path.read_bytes())
+    (graph,) = proto.meta_graphs
+    functions = graph.graph_def.library.function
+    nodes = [*graph.graph_def.node, *(n for f in functions for n in f.node_def)]
+    forbidden = sorted({n.op for n in nodes if _FORBIDDEN_OPS.search(n.op)})
+    if forbidden:
+        raise KerasTransferError(
+            f"The graph holds operations that do not belong in a server: {forbidden}. "
+            "Nothing was published."
+        )
+    classify = graph.signature_def["classify"]
+    classify.method_name = tf.saved_model.CLASSIFY_METHOD_NAME
+    path.write_bytes(proto.SerializeToString(deterministic=True))
+    write_fingerprint(str(saved))
+
+
+def describe(
+    run: Run, trained: Trained, is_folded: bool, saved: Path
+) -> dict[str, Any]:
+    """What `assets.extra/keras_transfer.json` says."""
+    manifest = trained.manifest
+    graph = (saved / "saved_model.pb").read_bytes()
+    return {
+        "schema_version": 1,
+        "created": now(),
+        "run": run.run_dir.resolve().name,
+        "base": manifest.base,
+        "phase": manifest.phase,
+        "labels": trained.class_names,
+        "multi_label": manifest.multi_label,
+        "image_size": manifest.image_size,
+        "decoder_version": DECODER_VERSION,
+        "batch_normalization_folded": is_folded,
+        "metrics": trained.metrics,
+        "weights_sha256": weights_digest(trained.model),
+        "graph_sha256": hashlib.sha256(graph).hexdigest(),
+        "versions": versions(),
+        "signatures": read_signatures(saved),
+    }
+
+
+def _requests(files: Sequence[bytes], pixels: np.ndarray) -> list[Request]:
+    """A request to each signature with these images."""
+    image_bytes = np.array(files, object)
+    return [
+        Request("serving_default", {"image_bytes": image_bytes}),
+        Request("predict_images", {"images": pixels}),
+        Request("predict_tensor", {"images": pixels.astype(np.float32)}),
+        Request("classify", {"inputs": np.array([*map(_example, files)], object)}),
+        Request("embed", {"image_bytes": image_bytes}),
+    ]
+
+
+def _example(encoded: bytes) -> bytes:
+    value = tf.train.Feature(bytes_list=tf.train.BytesList(value=[encoded]))
+    features = tf.train.Features(feature={EXAMPLE_KEY: value})
+    return tf.train.Example(features=features).SerializeToString()
+
+
+def _batches(sample: Sample) -> list[np.ndarray]:
+    """Which images are asked for together."""
+    everything = np.arange(sum(BATCHES)) % len(sample.files)
+    return np.split(everything, np.cumsum(BATCHES)[:-1])
+
+
+def warmup_requests(sample: Sample) -> list[Request]:
+    """Requests with small copies of the images, to the signatures asked most."""
+    files = [tf.io.encode_jpeg(x, quality=75).numpy() for x in sample.pixels]
+    return [
+        request
+        for rows in _batches(sample)
+        for request in _requests([files[i] for i in rows], sample.pixels[rows])
+        if request.signature in ("serving_default", "classify")
+    ]
+
+
+def verify(saved: Path, sample: Sample, class_names: Sequence[str]) -> None:
+    """Asks every signature, as TensorFlow Serving would, and compares.
+
+    Raises:
+        KerasTransferError: If an answer is not what the model says.
+    """
+    asked = [
+        (rows, request)
+        for rows in _batches(sample)
+        for request in _requests([sample.files[i] for i in rows], sample.pixels[rows])
+    ]
+    warmups = list(read_records(saved / RECORDS))
+    answers = answer_elsewhere(saved, [*(r for _, r in asked), *warmups])
+    for (rows, request), answer in zip(asked, answers, strict=False):
+        wrong = (
+            answer
+            if isinstance(answer, str)
+            else _difference(answer, sample, rows, class_names)
+        )
+        if wrong:
+            raise KerasTransferError(
+                f"Signature {request.signature}, asked for {len(rows)} images, is "
+                f"wrong: {wrong}. Nothing was published."
+            )
+    for answer in answers[len(asked) :]:
+        if isinstance(answer, str):
+            raise KerasTransferError(
+                f"A warm-up record fails: {answer}. Nothing was published."
+            )
+
+
+def _difference(
+    answer: Arrays, sample: Sample, rows: np.ndarray, class_names: Sequence[str]
+) -> str:
+    """How an answer differs from what the model says of the images; "" if it agrees."""
+    expected = {name: values[rows] for name, values in sample.expected.items()}
+    wrong = disagreement(answer, expected)
+    if wrong or "scores" not in answer:
+        return wrong
+    scores, classes = answer["scores"], answer["classes"]
+    probabilities = expected["probabilities"]
+    best = np.sort(probabilities)[:, ::-1][:, : scores.shape[1]]
+    apart = np.abs(scores - best).max()
+    if not apart <= TOLERANCE:
+        return f"scores differ by {apart:.2g}"
+    for row, named, said in zip(probabilities, classes, scores, strict=True):
+        for name, score in zip(named, said, strict=True):
+            if abs(row[class_names.index(name.decode())] - score) > TOLERANCE:
+                return f"the score of {name.decode()!r} is that of another class"
+    if "indices" in answer:
+        by_index = np.array([name.encode() for name in class_names], object)
+        if (by_index[answer["indices"]] != classes).any():
+            return "indices are not those of the classes"
+    return ""
+
+
+def publish(staging: Path, run_dir: Path, made_from: bytes) -> Path:
+    """Gives a directory the next number; it is on the disk before it has it."""
+    settle(staging)
+    with committing(run_dir, made_from):
+        last = max((int(path.name) for path in version_dirs(run_dir)), default=0)
+        numbers = itertools.count(last + 1)
+        return rename_to_first_free(staging, (run_dir / str(n) for n in numbers))
+
+
+def prune_versions(run_dir: Path, keep: int) -> None:
+    """Deletes all but the newest versions, each at once as far as a server sees."""
+    versions = [path for path in version_dirs(run_dir) if path.is_dir()]
+    for version in versions[:-keep]:
+        with (
+            temporary_directory(run_dir) as pruned,
+            contextlib.suppress(FileNotFoundError),  # pruned by another process
+        ):
+            os.rename(version, pruned)

@@ -1,0 +1,212 @@
+"""A classifier -> the TensorFlow functions that are served, with their decoder.
+
+All signatures call one function of pixels, in which normalization is folded into
+convolutions and weights are constants: half the latency of variables, and nothing
+is stored twice.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import keras
+import numpy as np
+import tensorflow as tf
+from tensorflow.python.framework.convert_to_constants import (
+    convert_variables_to_constants_v2,
+)
+
+from keras_transfer.data.decode import decode_image, require, resize_image
+from keras_transfer.errors import KerasTransferError
+from keras_transfer.models.classifier import POOL
+from keras_transfer.models.fold import folded_copy
+
+TOLERANCE = 1e-5
+"""How far a served probability may be from the model's."""
+
+FEATURES_TOLERANCE = 1e-4
+"""How far served features may be from the model's, over the largest of them."""
+
+TOP = 5
+"""How many of the likeliest classes are named."""
+
+EXAMPLE_KEY = "image/encoded"
+
+# Images of a request that are decoded at a time. TensorFlow's 10 would take 5 GB where
+# each is just below the limit of pixels; a busy server has other requests to work on.
+_PARALLEL = 2
+
+Network = Callable[[tf.Tensor], dict[str, tf.Tensor]]
+"""From float32 `[N, image_size, image_size, 3]` pixels in [0, 255] to `probabilities`
+float32 `[N, C]` and `features` float32 `[N, D]`."""
+
+
+def with_features(model: keras.Model) -> keras.Model:
+    """A classifier that also says what its head reads, by the names of `Network`."""
+    features = model.get_layer(POOL).output
+    outputs = {"probabilities": model.output, "features": features}
+    return keras.Model(model.input, outputs)
+
+
+def disagreement(
+    actual: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]
+) -> str:
+    """How what is served differs from what the model says; "" if it agrees.
+
+    Args:
+        actual: `probabilities` or `features` or both, and others, which do not count.
+        expected: Both.
+    """
+    largest = np.abs(expected["features"]).max()
+    allowed = {"probabilities": TOLERANCE, "features": FEATURES_TOLERANCE * largest}
+    for name, most in allowed.items():
+        if name in actual:
+            apart = np.abs(actual[name] - expected[name]).max()
+            if not apart <= most:
+                return f"{name} differ by {apart:.2g}, at most {most:.2g} is allowed"
+    return ""
+
+
+def frozen_network(
+    model: keras.Model, pixels: np.ndarray, expected: Mapping[str, np.ndarray]
+) -> tuple[Network, bool]:
+    """A model as a function without variables.
+
+    Args:
+        model: From [0, 255] pixels to probabilities.
+        pixels: uint8 `[n, image_size, image_size, 3]`, to compare on.
+        expected: What the model, `with_features`, says of them.
+
+    Returns:
+        (network, whether normalization is folded): it is where the network then still
+        agrees with the model.
+
+    Raises:
+        KerasTransferError: If the function does not agree with the model.
+    """
+    for is_folded, make in ((True, folded_copy), (False, lambda model: model)):
+        network = _constants(make(model))
+        wrong = disagreement(network(tf.constant(pixels, tf.float32)), expected)
+        if not wrong:
+            return network, is_folded
+    raise KerasTransferError(
+        f"The model's graph does not agree with the model: {wrong}. Nothing was "
+        "exported."
+    )
+
+
+def _constants(model: keras.Model) -> Network:
+    both = with_features(model)
+    function = tf.function(lambda pixels: both(pixels, training=False), autograph=False)
+    shape = (None, *model.input_shape[1:])
+    concrete = function.get_concrete_function(tf.TensorSpec(shape, tf.float32))
+    frozen = convert_variables_to_constants_v2(concrete)
+    structure = concrete.structured_outputs
+    return lambda pixels: tf.nest.pack_sequence_as(structure, frozen(pixels))
+
+
+class ServingBundle:
+    """A network with its decoder, as the signatures of a SavedModel.
+
+    Of N encoded images, `image_bytes` is string `[N]`, files as `decode.decode_image`
+    takes them. A classification is `probabilities` float32 `[N, C]`, and of the
+    k = min(5, C) likeliest classes `classes` string `[N, k]`, `scores` float32
+    `[N, k]` and `indices` int32 `[N, k]`.
+
+    Attributes:
+        signatures: Name to function, each of one tensor.
+    """
+
+    def __init__(self, network: Network, image_size: int, class_names: Sequence[str]):
+        self._network = network
+        self._image_size = image_size
+        self._class_names = list(class_names)
+        square = (None, image_size, image_size, 3)
+        self.signatures = {
+            "serving_default": _function(
+                self._predict_bytes, tf.TensorSpec((None,), tf.string, "image_bytes")
+            ),
+            "predict_images": _function(
+                self._predict_images,
+                tf.TensorSpec((None, None, None, 3), tf.uint8, "images"),
+            ),
+            "predict_tensor": _function(
+                self._predict_tensor, tf.TensorSpec(square, tf.float32, "images")
+            ),
+            "classify": _function(
+                self._classify, tf.TensorSpec((None,), tf.string, "inputs")
+            ),
+            "embed": _function(
+                self._embed, tf.TensorSpec((None,), tf.string, "image_bytes")
+            ),
+        }
+
+    def _predict_bytes(self, image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Encoded images -> classification."""
+        return self._predict_pixels(self._decode(image_bytes))
+
+    def _predict_images(self, images: tf.Tensor) -> dict[str, tf.Tensor]:
+        """uint8 `[N, H, W, 3]` RGB images, upright, of any size -> classification."""
+        pixels = tf.map_fn(
+            lambda image: resize_image(image, self._image_size),
+            images,
+            parallel_iterations=_PARALLEL,
+            fn_output_signature=self._square(tf.uint8),
+        )
+        return self._predict_pixels(tf.cast(pixels, tf.float32))
+
+    def _predict_tensor(self, images: tf.Tensor) -> dict[str, tf.Tensor]:
+        """float32 `[N, image_size, image_size, 3]` in [0, 255] -> classification."""
+        is_finite = tf.reduce_all(tf.math.is_finite(images))
+        return self._predict_pixels(
+            require(images, is_finite, "pixels that are not finite numbers")
+        )
+
+    def _predict_pixels(self, images: tf.Tensor) -> dict[str, tf.Tensor]:
+        probabilities = self._network(images)["probabilities"]
+        top = min(TOP, len(self._class_names))
+        scores, indices = tf.math.top_k(probabilities, top)
+        return {
+            "probabilities": probabilities,
+            "classes": tf.gather(tf.constant(self._class_names), indices),
+            "scores": scores,
+            "indices": indices,
+        }
+
+    def _classify(self, inputs: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Serialized tf.Examples with `image/encoded` -> `classes` and `scores`."""
+        files = {EXAMPLE_KEY: tf.io.FixedLenFeature((), tf.string)}
+        image_bytes = tf.io.parse_example(inputs, files)[EXAMPLE_KEY]
+        found = self._predict_bytes(image_bytes)
+        return {name: found[name] for name in ("classes", "scores")}
+
+    def _embed(self, image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Encoded images -> `features` float32 `[N, D]`, for search and drift."""
+        return {"features": self._network(self._decode(image_bytes))["features"]}
+
+    def _decode(self, image_bytes: tf.Tensor) -> tf.Tensor:
+        pixels = tf.map_fn(
+            lambda encoded: decode_image(encoded, self._image_size),
+            image_bytes,
+            parallel_iterations=_PARALLEL,
+            fn_output_signature=self._square(tf.uint8),
+        )
+        return tf.cast(pixels, tf.float32)
+
+    def _square(self, dtype: tf.DType) -> tf.TensorSpec:
+        return tf.TensorSpec((self._image_size, self._image_size, 3), dtype)
+
+
+def _function(
+    method: Callable[[tf.Tensor], dict[str, tf.Tensor]], spec: tf.TensorSpec
+) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
+    """Compiles a signature.
+
+    It first makes sure of the shape: a session does not, and TensorFlow aborts where
+    a tensor of another rank reaches some kernels.
+    """
+
+    def signature(tensor: tf.Tensor) -> dict[str, tf.Tensor]:
+        tensor = tf.ensure_shape(tensor, spec.shape)
+        is_filled = tf.shape(tensor)[0] > 0
+        return method(require(tensor, is_filled, "an empty batch; send an image"))
+
+    return tf.function(signature, input_signature=[spec], autograph=False)

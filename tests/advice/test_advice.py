@@ -1,0 +1,407 @@
+"""Which method, which base: probes, scores, rules, and folds."""
+
+import csv
+import json
+import shlex
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.optimize
+import scipy.stats
+from conftest import CLASSES, RUN_FILES
+from PIL import Image
+from sklearn.metrics import accuracy_score
+
+import keras_transfer
+from keras_transfer.advice import ranking
+from keras_transfer.advice.logme import logme
+from keras_transfer.advice.rules import Evidence, recommend, separation
+from keras_transfer.config import load_config
+from keras_transfer.data.tables import Table
+from keras_transfer.errors import UsageError
+from keras_transfer.evaluation.crossvalidation import estimate, fold_numbers
+from keras_transfer.runs.manifest import Estimate
+from keras_transfer.workflows import advise as evidence
+from keras_transfer.workflows.inputs import prepare
+
+# LogME
+
+
+def reference_logme(features: np.ndarray, targets: np.ndarray, classes: int) -> float:
+    """The published definition: y ~ N(0, F F^T / alpha + I / beta), maximized."""
+    found = []
+    for index in range(classes):
+        label = (targets == index).astype(float)
+
+        def negative(logs, label=label):
+            alpha, beta = np.exp(logs)
+            covariance = features @ features.T / alpha + np.eye(len(label)) / beta
+            return -scipy.stats.multivariate_normal.logpdf(
+                label, np.zeros(len(label)), covariance
+            )
+
+        grid = [(a, b) for a in range(-4, 9, 2) for b in range(-4, 9, 2)]
+        best = scipy.optimize.minimize(
+            negative,
+            min(grid, key=negative),
+            method="Nelder-Mead",
+            bounds=[(-15, 15)] * 2,
+            options={"fatol": 1e-10},
+        )
+        found.append(-best.fun / len(label))
+    return float(np.mean(found))
+
+
+@pytest.mark.parametrize(("count", "dimension"), [(30, 4), (12, 20), (25, 25)])
+def test_logme_is_what_its_definition_gives(count, dimension):
+    rng = np.random.default_rng(count)
+    targets = np.arange(count) % 3
+    features = rng.normal(size=(count, dimension))
+    features[:, :3] += 2 * np.eye(3)[targets]
+    expected = reference_logme(features, targets, 3)
+    assert logme(features, targets, 3) == pytest.approx(expected, abs=1e-4)
+
+
+def test_logme_is_higher_where_classes_lie_apart():
+    rng = np.random.default_rng(0)
+    targets = np.arange(200) % 2
+    noise = rng.normal(size=(200, 16))
+    apart = noise + 3 * targets[:, None]
+    assert logme(apart, targets, 2) > logme(noise, targets, 2) + 0.1
+    several = np.eye(2, dtype=np.uint8)[targets]
+    assert logme(apart, several, 2) == pytest.approx(logme(apart, targets, 2))
+
+
+def test_logme_leaves_out_what_nothing_shows():
+    rng = np.random.default_rng(0)
+    targets = np.arange(60) % 2
+    features = rng.normal(size=(60, 8)) + targets[:, None]
+    expected = logme(features, targets, 2)
+    assert logme(features, targets, 4) == pytest.approx(expected)
+    labels = np.column_stack([targets, 1 - targets, np.ones(60), np.zeros(60)])
+    assert logme(features, labels.astype(np.uint8), 4) == pytest.approx(expected)
+    assert np.isnan(logme(features, labels[:, 2:].astype(np.uint8), 2))
+
+
+# Folds and intervals
+
+
+def table(targets, groups=None) -> Table:
+    names = tuple(f"{index}.jpg" for index in range(len(targets)))
+    return Table(names, np.asarray(targets), tuple(groups or [""] * len(targets)))
+
+
+def test_folds_hold_each_class_alike_and_divide_no_group():
+    targets = np.array([0] * 40 + [1] * 20)
+    numbers = fold_numbers(table(targets), 2, 5, seed=3)
+    for fold in range(5):
+        assert np.bincount(targets[numbers == fold]).tolist() == [8, 4]
+    groups = [f"patient {index // 3}" for index in range(60)]
+    numbers = fold_numbers(table(targets, groups), 2, 5, seed=3)
+    for patient in set(groups):
+        rows = [i for i, group in enumerate(groups) if group == patient]
+        assert len(set(numbers[rows])) == 1
+    assert (fold_numbers(table(targets), 2, 5, 4) != numbers).any()
+
+
+def test_folds_of_several_labels_and_of_rare_classes():
+    targets = np.zeros((30, 3), np.uint8)
+    targets[:10, 0] = targets[5:25, 1] = 1
+    numbers = fold_numbers(table(targets), 3, 5, seed=0)
+    assert np.bincount(numbers, minlength=5).min() >= 4
+    numbers = fold_numbers(table([0] * 20 + [1] * 2), 2, 5, seed=0)
+    assert set(numbers) == set(range(5))
+    targets = np.arange(40) % 10  # four images a class
+    numbers = fold_numbers(table(targets), 10, 5, seed=0)
+    assert np.bincount(numbers).tolist() == [8] * 5
+    assert all(len(set(numbers[targets == index])) == 4 for index in range(10))
+
+
+def test_fewer_images_or_groups_than_folds_is_an_error():
+    with pytest.raises(UsageError, match="Received: 3 and 5 folds"):
+        fold_numbers(table([0, 1, 0]), 2, 5, 0)
+    with pytest.raises(UsageError, match="fewer groups .* Received: 2 and 5 folds"):
+        fold_numbers(table([0, 1] * 10, ["a", "b"] * 10), 2, 5, 0)
+    with pytest.raises(UsageError, match="Every class .* Received: at most 4 and 5"):
+        fold_numbers(table([0, 1, 2] * 4, list("abcdefghijkl")), 3, 5, 0)
+
+
+def test_an_estimate_is_its_formula():
+    values = [0.85, 0.95, 0.9, 1.0, 0.8]
+    found = estimate(values, 0.2)
+    half = 2.776445 * np.sqrt(np.var(values, ddof=1) * (1 / 5 + 0.25))
+    assert found.mean == pytest.approx(0.9)
+    assert found.high == 1 < 0.9 + half  # no share is larger
+    assert found.low == pytest.approx(0.9 - half)
+    gain = estimate([-0.1, 0.0], 0.2, lowest=-1.0)
+    assert gain.mean == pytest.approx(-0.05) and gain.low < -0.1
+
+
+def test_a_cross_validated_fit_keeps_what_each_head_said(kt, photos):
+    options = ("--image-size", 64, "--folds", 4)
+    result = kt("fit", photos, *options)
+    assert result.exit_code == 0, result.output
+    assert "cross-validation, 4 folds" in result.stdout
+    (run_dir,) = Path("saved_models").iterdir()
+    run = keras_transfer.open_run(run_dir)
+    assert {path.name for path in run.run_dir.iterdir()} == RUN_FILES | {
+        "out_of_fold.csv"
+    }
+    assert run.manifest.images_forwarded == 60  # each once, for five heads
+    with (run.run_dir / "splits.csv").open(newline="") as file:
+        label = {
+            r["path"]: r["label"] for r in csv.DictReader(file) if r["split"] == "train"
+        }
+    with (run.run_dir / "out_of_fold.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["path"] for row in rows} == set(label)
+    assert len(rows) == len(label)
+    accuracies = []
+    for fold in range(4):
+        inside = [row for row in rows if row["fold"] == str(fold)]
+        said = [max(CLASSES, key=lambda name: float(row[name])) for row in inside]
+        accuracies.append(accuracy_score([label[row["path"]] for row in inside], said))
+    folds = run.manifest.folds
+    assert folds.values == pytest.approx(accuracies)
+    assert folds.low <= folds.mean <= folds.high
+    without = kt("fit", photos, "--image-size", 64, "--name", "without")
+    assert without.exit_code == 0
+    assert (
+        run.metrics == keras_transfer.open_run("without").metrics
+    )  # the run's own head knows nothing of the folds
+
+
+# Rules
+
+
+def certain(value: float) -> Estimate:
+    return Estimate(
+        mean=value, low=value - 0.02, high=value + 0.02, values=(value,) * 5
+    )
+
+
+ORDINARY = Evidence(
+    images=1600,
+    class_counts={"a": 700, "b": 900},
+    accuracy=certain(0.8),
+    curve={0.25: certain(0.7), 0.5: certain(0.79), 1.0: certain(0.8)},
+    gain=Estimate(mean=0.005, low=-0.01, high=0.02, values=()),
+    majority=0.56,
+    neighbours=0.85,
+    logme=0.1,
+    imagenet_confidence=0.6,
+    imagenet_entropy=0.3,
+    images_per_second=300,
+    minutes={"extract": 1, "more-data": 1, "finetune-top": 5, "finetune-all": 50},
+    gigabytes={"extract": 0, "more-data": 0, "finetune-top": 0.1, "finetune-all": 1},
+    disk=10,
+)
+MANY = {f"class {number}": 80 for number in range(20)}
+COMMON = {"accuracy": certain(0.985), "majority": 0.98, "neighbours": 0.995}
+RISES = Estimate(mean=0.05, low=0.02, high=0.08, values=())
+
+
+@pytest.mark.parametrize(
+    ("changes", "budget", "method"),
+    [
+        ({}, None, "finetune-top"),
+        ({}, 2, "extract"),
+        ({"accuracy": certain(0.995)}, None, "extract"),
+        ({"images": 200}, None, "extract"),
+        ({"images": 200, "gain": RISES}, None, "more-data"),
+        ({"class_counts": {"a": 900, "b": 4}}, None, "more-data"),
+        ({"class_counts": {"a": 4} | MANY, "images": 1604}, None, "finetune-top"),
+        (COMMON, None, "finetune-top"),
+        ({"images": 29_000}, None, "finetune-all"),
+        ({"images": 29_000}, 10, "finetune-top"),
+        ({"images": 29_000, "disk": 0.5}, None, "finetune-top"),
+        ({"disk": 0.01}, None, "extract"),
+        ({"imagenet_confidence": 0.1}, None, "finetune-all"),
+        ({"imagenet_confidence": 0.1}, 10, "finetune-top"),
+        ({"imagenet_confidence": 0.1, "images": 200}, None, "extract"),
+    ],
+)
+def test_the_method_follows_from_the_numbers(changes, budget, method):
+    found, advice = recommend(replace(ORDINARY, **changes), budget)
+    assert found == method
+    assert [one.rule for one in advice] == [
+        "data size",
+        "imbalance",
+        "learning curve",
+        "headroom",
+        "task similarity",
+        "compute",
+    ]
+    assert all(one.message and one.evidence for one in advice)
+
+
+def messages(**changes) -> str:
+    return " | ".join(a.message for a in recommend(replace(ORDINARY, **changes))[1])
+
+
+def test_rules_say_what_they_found():
+    assert "in balance" in messages() and "similar to ImageNet" in messages()
+    assert "out of balance" in messages(class_counts={"a": 1000, "b": 100})
+    assert "of 'b' fewer than 10" in messages(class_counts={"a": 1000, "b": 9})
+    assert "unlike ImageNet" in messages(imagenet_confidence=0.1)
+    assert "unlike ImageNet" in messages(neighbours=0.6)
+    assert "1,600 training images" in messages()  # however many labels they have
+    assert "more time or disk than there is" in messages(disk=0.5)
+    assert "more would help" in messages(gain=RISES)
+    assert separation(0.75, 0.5) == 0.5
+
+
+def test_a_budget_that_allows_nothing_is_an_error():
+    with pytest.raises(
+        UsageError, match="Received: 30.0 s, .* about 60.0 s. Allow more"
+    ):
+        recommend(ORDINARY, 0.5)
+
+
+# The commands
+
+
+def test_advice_ends_in_a_command_that_uses_what_it_computed(kt, photos):
+    result = kt("advise", photos, "--image-size", 64, "--budget", "2h")
+    assert result.exit_code == 0, result.output
+    *_, recommended, command = result.stdout.strip().splitlines()
+    assert recommended.startswith("Recommended: feature extraction")
+    program, *arguments = command.split()
+    assert program == "kt" and "&&" not in arguments
+    fitted = kt(*arguments)
+    assert fitted.exit_code == 0, fitted.output
+    (run_dir,) = Path("saved_models").iterdir()
+    assert keras_transfer.open_run(run_dir).manifest.images_forwarded == 0
+    again = kt("advise", photos, "--image-size", 64)
+    assert f"--name {run_dir.name}-2" in again.stdout  # the first one stays
+
+
+def test_the_command_is_whole(photos):
+    options = {"base": "MobileNetV2", "head.dropout": 0.5, "overwrite": True}
+    config = load_config(None, {**options, "data": str(photos)})
+    inputs = prepare(config, makes_run=False)
+    command = evidence._command(inputs, "finetune-all", options, balanced=True)
+    fit, tune = (shlex.split(part)[2:] for part in command.split(" && "))
+    assert fit == [
+        *(str(photos), "--base", "MobileNetV2", "--set", "head.dropout=0.5"),
+        *("--set", "overwrite=true", "--class-weight", "balanced"),
+    ]
+    run_dir = f"saved_models/{photos.name}-MobileNetV2"
+    assert tune == [run_dir, "--unfreeze", "all"]
+
+
+def test_advice_as_json(kt, photos, tmp_path):
+    folder = tmp_path / "photos\udcff"  # not UTF-8
+    shutil.copytree(photos, folder)
+    result = kt("advise", folder, "--image-size", 64, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    evidence = found["evidence"]
+    assert evidence["class_counts"] == dict.fromkeys(CLASSES, 16)
+    assert 0.5 < evidence["accuracy"]["mean"] <= 1
+    assert set(evidence["curve"]) == {"0.25", "0.5", "1.0"}
+    assert 0 < evidence["imagenet_confidence"] < 1
+    assert [one["rule"] for one in found["advice"]][0] == "data size"
+    assert 0 < evidence["minutes"]["extract"] < evidence["minutes"]["finetune-all"]
+    assert evidence["gigabytes"]["finetune-top"] > 0
+    assert found["command"].startswith("kt fit ")
+
+
+@pytest.mark.parametrize("command", ["advise", "rank"])
+def test_what_cannot_be_measured_is_one_line(kt, photos, tmp_path, command):
+    one_class = tmp_path / "one"
+    shutil.copytree(photos / "circle", one_class / "circle")
+    few = tmp_path / "few"
+    for name in CLASSES:
+        (few / name).mkdir(parents=True)
+        Image.new("RGB", (40, 40)).save(few / name / "1.png")
+    bases = ("--base",) if command == "advise" else ("--bases",)
+    for arguments, code, words in [
+        ((one_class,), 1, "at least two classes"),
+        ((few,), 2, "fewer training images than folds"),
+        ((photos, *bases, "ResNet51"), 2, "Did you mean 'ResNet50'?"),
+        (
+            (photos, *bases, "alexnet", "--image-size", 64),
+            1,
+            "alexnet-owt-7be5be79.pth",
+        ),
+        ((tmp_path / "nowhere",), 2, "nowhere"),
+    ]:
+        result = kt(command, *arguments)
+        assert result.exit_code == code, result.output
+        said = ("- ", "Downloading data from ")
+        lines = [x for x in result.stderr.splitlines() if not x.startswith(said)]
+        assert len(lines) == 1 and words in lines[0]
+
+
+@pytest.mark.parametrize("budget", ["30", "x", "-1m", "30 minutes"])
+def test_a_budget_is_a_duration(kt, photos, budget):
+    result = kt("advise", photos, "--budget", budget)
+    assert result.exit_code == 2
+    assert "30m, 2h or 90s" in result.stderr
+
+
+def test_an_impossible_budget_is_one_line(kt, photos):
+    result = kt("advise", photos, "--image-size", 64, "--budget", "0.001s")
+    assert result.exit_code == 2
+    assert "The budget is too small" in result.stderr
+
+
+def test_bases_are_ranked_and_drawn(kt, photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "none"))
+    result = kt("rank", photos, "--image-size", 64, "--chart", "chart.png")
+    assert result.exit_code == 0, result.output
+    assert "efficientnet_lite0" in result.stdout
+    assert "Left out: alexnet, alexnet_fc7," in result.stdout
+    assert "weights are not on this machine" in result.stdout
+    with Image.open("chart.png") as image:
+        assert image.format == "PNG" and image.size[0] >= 800
+
+
+def test_named_bases_are_measured_side_by_side(photos):
+    names = ["MobileNetV2", "efficientnet_lite0"]
+    ranked, left_out = keras_transfer.rank(
+        str(photos), [*names, "alexnet_fc7"], image_size=64, weights="none"
+    )
+    assert sorted(one.base for one in ranked) == names
+    assert list(left_out) == ["alexnet_fc7"] and "64" in left_out["alexnet_fc7"]
+    means = [one.accuracy.mean for one in ranked]
+    assert means == sorted(means, reverse=True)
+    for one in ranked:
+        assert one.images_per_second > 0 and one.megabytes == pytest.approx(
+            4e-6 * one.parameters
+        )
+
+
+def test_the_pareto_front_is_what_nothing_beats():
+    points = {"a": (0.9, 10), "b": (0.8, 20), "c": (0.7, 15), "d": (0.9, 5)}
+    found = [
+        {
+            "base": name,
+            "accuracy": certain(accuracy),
+            "logme": 0.0,
+            "images_per_second": speed,
+            "parameters": 1,
+            "megabytes": 1.0,
+        }
+        for name, (accuracy, speed) in points.items()
+    ]
+    ranked = ranking.rank_by_accuracy(found)
+    assert {one.base for one in ranked if one.is_best} == {"a", "b"}
+
+
+def test_images_of_several_classes_are_advised_on(photos):
+    rows = [
+        (path, f"{path.parent.name}|shape" if index % 2 else path.parent.name)
+        for index, path in enumerate(sorted(photos.glob("*/*.jpg")))
+    ]
+    text = "path,label\n" + "".join(f"{path},{label}\n" for path, label in rows)
+    Path("data.csv").write_text(text)
+    found = keras_transfer.advise("data.csv", image_size=64)
+    assert found.evidence.neighbours is None
+    assert found.evidence.majority == pytest.approx(0.375, abs=0.03)
+    assert found.evidence.majority < found.evidence.accuracy.mean <= 1
+    assert found.command == f"kt fit {Path('data.csv').resolve()} --image-size 64"
