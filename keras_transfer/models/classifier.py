@@ -20,9 +20,14 @@ if keras.config.backend() != "tensorflow":
 HEAD = "head"
 POOL = "pool"
 
+_POOLING = {
+    "map": keras.layers.GlobalAveragePooling2D,
+    "tokens": keras.layers.GlobalAveragePooling1D,
+}
+
 
 def build_base(base: Base, weights: str, image_size: int, seed: int) -> keras.Model:
-    """A pretrained base with its input scaling and global average pooling.
+    """A pretrained base with its input scaling and its pooling.
 
     Args:
         base: The row of the table.
@@ -47,7 +52,7 @@ def build_base(base: Base, weights: str, image_size: int, seed: int) -> keras.Mo
             f"{base.name} cannot be built for images of {image_size} pixels: "
             f"{str(error).splitlines()[0]} Its own size is {base.image_size}."
         ) from None
-    features = keras.layers.GlobalAveragePooling2D(name=POOL)(network.output)
+    features = _POOLING[base.pooling](name=POOL)(network.output)
     model = keras.Model(image, features, name=base.name)
     model.trainable = False
     return model

@@ -15,7 +15,7 @@ from keras.src.utils import file_utils
 
 from keras_transfer.config import Format, HeadConfig, choices
 from keras_transfer.errors import UsageError, WeightsError
-from keras_transfer.models.bases import BASES, get_base, weights_path
+from keras_transfer.models.bases import BASES, Base, get_base, weights_path
 from keras_transfer.models.classifier import (
     POOL,
     attach_head,
@@ -126,15 +126,46 @@ def test_names_are_found_however_they_are_written(base):
         ("mobilnetv2", "MobileNetV2"),
         ("efficientnetlite", "efficientnet_lite0"),
         ("vgg-16b", "VGG16"),
-        ("", "VGG"),
+        ("resnext101_32x8d", "ResNet101V2"),
     ],
 )
 def test_an_unknown_name_brings_up_the_nearest(name, nearest):
     with pytest.raises(UsageError) as caught:
         get_base(name)
     assert f"Received: {name!r}." in str(caught.value)
-    if name:
-        assert f"Did you mean {nearest!r}?" in str(caught.value)
+    assert f"Did you mean {nearest!r}?" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["", "dinov2", "banana split"])
+def test_a_name_that_is_near_to_none_is_not_guessed(name):
+    with pytest.raises(UsageError, match="`kt bases` lists all") as caught:
+        get_base(name)
+    assert "Did you mean" not in str(caught.value)
+
+
+def token_net(image):
+    """Patches of 8 x 8 pixels as a sequence of tokens."""
+    x = keras.layers.Conv2D(6, 8, strides=8, name="patches")(image)
+    tokens = keras.layers.Reshape((-1, 6), name="tokens")(x)
+    return keras.Model(image, tokens)
+
+
+def test_a_base_of_tokens_is_averaged_over_them():
+    row = Base(
+        name="token_net",
+        image_size=32,
+        scaling=get_base("MobileNetV2").scaling,
+        parameters=0,
+        weights_file="",
+        stage_ends=("patches",),
+        pooling="tokens",
+        module=__name__,
+    )
+    model = build_base(row, "none", 32, seed=0)
+    assert model.output_shape == (None, 6)
+    pixels = np.random.default_rng(0).uniform(0, 255, (2, 32, 32, 3))
+    tokens = keras.Model(model.input, model.get_layer("tokens").output)(pixels)
+    np.testing.assert_allclose(model(pixels), np.mean(tokens, axis=1), atol=1e-5)
     assert "\n" not in str(caught.value)
 
 
