@@ -7,16 +7,17 @@
     for prediction in keras_transfer.predict(run, ["new.jpg"]):
         ...
 
-Where things are, each of which imports only those below it:
+The subpackages and modules, from top to bottom; each imports only those below it:
 
-    cli, terminal   the command line, and what it shows
-    workflows       one file for each command
-    reporting       what people look at
-    advice          measured numbers -> advice
-    serving         what leaves the tool
-    training        heads and tails
-    evaluation      figures, with intervals
-    features        the frozen part's outputs, computed once
+    cli, terminal   the command line and its output
+    api             the public functions and `Run`
+    workflows       one module per command
+    reporting       charts
+    advice          advice derived from measurements
+    serving         exported models and TensorFlow Serving
+    training        training of heads and tails
+    evaluation      metrics with confidence intervals
+    features        outputs of the frozen part, computed once
     models, data    pretrained bases; images
     runs            the run directory
     runtime         TensorFlow's C API, OpenVINO
@@ -30,6 +31,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 __all__ = [
+    "Config",
+    "KerasTransferError",
+    "Listener",
+    "Run",
+    "UsageError",
     "advise",
     "evaluate",
     "export",
@@ -41,36 +47,43 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from keras_transfer.runs.run import open_run
-    from keras_transfer.workflows.advise import advise
-    from keras_transfer.workflows.evaluate import evaluate_run as evaluate
-    from keras_transfer.workflows.export import export
-    from keras_transfer.workflows.finetune import unfreeze_and_finetune
-    from keras_transfer.workflows.fit import fit
-    from keras_transfer.workflows.predict import predict
-    from keras_transfer.workflows.rank import rank
+    from keras_transfer.api import (
+        Run,
+        advise,
+        evaluate,
+        export,
+        fit,
+        open_run,
+        predict,
+        rank,
+        unfreeze_and_finetune,
+    )
+    from keras_transfer.config import Config
+    from keras_transfer.errors import KerasTransferError, UsageError
+    from keras_transfer.events import Listener
 
-# TensorFlow, from Python or through its C API, would take all memory of a GPU at once.
+# Otherwise TensorFlow, from Python or through its C API, reserves all GPU memory.
 os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 
-_LAZY = {
-    "advise": ("keras_transfer.workflows.advise", "advise"),
-    "evaluate": ("keras_transfer.workflows.evaluate", "evaluate_run"),
-    "export": ("keras_transfer.workflows.export", "export"),
-    "fit": ("keras_transfer.workflows.fit", "fit"),
-    "open_run": ("keras_transfer.runs.run", "open_run"),
-    "predict": ("keras_transfer.workflows.predict", "predict"),
-    "rank": ("keras_transfer.workflows.rank", "rank"),
-    "unfreeze_and_finetune": (
-        "keras_transfer.workflows.finetune",
-        "unfreeze_and_finetune",
-    ),
+_MODULES = {
+    "Config": "keras_transfer.config",
+    "KerasTransferError": "keras_transfer.errors",
+    "Listener": "keras_transfer.events",
+    "UsageError": "keras_transfer.errors",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a workflow, and with it TensorFlow, when it is first asked for."""
-    if name not in _LAZY:
+    """Imports a public name when it is first used.
+
+    The process that verifies an export imports this package, but none of them.
+    """
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, attribute = _LAZY[name]
-    return getattr(import_module(module), attribute)
+    module = import_module(_MODULES.get(name, "keras_transfer.api"))
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    """Lists the public names only, not the modules that happen to be imported."""
+    return [*__all__, "__version__"]

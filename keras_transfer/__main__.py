@@ -1,4 +1,4 @@
-"""`python -m keras_transfer`: the command line without its script."""
+"""Entry point of `python -m keras_transfer`, which is the same as `kt`."""
 
 from keras_transfer.cli import main
 

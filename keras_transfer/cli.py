@@ -1,7 +1,7 @@
 """The `kt` command line: options -> Config -> one call -> printed result.
 
-Only a command that needs TensorFlow imports it, so `kt --help` and mistakes in usage
-answer at once.
+TensorFlow is imported only by commands that need it, and only after the usage was
+checked, so `kt --help` and usage errors respond immediately.
 """
 
 import io
@@ -10,14 +10,16 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from keras_transfer import __version__
 from keras_transfer.config import (
+    FLAGS,
     ClassWeight,
     Config,
     Format,
@@ -25,13 +27,15 @@ from keras_transfer.config import (
     Precision,
     Quantization,
     TrainingPrecision,
-    check_quantization,
+    check_export,
     choices,
+    default_of,
+    finetune_options,
     load_config,
-    parse_assignments,
     with_finetune,
 )
 from keras_transfer.errors import KerasTransferError, UsageError, explaining_full_disk
+from keras_transfer.events import Broadcast
 from keras_transfer.models.bases import get_base
 from keras_transfer.runs.files import csv_line
 from keras_transfer.runs.manifest import Phase
@@ -42,18 +46,40 @@ if TYPE_CHECKING:
     from keras_transfer.workflows.inputs import Inputs
 
 
+_GROUPS = {
+    "Start here": ("fit", "advise", "bases"),
+    "Improve": ("unfreeze-and-finetune", "rank"),
+    "Look": ("evaluate",),
+    "Ship": ("predict", "export", "serve"),
+    "Look after": ("cache",),
+}
+
+
 class _Commands(click.Group):
-    """Commands whose errors are one line; a traceback is shown with --debug only."""
+    """Lists commands in groups and reports errors in one line (--debug: traceback)."""
+
+    def format_commands(
+        self, ctx: click.Context, formatter: click.HelpFormatter
+    ) -> None:
+        """Lists the commands by purpose."""
+        width = max(map(len, self.commands))
+        for title, names in _GROUPS.items():
+            with formatter.section(title):
+                rows = [
+                    (name.ljust(width), self.commands[name].get_short_help_str(200))
+                    for name in names
+                ]
+                formatter.write_dl(rows)
 
     def invoke(self, ctx: click.Context) -> Any:
         from keras_transfer.terminal import printable, show_line
 
-        if isinstance(sys.stdout, io.TextIOWrapper):  # it may be ASCII or cp1252
+        if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may be ASCII
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
             with explaining_full_disk():
                 return super().invoke(ctx)
-        except click.UsageError as error:  # it may repeat what was typed
+        except click.UsageError as error:  # may quote user input
             message = printable(error.format_message())
             raise click.UsageError(message, error.ctx) from None
         except (click.exceptions.Exit, click.Abort, BrokenPipeError):
@@ -68,7 +94,7 @@ class _Commands(click.Group):
         except KerasTransferError as error:
             if ctx.params["debug"]:
                 raise
-            show_line(f"Error: {error}")
+            show_line(f"Error: {_in_flags(str(error), self, ctx)}")
             ctx.exit(2 if isinstance(error, UsageError) else 1)
         except OSError as error:
             if ctx.params["debug"]:
@@ -85,8 +111,38 @@ class _Commands(click.Group):
             ctx.exit(1)
 
 
+def _in_flags(message: str, group: click.Group, ctx: click.Context) -> str:
+    """Rewrites Python parameters in a message as flags of the current command.
+
+    `force=True` becomes `--force`, `min_accuracy=0.9` becomes `--min-accuracy 0.9`, and
+    `cache_dir` becomes `--cache-dir`. Parameters for which the command has no option
+    are left unchanged.
+    """
+    command = group.commands.get(ctx.invoked_subcommand or "")
+    options = {
+        str(option.name).rpartition("__")[-1]: option
+        for option in (command.params if command else ())
+        if isinstance(option, click.Option)
+    }
+    options |= {"format": options["form"]} if "form" in options else {}
+
+    def flag(found: re.Match[str]) -> str:
+        name, value = found[1], found[2]
+        if name not in options or (value is None and "_" not in name):
+            return found[0]
+        option = options[name]
+        if value == "False" and option.secondary_opts:
+            return option.secondary_opts[0]
+        is_bare = value is None or value == "True"
+        return option.opts[0] if is_bare else f"{option.opts[0]} {value}"
+
+    # The lookarounds keep matches out of paths and of config keys, which are quoted.
+    pattern = r"(?<![\w/.='-])([a-z]\w+)(?:=([^\s,;)]*[^\s,;).]))?(?![\w/=-])"
+    return re.sub(pattern, flag, message)
+
+
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.option("--debug", is_flag=True, help="Show a traceback if an error occurs.")
 @click.version_option(__version__, prog_name="kt")
 def main(debug: bool) -> None:
     """Transfer learning on images with Keras.
@@ -103,34 +159,218 @@ def main(debug: bool) -> None:
 
 
 _PATH = click.Path(path_type=Path)
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "base": {
+        "help": "Pretrained base; `kt bases` lists all.",
+        "metavar": "NAME",
+    },
+    "weights": {
+        "help": "Weights of the base: imagenet, none (random) or a file.",
+        "metavar": "WEIGHTS",
+    },
+    "image_size": {
+        "type": int,
+        "metavar": "PIXELS",
+        "help": "Side of the square input images.  [default: the base's own size]",
+    },
+    "head.kind": {"type": click.Choice(choices(HeadKind)), "help": "Kind of head."},
+    "head.epochs": {
+        "type": int,
+        "metavar": "N",
+        "help": "Maximum number of training iterations of the head.",
+    },
+    "head.class_weight": {
+        "type": click.Choice(choices(ClassWeight)),
+        "help": "Class weights in the loss.",
+    },
+    "augment": {
+        "type": int,
+        "metavar": "N",
+        "help": "Number of augmented views cached per training image.",
+    },
+    "folds": {
+        "type": int,
+        "metavar": "K",
+        "help": "Cross-validate the head in K folds.  [default: only if there are few "
+        "test images, in up to 5]",
+    },
+    "precision": {
+        "type": click.Choice(choices(Precision)),
+        "help": "Arithmetic precision of the frozen base.",
+    },
+    "splits.file": {
+        "type": _PATH,
+        "metavar": "FILE",
+        "help": "splits.csv of an earlier run, to keep its splits.  [default: none]",
+    },
+    "max_skipped": {
+        "type": float,
+        "metavar": "SHARE",
+        "help": "Largest fraction of unusable images that is tolerated.",
+    },
+    "name": {
+        "metavar": "NAME",
+        "help": "Name of the run.  [default: DATA-BASE]",
+    },
+    "runs_dir": {
+        "type": _PATH,
+        "metavar": "DIR",
+        "help": "Directory that contains the runs.",
+    },
+    "seed": {"type": int, "metavar": "N", "help": "Random seed."},
+    "data_dir": {
+        "type": _PATH,
+        "metavar": "DIR",
+        "help": "Directory where tensorflow-datasets keeps prepared data sets.  "
+        "[default: tensorflow-datasets' own]",
+    },
+    "cache_dir": {
+        "type": _PATH,
+        "metavar": "DIR",
+        "help": "Directory where features are cached.  [default: keras_transfer in the "
+        "user's cache directory]",
+    },
+}
+
+
+def _config_options(*keys: str) -> Callable[[_Command], _Command]:
+    """Adds options for config keys; an omitted option keeps the config's value."""
+
+    def decorate(command: _Command) -> _Command:
+        for key in reversed(keys):
+            given = dict(_OPTIONS[key])
+            _add_default(given, key)
+            name = key.replace(".", "__")
+            command = click.option(FLAGS[key], name, **given)(command)
+        return command
+
+    return decorate
+
+
+_FINETUNE_OPTIONS: dict[str, dict[str, Any]] = {
+    "--unfreeze": {
+        "metavar": "WHAT",
+        "help": "Layers to train: top (the last stage), stages:N (the last N), all or "
+        "from:LAYER.",
+    },
+    "--lr": {
+        "key": "learning_rate",
+        "type": float,
+        "metavar": "RATE",
+        "help": "Peak learning rate of the head.",
+    },
+    "--base-lr": {
+        "type": float,
+        "metavar": "RATE",
+        "help": "Peak learning rate of the base's last stage.  [default: --lr times "
+        "--layer-decay]",
+    },
+    "--layer-decay": {
+        "type": float,
+        "metavar": "RATIO",
+        "help": "Ratio of a stage's learning rate to that of the stage above.  "
+        "[default: 0.3, or 1 with --base-lr]",
+    },
+    "--epochs": {"type": int, "metavar": "N", "help": "Maximum number of epochs."},
+    "--batch-size": {
+        "type": int,
+        "metavar": "N",
+        "help": "Number of images per training step.",
+    },
+    "--augment": {
+        "metavar": "N|online",
+        "help": "Number of augmented views cached per training image, or online for a "
+        "new view in every epoch.",
+    },
+    "--precision": {
+        "type": click.Choice(choices(TrainingPrecision)),
+        "help": "Arithmetic precision of training.",
+    },
+    "--train-bn/--no-train-bn": {"help": "Train BatchNormalization layers too."},
+    "--from-scratch-head/--trained-head": {
+        "help": "Start from a random head, to measure what the trained one is worth.",
+    },
+    "--disk-budget": {
+        "key": "disk_budget_gb",
+        "type": float,
+        "metavar": "GB",
+        "help": "Maximum disk space for cached activations.",
+    },
+    "--force/--keep-best": {
+        "help": "Keep the fine-tuned model even if it is not better."
+    },
+}
+
+
+def _finetune_options() -> Callable[[_Command], _Command]:
+    """Adds options for the keys of the config's `finetune` section."""
+
+    def decorate(command: _Command) -> _Command:
+        for flag, given in reversed(_FINETUNE_OPTIONS.items()):
+            given = dict(given)
+            first = flag.partition("/")[0].removeprefix("--")
+            name = given.pop("key", first.replace("-", "_"))
+            _add_default(given, f"finetune.{name}")
+            command = click.option(flag, name, default=None, **given)(command)
+        return command
+
+    return decorate
+
+
+def _add_default(given: dict[str, Any], key: str) -> None:
+    """Appends the config's default to the help of an option."""
+    default = default_of(key)
+    if isinstance(default, bool):
+        default = "yes" if default else "no"
+    if default is not None:
+        given["help"] += f"  [default: {default}]"
+
+
+_MEASURED = ("image_size", "seed", "max_skipped", "data_dir", "cache_dir")
+_SET = click.option(
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Set any config key to a value in YAML syntax; may be repeated.",
+)
+_CONFIG = click.option(
+    "--config",
+    "file",
+    type=_PATH,
+    metavar="FILE",
+    help="YAML file of config keys.  [default: none]",
+)
 
 
 @main.command()
 @click.argument("data", required=False)
-@click.option("--base", help="Pretrained base; `kt bases` lists them.")
-@click.option("--weights", help="imagenet, none or a file.")
-@click.option("--image-size", type=int, help="Side of the images in pixels.")
-@click.option("--head", "head__kind", type=click.Choice(choices(HeadKind)))
-@click.option("--epochs", "head__epochs", type=int, help="The most passes of the head.")
-@click.option(
-    "--class-weight", "head__class_weight", type=click.Choice(choices(ClassWeight))
+@_config_options(
+    *("base", "weights", "image_size", "head.kind", "head.epochs", "head.class_weight"),
+    *("augment", "folds", "precision", "splits.file", "max_skipped", "name"),
 )
-@click.option("--augment", type=int, metavar="N", help="Augmented views an image.")
-@click.option("--folds", type=int, metavar="K", help="Cross-validate the head too.")
-@click.option("--precision", type=click.Choice(choices(Precision)))
-@click.option("--splits", "splits__file", type=_PATH, help="Keep a splits.csv.")
-@click.option("--max-skipped", type=float, help="Share of unusable images allowed.")
-@click.option("--name", help="Name of the run.")
-@click.option("--runs-dir", type=_PATH, help="Where runs are kept.")
-@click.option("--overwrite/--no-overwrite", default=None, help="Replace the run.")
-@click.option("--export/--no-export", default=None, help="Also make a SavedModel.")
-@click.option("--seed", type=int)
-@click.option("--data-dir", type=_PATH, help="Of tensorflow-datasets.")
-@click.option("--cache-dir", type=_PATH, help="Where features are kept.")
-@click.option("--config", "file", type=_PATH, help="YAML file of config keys.")
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE")
+@click.option(
+    "--overwrite/--no-overwrite",
+    default=None,
+    help="Replace an existing run of this name.  [default: no]",
+)
+@click.option(
+    "--export/--no-export",
+    default=None,
+    help="Also export a SavedModel.  [default: no]",
+)
+@_config_options("runs_dir", "seed", "data_dir", "cache_dir")
+@click.option(
+    "--reread/--no-reread",
+    default=None,
+    help="Read images again whose size and times are unchanged.  [default: no]",
+)
+@_CONFIG
+@_SET
 def fit(file: Path | None, assignments: tuple[str, ...], **options: Any) -> None:
-    """Train a classifier on DATA with a frozen base, and evaluate it.
+    """Train a classifier on DATA with a frozen base and evaluate it.
 
     DATA is a folder of class folders, a folder of train/ val/ test/ folders, a CSV
     file with columns path,label[,split][,group], tfds:NAME, or digits.
@@ -143,59 +383,60 @@ def fit(file: Path | None, assignments: tuple[str, ...], **options: Any) -> None
     from keras_transfer import terminal
     from keras_transfer.workflows.fit import extract_and_fit
 
-    with terminal.progress() as on_progress:
-        run = extract_and_fit(inputs, on_progress, terminal.show_note)
-    terminal.show_run(run)
+    with terminal.listening() as listener:
+        result = extract_and_fit(inputs, listener)
+    terminal.show_run(result)
 
 
 @main.command()
 @click.argument("run", type=_PATH)
-@click.option("--unfreeze", help="top, stages:N, all or from:LAYER.")
-@click.option("--lr", "learning_rate", type=float, help="Of the head.")
-@click.option("--base-lr", type=float, help="Of the base's last stage.")
-@click.option("--layer-decay", type=float, help="Of rates, from stage to stage.")
-@click.option("--epochs", type=int, help="The most epochs.")
-@click.option("--batch-size", type=int)
-@click.option("--augment", metavar="N|online", help="Cached views, or new ones.")
-@click.option("--precision", type=click.Choice(choices(TrainingPrecision)))
-@click.option("--train-bn/--no-train-bn", default=None, help="BatchNormalization too.")
-@click.option("--from-scratch-head/--trained-head", default=None)
-@click.option("--disk-budget", "disk_budget_gb", type=float, metavar="GB")
-@click.option("--force/--keep-best", default=None, help="Keep it even if worse.")
-@click.option("--resume/--no-resume", default=None, help="Go on, or start over.")
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE")
+@_finetune_options()
+@click.option(
+    "--resume/--no-resume",
+    default=None,
+    help="Continue an interrupted fine-tuning, or start over.  [default: stop with an "
+    "error if there is one]",
+)
+@_CONFIG
+@_SET
 def unfreeze_and_finetune(
-    run: Path, resume: bool | None, assignments: tuple[str, ...], **options: Any
+    run: Path,
+    resume: bool | None,
+    file: Path | None,
+    assignments: tuple[str, ...],
+    **options: Any,
 ) -> None:
-    """Fine-tune a RUN's pretrained layers; keep the result if it is better.
+    """Fine-tune pretrained layers of a RUN; keep the result if it is better.
 
     Layers near the head learn faster than those below, BatchNormalization stays
-    frozen, and what lies below the unfrozen layers is computed once.
+    frozen, and outputs of the frozen part are computed once and cached.
 
     \b
     kt unfreeze-and-finetune saved_models/photos-MobileNetV2 --unfreeze stages:2
     """
     opened = open_run(run)
-    given = {key: value for key, value in options.items() if value is not None}
-    given |= parse_assignments(assignments)
+    given = finetune_options(file, assignments)
+    given |= {key: value for key, value in options.items() if value is not None}
     with_finetune(opened.config, given)  # mistakes are found before TensorFlow starts
     _import_tensorflow()
     from keras_transfer import terminal
-    from keras_transfer.workflows.finetune import attempt
+    from keras_transfer.workflows.finetune import run_finetuning
 
-    with terminal.progress() as on_progress:
-        report, metrics = attempt(
-            opened, given, resume, on_progress, terminal.show_note
-        )
-    terminal.show_finetuning(opened, report, metrics)
+    with terminal.listening() as listener:
+        result = run_finetuning(opened, given, resume, listener)
+    terminal.show_finetuning(result)
 
 
 @main.command()
 @click.argument("run", type=_PATH)
 @click.argument("data", required=False)
-@click.option("--phase", type=click.Choice(choices(Phase)), help="Not the run's own.")
-@click.option("--data-dir", type=_PATH, help="Of tensorflow-datasets.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option(
+    "--phase",
+    type=click.Choice(choices(Phase)),
+    help="Evaluate the model of this phase.  [default: the run's current model]",
+)
+@_config_options("data_dir")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def evaluate(
     run: Path,
     data: str | None,
@@ -203,7 +444,7 @@ def evaluate(
     data_dir: Path | None,
     as_json: bool,
 ) -> None:
-    """Evaluate a RUN's model on its test images, or on labelled DATA.
+    """Evaluate a RUN's model on its test images or on labeled DATA.
 
     \b
     kt evaluate saved_models/photos-efficientnet_lite0 --json
@@ -213,22 +454,39 @@ def evaluate(
     from keras_transfer import terminal
     from keras_transfer.workflows.evaluate import evaluate_run
 
-    evaluation, of, skipped = evaluate_run(opened, data, data_dir, phase=phase)
+    with terminal.listening() as listener:
+        found = evaluate_run(opened, data, data_dir, phase, listener)
     if as_json:
-        values = {"data": of, "skipped": skipped, **evaluation.model_dump()}
-        terminal.write_line(json.dumps(values, ensure_ascii=False))
+        terminal.write_line(json.dumps(found.model_dump(), ensure_ascii=False))
     else:
-        terminal.show_evaluation(evaluation.model_dump(), of)
-        for path, reason in skipped.items():
+        terminal.show_evaluation(found, found.data)
+        for path, reason in found.skipped.items():
             terminal.show_line(f"left out: {path}: {reason}")
 
 
 @main.command()
 @click.argument("run_and_paths", nargs=-1, type=_PATH, metavar="RUN IMAGE...")
-@click.option("--bundle", type=_PATH, help="Exported version, instead of a RUN.")
-@click.option("--recursive", is_flag=True, help="Search folders inside folders.")
-@click.option("--top", type=click.IntRange(min=1), default=1, metavar="K")
-@click.option("--format", "form", type=click.Choice(["csv", "jsonl"]), default="csv")
+@click.option(
+    "--bundle",
+    type=_PATH,
+    metavar="DIR",
+    help="Use an exported version instead of a RUN.  [default: none]",
+)
+@click.option("--recursive", is_flag=True, help="Search subfolders too.")
+@click.option(
+    "--top",
+    type=click.IntRange(min=1),
+    default=1,
+    metavar="K",
+    help="Number of classes to print per image.  [default: 1]",
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["csv", "jsonl"]),
+    default="csv",
+    help="Output format.  [default: csv]",
+)
 def predict(
     run_and_paths: tuple[Path, ...],
     bundle: Path | None,
@@ -236,7 +494,7 @@ def predict(
     top: int,
     form: str,
 ) -> None:
-    """Classify images: files, or folders of them, a row each as they are done.
+    """Classify image files or folders of images; print one row per image.
 
     \b
     kt predict saved_models/photos-efficientnet_lite0 new/ --top 3 > result.csv
@@ -259,7 +517,12 @@ def predict(
 
         class_names, predictions = predict_run(opened, paths, recursive)
     write = _csv_rows if form == "csv" else _json_rows
-    if not write(predictions, class_names, min(top, len(class_names))):
+    classified, failed = write(predictions, class_names, min(top, len(class_names)))
+    if failed:
+        from keras_transfer.terminal import show_line
+
+        show_line(f"{failed:,} of {classified + failed:,} images were not classified.")
+    if not classified:
         raise KerasTransferError("None of the images could be classified.")
 
 
@@ -270,11 +533,31 @@ def predict(
     "form",
     type=click.Choice(["savedmodel", *choices(Format)]),
     default="savedmodel",
+    help="Export format.  [default: savedmodel]",
 )
-@click.option("--quantize", type=click.Choice(choices(Quantization)), help="Of litert.")
-@click.option("--min-accuracy", type=click.FloatRange(0, 1), help="On test images.")
-@click.option("--keep", type=click.IntRange(min=1), metavar="N", help="Versions left.")
-@click.option("--write-serving-config", is_flag=True, help="Of TensorFlow Serving.")
+@click.option(
+    "--quantize",
+    type=click.Choice(choices(Quantization)),
+    help="For litert: store weights in 8 bits (dynamic), or compute in 8 bits too "
+    "(int8).  [default: no quantization]",
+)
+@click.option(
+    "--min-accuracy",
+    type=click.FloatRange(0, 1),
+    metavar="SHARE",
+    help="Export only if the test accuracy is at least this.  [default: no limit]",
+)
+@click.option(
+    "--keep",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Delete all but the newest N versions.  [default: keep all]",
+)
+@click.option(
+    "--write-serving-config",
+    is_flag=True,
+    help="Also write configuration files for TensorFlow Serving.",
+)
 def export(
     run: Path,
     form: Any,
@@ -283,44 +566,28 @@ def export(
     keep: int | None,
     write_serving_config: bool,
 ) -> None:
-    """Publish a RUN's model as a SavedModel for TensorFlow Serving.
+    """Export a RUN's model for TensorFlow Serving or another runtime.
 
     \b
     kt export saved_models/photos-efficientnet_lite0
     kt export saved_models/photos-efficientnet_lite0 --format litert
     """
-    check_quantization(form, quantize)
-    if keep and form != "savedmodel":
-        raise UsageError(
-            f"Only a SavedModel has versions. Received: --keep {keep} and --format "
-            f"{form}. Leave one of them out."
-        )
+    check_export(form, quantize, keep)
     opened = open_run(run)
     _import_tensorflow()
     from keras_transfer import terminal
+    from keras_transfer.workflows.export import export_format, export_savedmodel
 
     if form == "savedmodel":
-        from keras_transfer.workflows.export import export as run_export
-
-        path = run_export(
-            opened, min_accuracy=min_accuracy, keep=keep, on_note=terminal.show_note
-        )
-        terminal.write_line(path)
+        with terminal.listening() as listener:
+            made: object = export_savedmodel(opened, min_accuracy, keep, listener)
     else:
-        from keras_transfer.workflows.export import export_format
-
-        notes: list[str] = []
-        with terminal.quiet_stderr():  # converters talk
-            exported = export_format(
-                opened,
-                form,
-                quantize=quantize,
-                min_accuracy=min_accuracy,
-                on_note=notes.append,
-            )
-        for note in notes:
+        told = Broadcast(())
+        with terminal.quiet_stderr():  # converters are noisy
+            made = export_format(opened, form, quantize, min_accuracy, told)
+        for note in told.notes:
             terminal.show_note(note)
-        terminal.write_line(exported)
+    terminal.write_line(made)
     if write_serving_config:
         from keras_transfer.serving.server import write_serving_config as run_write
 
@@ -331,16 +598,36 @@ def export(
 @main.command()
 @click.argument("run", type=_PATH)
 @click.argument("flags", nargs=-1, metavar="[-- FLAG...]")
-@click.option("--host", default="127.0.0.1", help="0.0.0.0: for other machines too.")
-@click.option("--port", type=click.IntRange(1, 65535), default=8500, help="Of gRPC.")
-@click.option("--rest-port", type=click.IntRange(1, 65535), default=8501)
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on; 0.0.0.0 also accepts other machines.",
+)
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65535),
+    default=8500,
+    show_default=True,
+    metavar="PORT",
+    help="Port for gRPC.",
+)
+@click.option(
+    "--rest-port",
+    type=click.IntRange(1, 65535),
+    default=8501,
+    show_default=True,
+    metavar="PORT",
+    help="Port for REST.",
+)
 def serve(
     run: Path, flags: tuple[str, ...], host: str, port: int, rest_port: int
 ) -> None:
-    """Serve a RUN's exported versions with TensorFlow Serving, until Ctrl-C.
+    """Serve a RUN's exported versions with TensorFlow Serving until Ctrl-C.
 
-    It starts a container, or with --host 0.0.0.0 tensorflow_model_server where that is
-    on PATH: it cannot listen at one address only. What follows -- is passed on to it.
+    Starts a Docker container. With --host 0.0.0.0, starts tensorflow_model_server
+    instead if it is on PATH; it always listens on all addresses. FLAGs after -- are
+    passed to the server.
 
     \b
     kt serve saved_models/photos-efficientnet_lite0
@@ -357,8 +644,8 @@ def serve(
     os.execv(command[0], command)
 
 
-class _Minutes(click.ParamType):
-    """A duration such as 30m, 2h or 90s, as minutes."""
+class _Minutes(click.ParamType[Any]):
+    """Converts a duration such as 30m, 2h or 90s to minutes."""
 
     name = "duration"
 
@@ -371,28 +658,28 @@ class _Minutes(click.ParamType):
 
 @main.command()
 @click.argument("data")
-@click.option("--base", help="Pretrained base; `kt bases` lists them.")
-@click.option("--budget", type=_Minutes(), help="The most time, such as 30m or 2h.")
-@click.option("--weights", help="imagenet, none or a file.")
-@click.option("--image-size", type=int, help="Side of the images in pixels.")
-@click.option("--seed", type=int)
-@click.option("--max-skipped", type=float, help="Share of unusable images allowed.")
-@click.option("--data-dir", type=_PATH, help="Of tensorflow-datasets.")
-@click.option("--cache-dir", type=_PATH, help="Where features are kept.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_config_options("base", "weights")
+@click.option(
+    "--budget",
+    type=_Minutes(),
+    metavar="TIME",
+    help="Maximum time that the method may take, such as 90s, 30m or 2h.  [default: no "
+    "limit]",
+)
+@_config_options(*_MEASURED)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def advise(data: str, budget: float | None, as_json: bool, **options: Any) -> None:
-    """Say which method suits DATA, and why, from measurements on this machine.
+    """Recommend a method for DATA, based on measurements on this machine.
 
     \b
     kt advise photos/ --budget 30m
     """
-    config = load_config(None, {**options, "data": data})
-    inputs = _prepare(config, makes_run=False)
+    inputs = _prepare(load_config(None, {**options, "data": data}), makes_run=False)
     from keras_transfer import terminal
     from keras_transfer.workflows.advise import measure
 
-    with terminal.progress() as on_progress:
-        found = measure(inputs, options, budget, on_progress, terminal.show_note)
+    with terminal.listening() as listener:
+        found = measure(inputs, options, budget, listener)
     if as_json:
         for line in json.dumps(found.model_dump(mode="json"), indent=1).split("\n"):
             terminal.write_line(line)
@@ -403,16 +690,22 @@ def advise(data: str, budget: float | None, as_json: bool, **options: Any) -> No
 @main.command()
 @click.argument("data")
 @click.option(
-    "--bases", default="available", help="Names with commas, or `available` here."
+    "--bases",
+    default="available",
+    metavar="NAME,...",
+    help="Bases to compare.  [default: all whose weights are on this machine]",
 )
-@click.option("--chart", type=_PATH, default=Path("rank.png"), help="PNG to write.")
-@click.option("--image-size", type=int, help="Side of the images in pixels.")
-@click.option("--seed", type=int)
-@click.option("--max-skipped", type=float, help="Share of unusable images allowed.")
-@click.option("--data-dir", type=_PATH, help="Of tensorflow-datasets.")
-@click.option("--cache-dir", type=_PATH, help="Where features are kept.")
+@click.option(
+    "--chart",
+    type=_PATH,
+    default=Path("rank.png"),
+    show_default=True,
+    metavar="FILE",
+    help="PNG file to write.",
+)
+@_config_options(*_MEASURED)
 def rank(data: str, bases: str, chart: Path, **options: Any) -> None:
-    """Compare bases on DATA: accuracy of a probe, speed and size.
+    """Compare bases on DATA by accuracy of a linear probe, speed and size.
 
     \b
     kt rank photos/ --bases efficientnet_lite0,MobileNetV2
@@ -424,24 +717,22 @@ def rank(data: str, bases: str, chart: Path, **options: Any) -> None:
         raise UsageError(
             f"--chart names a file in a folder that exists. Received: {chart}."
         )
-    config = load_config(None, {**options, "data": data})
-    inputs = _prepare(config, makes_run=False)
+    inputs = _prepare(load_config(None, {**options, "data": data}), makes_run=False)
     from keras_transfer import terminal
     from keras_transfer.reporting.charts import draw_chart
     from keras_transfer.workflows.rank import measure_bases
 
-    with terminal.progress() as on_progress:
-        ranked, left_out = measure_bases(
-            config, inputs.splits, names, on_progress, terminal.show_note
-        )
-    terminal.show_ranking(ranked, left_out)
-    draw_chart(ranked, chart)
+    with terminal.listening() as listener:
+        result = measure_bases(inputs, names, listener)
+        draw_chart(result.ranked, chart)
+        listener.artifact(chart, "chart")
+    terminal.show_ranking(result)
     terminal.write_line(f"Chart: {chart}")
 
 
 @main.command()
 def bases() -> None:
-    """List the pretrained bases, and whether their weights are on this machine."""
+    """List the pretrained bases and whether their weights are on this machine."""
     from keras_transfer import terminal
 
     terminal.show_bases()
@@ -449,24 +740,21 @@ def bases() -> None:
 
 @main.group()
 def cache() -> None:
-    """Look after the cached features."""
-
-
-_cache_dir = click.option("--cache-dir", type=_PATH, help="Where features are kept.")
+    """List, prune or locate the cached features."""
 
 
 @cache.command("list")
-@_cache_dir
+@_config_options("cache_dir")
 def cache_list(cache_dir: Path | None) -> None:
-    """List what is cached."""
+    """List the cached features."""
     from keras_transfer import terminal
     from keras_transfer.features.cache import FeatureCache
 
     terminal.show_cache(list(FeatureCache(cache_dir).list()))
 
 
-class _Bytes(click.ParamType):
-    """A size such as 20GB, 1.5TB or 500000000, in bytes."""
+class _Bytes(click.ParamType[Any]):
+    """Converts a size such as 20GB, 1.5TB or 500000000 to bytes."""
 
     name = "size"
     _units = {unit: 1000**power for power, unit in enumerate(("", "K", "M", "G", "T"))}
@@ -484,19 +772,22 @@ class _Bytes(click.ParamType):
 @click.option(
     "--unused-days",
     type=click.FloatRange(min=0),
-    help="Delete what was not used for so long; 0 deletes all. Default: 30, or no "
-    "limit with --max-size.",
+    metavar="DAYS",
+    help="Delete features not used for this many days; 0 deletes all.  [default: 30, "
+    "or no limit with --max-size]",
 )
 @click.option(
     "--max-size",
     type=_Bytes(),
-    help="Delete what was not used for the longest time, until the rest fits.",
+    metavar="SIZE",
+    help="Delete the least recently used features until the rest fits, for example "
+    "20GB.  [default: no limit]",
 )
-@_cache_dir
+@_config_options("cache_dir")
 def cache_prune(
     unused_days: float | None, max_size: int | None, cache_dir: Path | None
 ) -> None:
-    """Delete features that were not used for some days, or that do not fit.
+    """Delete cached features by age or total size.
 
     \b
     kt cache prune --unused-days 7
@@ -511,9 +802,9 @@ def cache_prune(
 
 
 @cache.command("path")
-@_cache_dir
+@_config_options("cache_dir")
 def cache_path(cache_dir: Path | None) -> None:
-    """Print where the cache is."""
+    """Print the path of the cache directory."""
     from keras_transfer import terminal
     from keras_transfer.features.cache import FeatureCache
 
@@ -521,7 +812,7 @@ def cache_path(cache_dir: Path | None) -> None:
 
 
 def _prepare(config: Config, makes_run: bool = True) -> "Inputs":
-    """Checks inputs, and looks for the images, before TensorFlow is imported."""
+    """Checks the inputs and lists the images before importing TensorFlow."""
     from keras_transfer.workflows.inputs import prepare
 
     inputs = prepare(config, makes_run)
@@ -532,7 +823,7 @@ def _prepare(config: Config, makes_run: bool = True) -> "Inputs":
 
 
 def _import_tensorflow() -> None:
-    """Imports TensorFlow, which takes seconds."""
+    """Imports TensorFlow, which takes several seconds."""
     from keras_transfer.terminal import import_tensorflow
 
     import_tensorflow()
@@ -540,27 +831,30 @@ def _import_tensorflow() -> None:
 
 def _csv_rows(
     predictions: Iterable["Prediction"], class_names: list[str], top: int
-) -> int:
+) -> tuple[int, int]:
+    """Writes one CSV row per image; returns the numbers of successes and failures."""
     from keras_transfer.terminal import write_line
 
     ranks = range(1, top + 1)
-    names = (f"{c}_{k}" for k in ranks for c in ("class", "score"))
+    names = [f"{c}_{k}" for k in ranks for c in ("class", "score")]
     write_line(csv_line(["path", "error", *names]))
-    classified = 0
+    count = Counter[bool]()
     for prediction in predictions:
         best = _best(prediction, class_names, top)
         cells = [cell for name, score in best for cell in (name, f"{score:.6f}")]
+        cells += [""] * (len(names) - len(cells))
         write_line(csv_line([prediction.source, prediction.error, *cells]))
-        classified += not prediction.error
-    return classified
+        count[not prediction.error] += 1
+    return count[True], count[False]
 
 
 def _json_rows(
     predictions: Iterable["Prediction"], class_names: list[str], top: int
-) -> int:
+) -> tuple[int, int]:
+    """Writes one JSON object per line and image; returns the same as `_csv_rows`."""
     from keras_transfer.terminal import write_line
 
-    classified = 0
+    count = Counter[bool]()
     for prediction in predictions:
         row: dict[str, Any] = {"path": prediction.source}
         if prediction.error:
@@ -571,8 +865,8 @@ def _json_rows(
                 for name, score in _best(prediction, class_names, top)
             ]
         write_line(json.dumps(row, ensure_ascii=False))
-        classified += not prediction.error
-    return classified
+        count[not prediction.error] += 1
+    return count[True], count[False]
 
 
 def _best(

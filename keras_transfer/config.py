@@ -1,18 +1,26 @@
-"""What the user chose: every default of the package lives here, once.
+"""The user's configuration, and the only place where defaults are defined.
 
-A `Config` comes from three layers, the later winning: the defaults below, a YAML
-file, and the options given on the command line. Unknown keys are errors. The
-resolved config is saved in the run as `config.yaml` and can be used again as is.
+A `Config` is built from three layers, each overriding the one before: the defaults
+below, a YAML file, and the options given on the command line. Unknown keys are errors.
+The resolved config is saved in the run as `config.yaml` and can be reused as is.
 """
 
 import difflib
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticUndefined
 from yaml.composer import ComposerError
 
 from keras_transfer.errors import UsageError
@@ -24,23 +32,49 @@ ClassWeight = Literal["balanced", "none"]
 Format = Literal["litert", "onnx", "openvino", "keras"]
 Quantization = Literal["dynamic", "int8"]
 
-_MOST_YAML = 100_000  # characters; a whole config has 2,000, and more take seconds
+FLAGS = {
+    "base": "--base",
+    "weights": "--weights",
+    "image_size": "--image-size",
+    "head.kind": "--head",
+    "head.epochs": "--epochs",
+    "head.class_weight": "--class-weight",
+    "augment": "--augment",
+    "folds": "--folds",
+    "precision": "--precision",
+    "splits.file": "--splits",
+    "max_skipped": "--max-skipped",
+    "name": "--name",
+    "runs_dir": "--runs-dir",
+    "seed": "--seed",
+    "data_dir": "--data-dir",
+    "cache_dir": "--cache-dir",
+}
+"""Config keys that have their own option in `kt fit`; `--set` accepts every key."""
+
+# Characters. A complete config has about 2,000; parsing much more takes seconds.
+_MOST_YAML = 100_000
 
 
 class _ShortRepr(reprlib.Repr):
-    """Of values that are not allowed, however large or nested."""
+    """Abbreviates rejected values, however large or deeply nested they are."""
 
     def repr_int(self, x: int, level: int) -> str:
         try:
             return super().repr_int(x, level)
-        except ValueError:  # Python writes no more than 4,300 digits
+        except ValueError:  # by default, Python does not format more than 4,300 digits
             return f"a number of {x.bit_length():,} bits"
 
 
 _SHORT = _ShortRepr()
 _SHORT.maxstring = _SHORT.maxother = 200
 
+_Strengths = Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+_SEVERAL = BeforeValidator(
+    lambda x: (x,) if isinstance(x, float | str) or type(x) is int else x
+)
+"""Accepts a single value in place of a list with one element."""
 
 
 class _Section(BaseModel):
@@ -48,14 +82,14 @@ class _Section(BaseModel):
 
 
 class SplitsConfig(_Section):
-    """How images are divided where the data do not say it themselves."""
+    """How images are split where the data do not define the splits."""
 
     val: Fraction = 0.1
-    """Share of the images that choose the L2 strength and stop the training."""
+    """Fraction of the images used to choose the L2 strength and to stop training."""
     test: Fraction = 0.1
-    """Share of the images that only the final figures are computed on."""
+    """Fraction of the images that are held out for the final metrics."""
     file: Path | None = None
-    """A splits.csv whose assignment is kept; only images not in it are assigned."""
+    """A `splits.csv` whose assignments are kept; only images not in it are assigned."""
 
     @model_validator(mode="after")
     def _leaves_something_to_train_on(self) -> Self:
@@ -68,116 +102,125 @@ class HeadConfig(_Section):
     """The new classifier on top of the base."""
 
     kind: HeadKind = "linear"
-    hidden: tuple[Annotated[int, Field(ge=1)], ...] = (256,)
-    """Units of each hidden layer (mlp only)."""
+    """`linear` (a single dense layer) or `mlp` (with hidden layers)."""
+    hidden: Annotated[
+        tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1), _SEVERAL
+    ] = (256,)
+    """Number of units in each hidden layer (`mlp` only)."""
     dropout: Fraction = 0.3
-    """Dropout before each layer that follows a hidden layer (mlp only)."""
+    """Dropout rate after each hidden layer (`mlp` only)."""
     epochs: Annotated[int, Field(ge=1)] = 300
-    """The most passes over the features for one L2 strength; usually far fewer."""
+    """Maximum number of L-BFGS iterations (`linear`) or epochs (`mlp`) per L2 strength;
+    usually far fewer are needed."""
     patience: Annotated[int, Field(ge=1)] = 10
-    """Passes without a lower validation loss before an mlp stops."""
+    """Number of epochs without a lower validation loss before an `mlp` stops."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    """Adam's learning rate (mlp only; the linear head needs none)."""
-    l2: tuple[Annotated[float, Field(ge=0)], ...] | None = None
-    """L2 strengths to choose from; None is the head's own grid."""
+    """Adam's learning rate (`mlp` only; the linear head needs none)."""
+    l2: Annotated[
+        Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)]
+        | None,
+        _SEVERAL,
+    ] = None
+    """L2 strengths to choose from; None selects the head's own grid."""
     class_weight: ClassWeight = "none"
+    """`balanced` gives every class the same total weight in the loss; `none` gives
+    every image the same weight."""
 
 
 class FinetuneConfig(_Section):
-    """What `kt unfreeze-and-finetune` needs to know besides the run.
+    """Options of `kt unfreeze-and-finetune`.
 
-    Where the defaults come from: accuracy on validation / test images of flowers (4,311
-    small photos, five classes, 70/15/15), MobileNetV2, eight epochs, seed 0. The head
-    alone has 0.736 / 0.711.
-
-        learning_rate 1e-3, layer_decay 0.3         0.758 / 0.788
-        learning_rate 3e-3                          0.755 / 0.759
-        learning_rate 3e-4                          0.753 / 0.753
-        layer_decay 1 (one rate for all layers)     0.753 / 0.750
-        layer_decay 0.1                             0.764 / 0.756
-        augment 3, ten epochs                       0.781 / 0.787
-        augment 2, ten epochs, stages:2             0.785 / 0.801, four times the time
-        unfreeze all, layer_decay 0.5               0.765 / 0.774, six times the time
-
-    By validation the rates and decays are as good as each other: with 647 images the
-    standard error is 0.017, and layer_decay 0.1 leads 0.3 by four images. 0.3, between
-    the extremes, is the default; it is ahead on test images only, and as those were in
-    sight when it was chosen, its test figure is no unbiased estimate.
-
-    On 245 photos of ants and bees (validation, the head alone 0.954): layer_decay 1
-    gives 0.902, 0.1 or a learning_rate of 3e-4 0.954, augment 3 0.974; that is why
-    little data call for low rates and views, and why nothing worse is kept.
+    The defaults come from the measurements in tests/benchmarks/RESULTS.md.
     """
 
     unfreeze: Annotated[
-        str, Field(pattern=r"^(top|all|stages:[1-9][0-9]*|from:.+)$")
+        str,
+        Field(
+            pattern=r"^(top|all|stages:[1-9][0-9]*|from:.+)$",
+            examples=["top", "all", "stages:N", "from:LAYER"],
+        ),
     ] = "top"
-    """`top` (the base's last stage), `stages:N` (its last N), `all`, `from:LAYER`."""
+    """Layers to train: `top` (the base's last stage), `stages:N` (its last N stages),
+    `all`, or `from:LAYER` (that layer and all layers that it does not depend on)."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    """Of the head, at its highest; AdamW, warm-up, then a cosine down to 0."""
+    """Peak learning rate of the head (AdamW with warm-up, then cosine decay to 0)."""
     base_lr: Annotated[float, Field(gt=0)] | None = None
-    """Of the base's last stage; None for learning_rate * layer_decay."""
+    """Peak learning rate of the base's last stage; None means
+    `learning_rate * layer_decay`."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Each group's learning rate over that of the one above it; None for 0.3, or 1
-    with base_lr."""
+    """Ratio of each layer group's learning rate to that of the group above it. None
+    means 0.3, or 1 if `base_lr` is given."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-2
+    """AdamW's weight decay; one-dimensional weights such as biases are exempt."""
     warmup: Fraction = 0.1
-    """Share of the steps in which the learning rate rises."""
+    """Fraction of the steps over which the learning rate rises to its peak."""
     epochs: Annotated[int, Field(ge=1, le=100_000)] = 10
+    """Maximum number of epochs."""
     patience: Annotated[int, Field(ge=1)] = 4
-    """Epochs without a better validation figure before training stops."""
+    """Number of epochs without an improvement on the validation images before training
+    stops."""
     batch_size: Annotated[int, Field(ge=1)] = 32
+    """Number of images per training step."""
     augment: Annotated[int, Field(ge=0, le=100)] | Literal["online"] = 0
-    """Cached views of a training image beside the plain one, or `online` ones."""
+    """Number of augmented views cached per training image in addition to the plain
+    image, or `online` for a new view in every epoch."""
     precision: TrainingPrecision = "auto"
-    """Arithmetic of training; `auto` measures steps of each that may be faster."""
+    """Arithmetic used for training; `auto` times a few steps in each precision that may
+    be faster."""
     train_bn: bool = False
-    """Whether BatchNormalization is trained, its statistics moving."""
+    """Whether BatchNormalization is trained, including its moving statistics."""
     from_scratch_head: bool = False
-    """Whether the head starts at random, to see what the trained one is worth."""
+    """Whether to start from a random head, to measure what the trained one is worth."""
     disk_budget_gb: Annotated[float, Field(gt=0)] = 10.0
-    """The most that activations of the frozen part may take on disk, in 10^9 bytes."""
+    """Maximum disk space for activations of the frozen part, in units of 10^9 bytes."""
     force: bool = False
-    """Whether the fine-tuned model becomes the run's even if it is not better."""
+    """Whether the fine-tuned model becomes the run's model even if it is not better."""
 
     @property
     def decay(self) -> float:
-        """`layer_decay`, filled in."""
+        """`layer_decay`, with None replaced by its default."""
         if self.layer_decay is not None:
             return self.layer_decay
         return 0.3 if self.base_lr is None else 1.0
 
 
 class Config(_Section):
-    """Everything that `kt fit` needs to know, and what comes after it."""
+    """The complete configuration of `kt fit` and the commands that follow it."""
 
     data: str
     """A folder, a CSV/TSV file, `tfds:NAME[:VERSION]` or `digits`."""
     data_dir: Path | None = None
-    """Where tensorflow-datasets keeps prepared data sets."""
+    """Directory where tensorflow-datasets keeps prepared data sets."""
     name: str | None = None
-    """The run's name; None is made of the data's and the base's."""
+    """Name of the run; None derives it from the data and the base."""
     runs_dir: Path = Path("saved_models")
+    """Directory that contains the runs."""
     overwrite: bool = False
+    """Whether to replace an existing run of this name."""
     export: bool = False
-    """Also publish a SavedModel version directory in the run."""
+    """Whether to also publish a SavedModel version directory in the run."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of all random choices."""
     base: str = "efficientnet_lite0"
+    """Name of the pretrained base; case, `_` and `-` do not matter."""
     weights: str = "imagenet"
     """`imagenet`, `none` (random, seeded) or the path of a weights file."""
     image_size: Annotated[int, Field(ge=16, le=2048)] | None = None
-    """Side of the square images the base sees; None is the base's own."""
+    """Side of the square input images in pixels; None is the base's own size."""
     precision: Precision = "auto"
     """Arithmetic of the frozen base while features are computed."""
     augment: Annotated[int, Field(ge=0, le=100)] = 0
-    """Augmented views cached of every training image, beside the plain one."""
+    """Number of augmented views cached per training image, in addition to the plain
+    image."""
     folds: Annotated[int, Field(ge=2, le=100)] | None = None
-    """Parts of the training images, each predicted by a head trained on the others;
-    None is no cross-validation."""
+    """Number of folds to cross-validate the head in. None cross-validates only if there
+    are few test images."""
     max_skipped: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
-    """The share of unreadable images above which the run is an error."""
+    """Largest fraction of unusable images that is tolerated; more is an error."""
     cache_dir: Path | None = None
-    """Where features are kept; None is the user's cache directory."""
+    """Directory where features are cached; None is the user's cache directory."""
+    reread: bool = False
+    """Whether to read every image again instead of trusting file sizes and times."""
     splits: SplitsConfig = SplitsConfig()
     head: HeadConfig = HeadConfig()
     finetune: FinetuneConfig = FinetuneConfig()
@@ -188,17 +231,17 @@ def load_config(
     overrides: Mapping[str, Any] | None = None,
     assignments: Iterable[str] = (),
 ) -> Config:
-    """Builds the config from a YAML file, given values and `key=value` strings.
+    """Builds a config from a YAML file, given values and `key=value` strings.
 
     Args:
         source: A YAML file of config keys, or a config.
-        overrides: Dotted keys to values; a value of None means "not given", and a
-            dict replaces those keys of a section that it has.
-        assignments: `key=value` strings, the value written as in YAML.
+        overrides: Values by dotted key. None means "not given"; a dict replaces only
+            those keys of a section that it contains.
+        assignments: `key=value` strings with values in YAML syntax.
 
     Raises:
-        UsageError: If the file cannot be read, a key is unknown (the nearest valid
-            key is named) or a value is not allowed.
+        UsageError: If the file cannot be read, a key is unknown (the message suggests
+            the nearest valid key) or a value is not allowed.
     """
     values: dict[str, Any] = {}
     if source is not None:
@@ -215,10 +258,10 @@ def load_config(
 
 
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
-    """Keys and values of `key=value` strings, the value written as in YAML.
+    """Parses `key=value` strings with values in YAML syntax.
 
     Raises:
-        UsageError: If a string is not of this form.
+        UsageError: If a string does not have this form.
     """
     values = {}
     for assignment in assignments:
@@ -234,8 +277,33 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
     return values
 
 
+def finetune_options(file: Path | None, assignments: Iterable[str]) -> dict[str, Any]:
+    """Reads keys of the `finetune` section from a config file and `key=value` strings.
+
+    In the strings, the section's name is optional: `finetune.epochs=3` and `epochs=3`
+    are equivalent.
+
+    Raises:
+        UsageError: If the file cannot be read, or a string does not have this form.
+    """
+    values = dict(_read_yaml(file).get("finetune") or {}) if file else {}
+    for key, value in parse_assignments(assignments).items():
+        values[key.removeprefix("finetune.")] = value
+    return values
+
+
+def default_of(key: str) -> Any:
+    """Returns the default of a config key such as `head.epochs`; None without one."""
+    section: type[BaseModel] = Config
+    *sections, name = key.split(".")
+    for part in sections:
+        section = type(section.model_fields[part].default)
+    default = section.model_fields[name].default
+    return None if default is PydanticUndefined else default
+
+
 def with_finetune(config: Config, options: Mapping[str, Any]) -> Config:
-    """The config with some keys of its `finetune` section replaced.
+    """Returns a copy of the config with some keys of its `finetune` section replaced.
 
     Raises:
         UsageError: If a key is unknown or a value is not allowed.
@@ -247,7 +315,7 @@ def with_finetune(config: Config, options: Mapping[str, Any]) -> Config:
 
 
 def to_yaml(config: Config) -> str:
-    """The config as YAML text that `load_config` reads back to an equal config."""
+    """Formats a config as YAML that `load_config` reads back as an equal config."""
     return yaml.safe_dump(
         config.model_dump(mode="json"), sort_keys=False, allow_unicode=True
     )
@@ -261,11 +329,11 @@ def _validated(values: dict[str, Any]) -> Config:
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """Plain data without aliases, by which a small text becomes a huge value."""
+    """Loads plain data. Aliases are refused: they let a short text expand hugely."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
             raise ComposerError(None, None, "aliases (*name) are not read", mark)
         return super().compose_node(parent, index)
 
@@ -284,7 +352,7 @@ def _parse_yaml(text: str, name: str, received: str) -> Any:
         problem = str(error.problem)
         if error.problem_mark:
             where = f" near line {error.problem_mark.line + 1}"
-    except Exception as error:  # as int() and others raise, where a value is none
+    except Exception as error:  # raised by int() and the like for malformed scalars
         problem = str(error).partition("\n")[0]
     raise UsageError(
         f"{name} is not valid YAML{where}: {problem}. Received: {received}."
@@ -308,10 +376,15 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         raise UsageError(
             f"A config file holds `key: value` lines. Received: {file}, which does not."
         )
-    return values
+    keys: dict[str, Any] = {}
+    for key, value in values.items():
+        _assign(keys, key, value)
+    return keys
 
 
 def _assign(values: dict[str, Any], dotted_key: str, value: Any) -> None:
+    if not isinstance(dotted_key, str):  # as YAML reads `1:` or `null:`
+        raise UsageError(f"A config key is text. Received: {dotted_key!r}.")
     if isinstance(value, Mapping):
         for key, inner in value.items():
             _assign(values, f"{dotted_key}.{key}", inner)
@@ -325,18 +398,75 @@ def _assign(values: dict[str, Any], dotted_key: str, value: Any) -> None:
 
 
 def _explain(error: ValidationError) -> str:
-    """One of the problems that pydantic found, as one line; unknown keys first."""
+    """Describes one of pydantic's errors in one line, preferring unknown keys."""
     problems = error.errors()
     problem = min(problems, key=lambda found: found["type"] != "extra_forbidden")
-    key = ".".join(str(part) for part in problem["loc"] if isinstance(part, (str, int)))
+    key = ".".join(map(str, problem["loc"]))
+    known = list(_dotted_keys(Config))
     if problem["type"] == "extra_forbidden":
-        known = list(_dotted_keys(Config))
-        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-        return f"Unknown config key. Received: {key!r}. Did you mean {nearest!r}?"
+        return f"Unknown config key. Received: {key!r}. {_nearest(key, known)}"
     if problem["type"] == "missing":
         return "No data given. Name a folder, a CSV/TSV file, tfds:NAME or digits."
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"Config key {key!r}: {message}. Received: {_SHORT.repr(problem['input'])}."
+    # The location may end in a list index or the name of a union member; drop those.
+    named = [x for x in known if f"{key}.".startswith(f"{x}.")]
+    key = max(named, key=len, default=key)
+    received = f"Received: {_SHORT.repr(problem['input'])}."
+    if problem["type"] == "value_error":
+        message = problem["msg"].removeprefix("Value error, ")
+        return f"Config key {key!r}: {message}. {received}"
+    return f"Config key {key!r} must be {_allowed(key)}. {received}"
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    """Suggests the key that was probably meant, or lists the valid keys."""
+    section, _, name = key.rpartition(".")
+    siblings = [x for x in known if x.rpartition(".")[0] == section]
+    # In a section that exists, only its keys can be meant.
+    by_name: dict[str, str] = {}
+    for candidate in siblings if section in known else (*siblings, *known):
+        by_name.setdefault(candidate.rpartition(".")[2], candidate)
+    near = difflib.get_close_matches(name.lower(), by_name, n=1)
+    if near:
+        return f"Did you mean {by_name[near[0]]!r}?"
+    return f"Keys are {', '.join(siblings or [x for x in known if '.' not in x])}."
+
+
+def _allowed(key: str) -> str:
+    """Describes in words which values a config key accepts, based on its type."""
+    schema = Config.model_json_schema()
+    found = schema
+    for part in key.split("."):
+        found = found["properties"][part]
+        if "$ref" in found:
+            found = schema["$defs"][found["$ref"].rpartition("/")[2]]
+    return _in_words(found)
+
+
+def _in_words(schema: Mapping[str, Any]) -> str:
+    if "anyOf" in schema:
+        choices = [_in_words(x) for x in schema["anyOf"] if x.get("type") != "null"]
+        return ", or ".join(choices)
+    if "const" in schema:
+        return str(schema["const"])
+    if listed := schema.get("enum") or schema.get("examples"):
+        return f"{', '.join(listed[:-1])} or {listed[-1]}"
+    kind = schema.get("type")
+    if kind == "array":
+        return f"{_in_words(schema['items'])}, or a list of several"
+    if kind not in ("integer", "number"):
+        return {"boolean": "true or false", "object": "a section of keys"}.get(
+            str(kind), "text"
+        )
+    bounds = {
+        "minimum": "at least",
+        "exclusiveMinimum": "above",
+        "maximum": "at most",
+        "exclusiveMaximum": "below",
+    }
+    form = "," if kind == "integer" else "g"
+    limits = [f"{x} {schema[k]:{form}}" for k, x in bounds.items() if k in schema]
+    number = "a whole number" if kind == "integer" else "a number"
+    return ", ".join([number, " and ".join(limits)]) if limits else number
 
 
 def _dotted_keys(section: type[_Section], prefix: str = "") -> Iterable[str]:
@@ -348,19 +478,31 @@ def _dotted_keys(section: type[_Section], prefix: str = "") -> Iterable[str]:
         yield f"{prefix}{name}"
 
 
-def check_quantization(form: str, quantize: Quantization | None) -> None:
-    """Refuses to quantize where that is not possible.
+def check_export(
+    form: Format | Literal["savedmodel"],
+    quantize: Quantization | None = None,
+    keep: int | None = None,
+) -> None:
+    """Rejects incompatible export options.
 
     Raises:
-        UsageError: With the format.
+        UsageError: If `quantize` is given without `litert`, `keep` without
+            `savedmodel`, or `keep` is less than 1.
     """
     if quantize and form != "litert":
         raise UsageError(
-            f"Only litert is quantized. Received: --quantize {quantize} and --format "
-            f"{form}. Leave one of them out."
+            f"Only litert is quantized. Received: quantize={quantize} and "
+            f"format={form}. Leave one of them out."
         )
+    if keep is not None and form != "savedmodel":
+        raise UsageError(
+            f"Only a SavedModel has versions. Received: keep={keep} and format={form}. "
+            "Leave one of them out."
+        )
+    if keep is not None and keep < 1:
+        raise UsageError(f"At least one version is kept. Received: keep={keep}.")
 
 
 def choices(literal: Any) -> tuple[str, ...]:
-    """The values a `Literal` type allows, for the command line's choices."""
+    """Returns the values of a `Literal` type, for the choices of an option."""
     return get_args(literal)

@@ -1,6 +1,6 @@
-"""The errors that keras_transfer raises on purpose.
+"""The exceptions that keras_transfer raises deliberately.
 
-Each message is one line: what is wrong, what was received, how to fix it.
+Each message is one line that states what is wrong, what was received and how to fix it.
 """
 
 import contextlib
@@ -8,46 +8,59 @@ import errno
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 REFUSED = "refused: "
-"""What the decoder's own messages start with, among what TensorFlow adds."""
+"""Prefix that marks the decoder's own message inside a longer TensorFlow error."""
 
 
 class KerasTransferError(Exception):
-    """Something failed that the message explains; the CLI exits with 1."""
+    """Base class: a failure that the message explains. The CLI exits with status 1."""
 
 
 class UsageError(KerasTransferError):
-    """The request itself is wrong (option, config key, path); the CLI exits with 2."""
+    """An invalid request (option, config key or path). The CLI exits with status 2."""
 
 
 class DecodeError(KerasTransferError):
-    """One image cannot be decoded; the message is the reason, without its path."""
+    """An image cannot be decoded. The message is the reason, without the path."""
+
+
+class UnusableImagesError(KerasTransferError):
+    """Too many images are unusable.
+
+    Attributes:
+        skipped: The reason for each unusable image, by source.
+    """
+
+    def __init__(self, message: str, skipped: Mapping[str, str]):
+        super().__init__(message)
+        self.skipped = skipped
 
 
 class WeightsError(KerasTransferError):
-    """The weights of a base are missing, damaged or do not fit."""
+    """The weights of a base are missing, damaged or do not match it."""
 
 
 class DivergenceError(KerasTransferError):
-    """Training came to numbers that are not finite, and would again."""
+    """Training produced non-finite numbers, and would do so again if repeated."""
 
 
 @contextlib.contextmanager
 def explaining_full_disk(
     directory: Path | None = None, size: int = 65_536
 ) -> Iterator[None]:
-    """Says in one line that a disk is full, whichever library found it out.
+    """Replaces any library's full-disk error with a one-line explanation.
 
     Args:
-        directory: What is written to meanwhile, if that is known.
-        size: About how many bytes at a time. Where a library fails without saying why,
-            it is tried whether these can be written.
+        directory: Directory that the block writes to, if known.
+        size: Approximate number of bytes per write. If a library fails without giving
+            a reason, a test file of this size is written to `directory` to find out.
 
     Raises:
-        KerasTransferError: Instead of what a library raises, each its own.
+        KerasTransferError: If the block failed because the disk is full. All other
+            exceptions pass through unchanged.
     """
     try:
         yield
@@ -66,7 +79,7 @@ def explaining_full_disk(
 
 
 def _full_disk(error: BaseException | None) -> str:
-    """What says so in an error, or in those before it; "" if nothing does."""
+    """Finds a full-disk message in an error or its causes; "" if there is none."""
     full = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)]
     while error:
         if any(words in str(error) for words in full):
@@ -77,7 +90,7 @@ def _full_disk(error: BaseException | None) -> str:
 
 
 def _writing_error(directory: Path, size: int) -> OSError | None:
-    """Why so many bytes cannot be written to a directory; None if they can."""
+    """Returns the error from writing `size` bytes to a directory, or None."""
     try:
         with tempfile.TemporaryFile(dir=directory) as file:
             for start in range(0, size, 2**20):
@@ -90,7 +103,7 @@ def _writing_error(directory: Path, size: int) -> OSError | None:
 
 
 def refusal(message: str, size: int) -> str:
-    """Why the decoder refused a file of `size` bytes, from TensorFlow's message."""
+    """Extracts from TensorFlow's message why a file of `size` bytes was refused."""
     refused = re.search(REFUSED + r"(.*?)\]", message, re.DOTALL)
     if refused:
         return refused[1]

@@ -1,4 +1,4 @@
-"""What `kt` shows: progress bars and tables, and no noise from below."""
+"""The output of `kt`: progress bars and tables, without noise from libraries."""
 
 import contextlib
 import io
@@ -6,8 +6,9 @@ import os
 import re
 import sys
 import tempfile
+import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
 )
@@ -24,26 +26,28 @@ from rich.text import Text
 
 from keras_transfer.advice.rules import METHODS
 from keras_transfer.errors import KerasTransferError
+from keras_transfer.events import Listener, duration
 from keras_transfer.models.bases import BASES, weights_path
-from keras_transfer.runs.manifest import FinetuneReport
-from keras_transfer.runs.run import Run
 
 if TYPE_CHECKING:
-    from keras_transfer.advice.ranking import Ranked
+    from keras_transfer.advice.ranking import RankResult
+    from keras_transfer.evaluation.metrics import Evaluation
     from keras_transfer.workflows.advise import Recommendation
+    from keras_transfer.workflows.finetune import FinetuneResult
+    from keras_transfer.workflows.fit import FitResult
 
 
 _MOST_CLASSES = 30
 
-# Control characters (a terminal obeys them), line separators, what reverses the order
-# of characters, and the halves of characters that stand for bytes that are no text.
+# Control characters (which terminals obey), line separators, bidirectional controls,
+# and surrogates (which stand for bytes that are not valid text).
 _STEERING = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    r"""Text with what is no character to be seen escaped as in Python, like `\x1b`.
+    r"""Escapes characters that are not printable the way Python does, as in `\x1b`.
 
-    Names of files and classes come from anywhere: what people read goes through here.
+    File and class names are untrusted, so all text shown to people passes through here.
     """
     return _STEERING.sub(lambda found: ascii(found[0])[1:-1], text)
 
@@ -53,7 +57,7 @@ class _Console(Console):
         return super().render_str(printable(text), **options)
 
 
-# Piped output is not broken at the 80 columns that rich assumes there.
+# For piped output rich would assume 80 columns and wrap lines there.
 console = _Console(
     markup=False,
     highlight=False,
@@ -63,12 +67,16 @@ console = _Console(
 messages = _Console(stderr=True, width=None if sys.stderr.isatty() else 200)
 
 
-@contextlib.contextmanager
-def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Bars on a terminal, nothing elsewhere; yields what to tell them.
+_QUIET_SECONDS = 10.0  # between progress lines when there are no progress bars
 
-    Stdout is for results: what libraries print meanwhile, such as that they download,
-    goes to stderr.
+
+@contextlib.contextmanager
+def listening() -> Iterator[Listener]:
+    """Yields a listener that shows notes, epochs and progress on stderr.
+
+    Progress is shown as bars on a terminal and as occasional lines elsewhere. Stdout is
+    reserved for results, so anything that libraries print in the meantime, such as
+    download progress, is redirected to stderr.
     """
     columns = (
         TextColumn("{task.description:>10}"),
@@ -76,25 +84,50 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    tasks = {}
     with (
         contextlib.redirect_stdout(sys.stderr),
         Progress(*columns, console=messages, disable=not messages.is_terminal) as bars,
     ):
+        yield _Shown(bars)
 
-        def update(phase: str, done: int, total: int) -> None:
-            if phase not in tasks:
-                tasks[phase] = bars.add_task(phase, total=total or None)
-            bars.update(tasks[phase], completed=done)
 
-        yield update
+class _Shown(Listener):
+    """Shows the events of a workflow."""
+
+    def __init__(self, bars: Progress):
+        self._bars = bars
+        self._tasks: dict[str, TaskID] = {}
+        self._last_line = time.monotonic()
+
+    def note(self, text: str) -> None:
+        show_note(text)
+        self._last_line = time.monotonic()
+
+    def progress(self, step: str, done: int, total: int) -> None:
+        if messages.is_terminal:
+            if step not in self._tasks:
+                self._tasks[step] = self._bars.add_task(step)
+            self._bars.update(self._tasks[step], completed=done, total=total or None)
+        elif time.monotonic() - self._last_line > _QUIET_SECONDS:
+            self.note(
+                f"{step}: {done:,} of {total:,}" if total else f"{step}: {done:,}"
+            )
+
+    def epoch(self, phase: str, number: int, figures: Mapping[str, float]) -> None:
+        if phase == "finetune":
+            shown = ", ".join(
+                f"{name.replace('_', ' ')} {figures[name]:.4f}"
+                for name in ("loss", "val_loss", "val_metric")
+                if name in figures
+            )
+            self.note(f"epoch {number}: {shown}, {duration(figures['seconds'])}")
 
 
 @contextlib.contextmanager
 def quiet_stderr() -> Iterator[None]:
-    """Holds back what C++ libraries write to stderr.
+    """Suppresses what C++ libraries write to stderr.
 
-    It is shown only if the block fails with an error that does not explain itself.
+    It is shown only if the block fails with an unexpected error.
     """
     sys.stderr.flush()
     with tempfile.TemporaryFile() as noise:
@@ -123,10 +156,10 @@ def import_tensorflow() -> None:
 
 
 def write_line(line: object) -> None:
-    """A line on stdout: exact for a file or pipe, printable on a terminal.
+    """Writes a line to stdout: exact for a file or pipe, escaped on a terminal.
 
-    What is exact is UTF-8 whatever the locale, but for names of files that are no text:
-    these leave byte for byte.
+    Exact output is UTF-8 regardless of the locale, except for file names that are not
+    valid text, which are written byte for byte.
     """
     text = str(line)
     if sys.stdout.isatty():
@@ -138,14 +171,14 @@ def write_line(line: object) -> None:
 
 
 def show_line(text: str) -> None:
-    """A line on stderr, for people."""
+    """Writes a line to stderr, with unprintable characters escaped."""
     print(printable(text), file=sys.stderr)
 
 
 def show_traceback(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    """What `sys.excepthook` is with --debug."""
+    """Prints a traceback; installed as `sys.excepthook` by --debug."""
     _show_lines("".join(traceback.format_exception(kind, error, trace)))
 
 
@@ -154,17 +187,15 @@ def _show_lines(text: str) -> None:
         show_line(line)
 
 
-def show_run(run: Run) -> None:
-    """The result of `kt fit`; its notes were shown when they were made."""
-    manifest, metrics = run.manifest, run.metrics
-    splits = metrics[manifest.phase]
-    name = "test" if "test" in splits else "val"
-    if manifest.folds:
-        console.print(
-            f"cross-validation, {len(manifest.folds.values)} folds: {manifest.folds}"
-        )
-    if name in splits:
-        show_evaluation(splits[name], name)
+def show_run(result: "FitResult") -> None:
+    """Shows the result of `kt fit`; its notes were shown as they were made."""
+    run, found, folds = result.run, result.evaluations, result.cross_validation
+    manifest = run.manifest
+    if folds:
+        console.print(f"cross-validation, {len(folds.values)} folds: {folds}")
+    name = "test" if "test" in found else "val"
+    if name in found:
+        show_evaluation(found[name], name)
     if manifest.skipped:
         console.print(
             f"- {manifest.skipped} images were left out: {run.run_dir / 'skipped.csv'}",
@@ -189,14 +220,16 @@ def show_run(run: Run) -> None:
 
 
 def show_note(text: str) -> None:
-    """What was decided, while the work goes on."""
+    """Shows a note on stderr."""
     messages.print(f"- {text}", style="dim", markup=False, highlight=False)
 
 
-def show_finetuning(run: Run, report: FinetuneReport, metrics: dict[str, dict]) -> None:
-    """The result of `kt unfreeze-and-finetune`: the phases side by side."""
+def show_finetuning(result: "FinetuneResult") -> None:
+    """Shows the result of `kt unfreeze-and-finetune`, one row per phase."""
+    run, report = result.run, result.report
+    metrics = {name: one.model_dump() for name, one in result.evaluations.items()}
     phase, phases = run.manifest.phase, run.metrics
-    if phase == "finetune" and not report.kept:  # an earlier one stays in the run
+    if phase == "finetune" and not report.kept:  # the run keeps an earlier model
         phases["not kept"] = metrics
     table = Table(box=None, pad_edge=False)
     table.add_column("phase")
@@ -233,8 +266,14 @@ def show_finetuning(run: Run, report: FinetuneReport, metrics: dict[str, dict]) 
     )
 
 
-def show_evaluation(evaluation: dict, of: str) -> None:
-    """A table of figures and one of classes."""
+def show_evaluation(found: "Evaluation", of: str) -> None:
+    """Shows a table of metrics and a table of classes.
+
+    Args:
+        found: The metrics.
+        of: Name of the images, such as `test`.
+    """
+    evaluation = found.model_dump()
     console.print(f"{evaluation['images']:,} {of} images")
     figures = Table(box=None, show_header=False, pad_edge=False)
     for key in ("accuracy", "balanced_accuracy", "macro_f1", "log_loss"):
@@ -262,7 +301,7 @@ def show_evaluation(evaluation: dict, of: str) -> None:
 
 
 def show_recommendation(found: "Recommendation") -> None:
-    """What `kt advise` found; the last line is what to run."""
+    """Shows the result of `kt advise`; the last line is the command to run."""
     table = Table(box=None, show_header=False, pad_edge=False)
     for one in found.advice:
         numbers = ", ".join(
@@ -277,8 +316,9 @@ def show_recommendation(found: "Recommendation") -> None:
     console.print(found.command, soft_wrap=True)
 
 
-def show_ranking(ranked: "list[Ranked]", left_out: dict[str, str]) -> None:
-    """The result of `kt rank`; the Pareto front is marked."""
+def show_ranking(result: "RankResult") -> None:
+    """Shows the result of `kt rank`, with the Pareto front marked."""
+    ranked, left_out = result.ranked, result.left_out
     table = Table(box=None, pad_edge=False)
     table.add_column("base", no_wrap=True)
     for column in ("accuracy (95% interval)", "LogME", "img/s", "parameters", "MB"):
@@ -301,7 +341,7 @@ def show_ranking(ranked: "list[Ranked]", left_out: dict[str, str]) -> None:
 
 
 def show_bases() -> None:
-    """The table of bases."""
+    """Shows the table of bases."""
     table = Table(box=None, pad_edge=False)
     table.add_column("base", no_wrap=True)
     table.add_column("parameters", justify="right")
@@ -325,8 +365,8 @@ def show_bases() -> None:
     console.print(table)
 
 
-def show_cache(tables: list[dict]) -> None:
-    """The table of cached features."""
+def show_cache(tables: list[dict[str, Any]]) -> None:
+    """Shows the tables of cached features."""
     table = Table(box=None, pad_edge=False)
     for column in ("base", "split point", "image size", "precision", "view"):
         table.add_column(column, no_wrap=True)

@@ -1,4 +1,4 @@
-"""Measured numbers -> advice, by rules of thumb whose thresholds have a source.
+"""Measurements -> advice, by rules of thumb with documented thresholds.
 
 Reading order: logme, probe, ranking, rules.
 """

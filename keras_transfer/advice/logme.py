@@ -1,4 +1,4 @@
-"""How much a base's features already say about a task, without training a network."""
+"""LogME: how well a base's features suit a task, without training a network."""
 
 import math
 
@@ -12,24 +12,24 @@ _LOGME_TOLERANCE = 1e-5
 def logme(
     features: np.ndarray, targets: np.ndarray, num_classes: int, seed: int = 0
 ) -> float:
-    """LogME: log evidence of linear models on features, a class against the others.
+    """Computes LogME, the log evidence of one-versus-rest linear models on features.
 
-    Bayesian linear regression of 0/1 labels, w ~ N(0, I / alpha), noise variance
-    1 / beta; alpha and beta maximize the evidence. Higher is better, and nothing is
-    held out. Source: You et al. 2021, "LogME: Practical Assessment of Pre-trained
-    Models for Transfer Learning", arXiv:2102.11005, equations 2 to 5, with the fixed
-    point iteration of algorithm 1.
+    The models are Bayesian linear regressions of 0/1 labels with the prior
+    w ~ N(0, I / alpha) and the noise variance 1 / beta, where alpha and beta maximize
+    the evidence. Higher is better. No images are held out. Source: You et al. 2021,
+    "LogME: Practical Assessment of Pre-trained Models for Transfer Learning",
+    arXiv:2102.11005, equations 2 to 5, with the fixed-point iteration of algorithm 1.
 
     Args:
         features: float `[N, D]`.
         targets: int `[N]` class indices, or 0/1 `[N, num_classes]`.
         num_classes: Number of classes.
-        seed: Of the images that are picked, where there are more than 5,000.
+        seed: Seed of the sample that is drawn if there are more than 5,000 images.
 
     Returns:
-        The mean over classes of the maximal log evidence an image, in nats. Classes
-        that all images or none of them show do not count: there is nothing to tell
-        apart, and their evidence has no bound. NaN if that is every class.
+        The mean over classes of the maximum log evidence per image, in nats. Classes
+        that all images or none of them show are excluded, because their evidence is
+        unbounded. NaN if no class remains.
     """
     picked = np.random.default_rng(seed).permutation(len(features))[:_MOST_IMAGES]
     features, targets = features[picked].astype(np.float64), targets[picked]
@@ -44,7 +44,14 @@ def logme(
 def _evidence(
     left: np.ndarray, squares: np.ndarray, dimension: int, label: np.ndarray
 ) -> float:
-    """Maximal log evidence an image of one label."""
+    """Computes the maximum log evidence per image for one class.
+
+    Args:
+        left: `[N, K]` left singular vectors of the features.
+        squares: `[K]` squared singular values.
+        dimension: Number of features, D.
+        label: bool `[N]`, whether each image shows the class.
+    """
     count, label = len(label), label.astype(np.float64)
     projected = (left.T @ label) ** 2
     outside = max(float(label @ label - projected.sum()), 0.0)
@@ -64,7 +71,7 @@ def _evidence(
     ratio = alpha / beta
     weight_norm = float((squares * projected / (squares + ratio) ** 2).sum())
     residual = float((ratio**2 * projected / (squares + ratio) ** 2).sum()) + outside
-    # log det(alpha I + beta F^T F), the directions that F does not have included
+    # log det(alpha I + beta F^T F), including the directions that F does not span
     log_determinant = float(np.log(alpha + beta * squares).sum())
     log_determinant += (dimension - len(squares)) * np.log(alpha)
     evidence = (

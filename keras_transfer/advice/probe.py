@@ -1,4 +1,4 @@
-"""A linear probe of cached features: how well it does, and with how many images."""
+"""Linear probes on cached features: their accuracy and learning curve."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -10,9 +10,9 @@ from keras_transfer.config import Config, HeadConfig
 from keras_transfer.data.samples import sample_images
 from keras_transfer.data.tables import Splits, Table
 from keras_transfer.evaluation.crossvalidation import estimate, fold_numbers
-from keras_transfer.evaluation.metrics import evaluate, score
-from keras_transfer.features.engine import Extractor
-from keras_transfer.features.extraction import FrozenFeatures, FrozenPart
+from keras_transfer.evaluation.metrics import evaluate, selection_key
+from keras_transfer.features.engine import make_engine, seconds_per_image
+from keras_transfer.features.frozen_part import FrozenFeatures, FrozenPart
 from keras_transfer.runs.manifest import Estimate
 from keras_transfer.training.head import (
     LabelledFeatures,
@@ -23,21 +23,23 @@ from keras_transfer.training.head import (
 )
 
 SHARES = (0.25, 0.5, 1.0)
-"""Of the training images, in the learning curve."""
+"""Fractions of the training images used for the points of the learning curve."""
 
 FOLDS = 5
-_MOST_PROBED = 20_000  # training images, whose features are held in memory
-_SAMPLE = 32  # images that are run to measure how long they take
+"""Number of cross-validation folds."""
+
+_MOST_PROBED = 20_000  # training images, whose features are kept in memory
+_SAMPLE = 32  # images to measure the speed on
 
 
 @dataclass(frozen=True)
 class Probed:
-    """Training images that heads are trained and measured on.
+    """Training images on which probes are trained and cross-validated.
 
     Attributes:
-        table: The images.
-        rows: float32 `[N, D]`, their features.
-        folds: int64 `[N]`, the fold of each.
+        table: The N images.
+        rows: float32 `[N, D]` features.
+        folds: int64 `[N]` fold of each image, starting at 0.
     """
 
     table: Table
@@ -46,7 +48,11 @@ class Probed:
 
 
 def probe(config: Config, splits: Splits, features: FrozenFeatures) -> Probed:
-    """No more of the training images than probes need, dealt into folds."""
+    """Samples at most 20,000 training images and assigns them to folds.
+
+    Raises:
+        UsageError: If there are too few images for the folds.
+    """
     table = splits.train
     if len(table) > _MOST_PROBED:
         picked = deal(table.targets, config.seed)[:_MOST_PROBED]
@@ -62,12 +68,20 @@ def learning_curve(
     features: FrozenFeatures,
     shares: Sequence[float] = SHARES,
 ) -> tuple[Mapping[float, Estimate], float]:
-    """The accuracy of probes with shares of the training images, cross-validated.
+    """Cross-validates probes on fractions of the training images.
 
-    Each share has its own L2 strength, which the validation images choose.
+    For each fraction, the L2 strength is chosen on the validation images.
+
+    Args:
+        config: The resolved config; its seed is used.
+        splits: The images; the validation images choose L2 strengths.
+        probed: The training images.
+        features: Features of the images.
+        shares: Fractions of the training images, greater than 0 and at most 1.
 
     Returns:
-        (share to accuracy, seconds that a head on all of them took).
+        (accuracy by fraction, seconds that training a head with the last fraction
+        took). For multi-label data, accuracy is the mean average precision.
     """
     targets, classes = probed.table.targets, len(splits.class_names)
     weights = class_weights(targets, classes, balanced=False)
@@ -99,13 +113,23 @@ def learning_curve(
             head = train_head(head_config, images, nothing, config.seed)
             probabilities = predict_head(head.model, probed.rows[held_out])
             evaluation = evaluate(targets[held_out], probabilities, splits.class_names)
-            values.append(score(evaluation)[0])
+            values.append(selection_key(evaluation)[0])
         curve[share] = estimate(values, 1 / FOLDS)
     return curve, seconds
 
 
 def deal(targets: np.ndarray, seed: int) -> np.ndarray:
-    """An order of which every first part holds the classes in their proportions."""
+    """Orders images randomly so that every prefix has about the same class balance.
+
+    For multi-label data, the order is simply random.
+
+    Args:
+        targets: Targets of the images, as in `tables.Table`.
+        seed: Seed of the order.
+
+    Returns:
+        int64 `[N]` indices of the images.
+    """
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(targets))
     if targets.ndim == 2:
@@ -120,12 +144,19 @@ def deal(targets: np.ndarray, seed: int) -> np.ndarray:
 def images_per_second(
     part: FrozenPart, splits: Splits, features: FrozenFeatures
 ) -> float:
-    """How fast a base is on this machine, in the precision of its features."""
+    """Measures a base's throughput on this machine, in the precision of its features.
+
+    Returns:
+        Images per second.
+    """
     pixels = draw_rows(splits, part.image_size)
-    return 1 / Extractor(part.model, features.precision).measure(pixels)
+    return 1 / seconds_per_image(make_engine(part.model, features.precision), pixels)
 
 
 def draw_rows(splits: Splits, image_size: int) -> np.ndarray:
-    """uint8 `[32, image_size, image_size, 3]`; few images are there several times."""
+    """Decodes 32 training images as uint8 `[32, image_size, image_size, 3]`.
+
+    If there are fewer images, they are repeated.
+    """
     images = [pixels for *_, pixels in sample_images(splits, image_size, _SAMPLE)]
     return np.resize(images, (_SAMPLE, *images[0].shape))

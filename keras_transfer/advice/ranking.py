@@ -1,6 +1,6 @@
-"""Measured bases -> their order, and which no other beats."""
+"""Ranks measured bases and finds the Pareto front of accuracy and speed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,18 +9,19 @@ from keras_transfer.runs.manifest import Estimate
 
 @dataclass(frozen=True)
 class Ranked:
-    """A base and what it is worth for a task.
+    """Measurements of a base for a task.
 
     Attributes:
-        base: Its name.
-        accuracy: Of a linear probe on its features, cross-validated on the training
-            images; of multi-label data the mean average precision.
-        logme: `transferability.logme` of its features.
-        images_per_second: Of the base on this machine.
-        parameters: Number of its weights.
-        megabytes: About the size of an exported model: 4 bytes a weight.
-        is_best: Whether no other base is both faster and more accurate (on the Pareto
-            front).
+        base: Name of the base.
+        accuracy: Accuracy of a linear probe on its features, cross-validated on the
+            training images; for multi-label data, the mean average precision.
+        logme: LogME of its features in nats; see `logme.logme`.
+        images_per_second: Throughput of the base on this machine.
+        parameters: Number of weights without the classifier.
+        megabytes: Approximate size of an exported model in units of 10^6 bytes, at 4
+            bytes per weight.
+        is_best: Whether the base is on the Pareto front: no other base is at least as
+            accurate and at least as fast, and better in one of the two.
     """
 
     base: str
@@ -32,8 +33,32 @@ class Ranked:
     is_best: bool
 
 
-def rank_by_accuracy(found: Sequence[dict[str, Any]]) -> list[Ranked]:
-    """The best first; marked are those that no other beats in accuracy and speed."""
+@dataclass(frozen=True, repr=False)
+class RankResult:
+    """The result of `kt rank`.
+
+    Attributes:
+        ranked: The measured bases, most accurate first.
+        left_out: Reason why a base was not measured, by name of the base.
+    """
+
+    ranked: Sequence[Ranked]
+    left_out: Mapping[str, str]
+
+    def __repr__(self) -> str:
+        bases = ", ".join(f"{one.base} {one.accuracy}" for one in self.ranked)
+        return f"RankResult({bases}; {len(self.left_out)} left out)"
+
+
+def rank_by_accuracy(
+    found: Sequence[dict[str, Any]], left_out: Mapping[str, str]
+) -> RankResult:
+    """Sorts bases by decreasing accuracy and marks the Pareto front.
+
+    Args:
+        found: The fields of `Ranked` but `is_best`, for each measured base.
+        left_out: Reason why a base was not measured, by name of the base.
+    """
 
     def is_best(one: dict[str, Any]) -> bool:
         here = one["accuracy"].mean, one["images_per_second"]
@@ -44,4 +69,5 @@ def rank_by_accuracy(found: Sequence[dict[str, Any]]) -> list[Ranked]:
         )
 
     ranked = [Ranked(**one, is_best=is_best(one)) for one in found]
-    return sorted(ranked, key=lambda one: -one.accuracy.mean)
+    ranked.sort(key=lambda one: -one.accuracy.mean)
+    return RankResult(ranked, left_out)

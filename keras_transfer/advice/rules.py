@@ -1,24 +1,17 @@
-"""Rules: measured numbers -> which method suits a task.
+"""Rules that turn measurements into a recommended method.
 
-Each rule is a function of plain numbers that returns one `Advice`; `recommend` weighs
-them. Thresholds stand here, with where they come from:
+Each rule is a function of plain numbers that returns one `Advice`; `recommend` combines
+them. The thresholds below have these sources:
 
-- FEW_PER_CLASS, FEW_IMAGES: on 245 photos of ants and bees fine-tuning was never
-  better than the head alone, on 3,000 of flowers it was by 7 points (measurements in
-  this repository, `config.FinetuneConfig`).
-- NEARLY_RIGHT: fine-tuning the top stage took 5.0% of errors to 1.5% on 1,257 scanned
-  digits, 28.9% to 22.0% on flowers (tests/benchmarks/advice.py): more than halving 2%
-  is hard to see on a validation split of some hundred images.
-- MUCH_DATA: BiT-HyperRule trains longer and changes more from 20,000 images on
+- FEW_PER_CLASS, FEW_IMAGES, NEARLY_RIGHT and SIMILAR_CONFIDENCE: measurements in the
+  section "What `kt advise` goes by" of tests/benchmarks/RESULTS.md.
+- MUCH_DATA: from 20,000 images on, BiT-HyperRule trains longer and adds MixUp
   (Kolesnikov et al. 2020, arXiv:1912.11370, section 3.3).
-- SIMILAR_CONFIDENCE: an ImageNet classifier's mean confidence is 0.67 on ants and
-  bees, 0.20 on flowers, 0.12 on chest X-rays, 0.08 on digits.
-- similarity: the usual rule of transfer learning begins with feature extraction and
-  fine-tunes with much or similar data (Yosinski et al. 2014, arXiv:1411.1792, for why
-  distance to the first task counts). Measured, data unlike ImageNet gain more from
-  it, and perhaps from deeper layers: of 1,076 digits (two seeds, MobileNetV2) the head
-  got 47 wrong, the top stage 17, all layers 12 in six times the time; of flowers, all
-  layers got no more right than the top stage.
+- Similarity: the usual rule of transfer learning is to begin with feature extraction
+  and to fine-tune if there is much or similar data (see Yosinski et al. 2014,
+  arXiv:1411.1792, for why the distance to the original task matters). According to the
+  measurements, data unlike ImageNet gain more from fine-tuning, so dissimilar data
+  lead to fine-tuning of all layers here.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -39,24 +32,24 @@ METHODS: dict[Method, str] = {
 }
 
 FEW_PER_CLASS = 10
-RARE_CLASSES = 0.1  # share of the classes that may have so few
+RARE_CLASSES = 0.1  # fraction of too small classes from which more data are needed
 FEW_IMAGES = 500
 MUCH_DATA = 20_000
-IMBALANCED = 5.0  # largest over smallest class
-NEARLY_RIGHT = 0.98  # of the way from guessing to perfect; then little is left to win
-SIMILAR_CONFIDENCE = 0.15  # mean probability of the likeliest ImageNet class
-SEPARATED = 0.5  # share of the way from guessing to perfect that nearest neighbours go
-RISING = 0.01  # gain of the second half of the data that is worth more data
+IMBALANCED = 5.0  # size of the largest class over that of the smallest
+NEARLY_RIGHT = 0.98  # probe's `separation` above which little can be gained
+SIMILAR_CONFIDENCE = 0.15  # mean probability of the most likely ImageNet class
+SEPARATED = 0.5  # nearest neighbors' `separation` in a similar task
+RISING = 0.01  # accuracy gained by doubling the data that justifies collecting more
 
 
 @dataclass(frozen=True)
 class Advice:
-    """What one rule says.
+    """The conclusion of one rule.
 
     Attributes:
-        rule: Its name.
-        message: What it says, in words.
-        evidence: The numbers that it looked at.
+        rule: Name of the rule.
+        message: The conclusion as a sentence.
+        evidence: The numbers that it is based on, by description.
     """
 
     rule: str
@@ -66,26 +59,28 @@ class Advice:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was measured.
+    """The measurements that the rules use.
 
     Attributes:
-        images: Training images.
-        class_counts: Those that show a class, by class.
-        accuracy: Of a linear probe, cross-validated on the training images (of
-            multi-label data the mean average precision, as everywhere below).
-        curve: Share of the training images to the probe's accuracy with so many.
-        gain: Accuracy with all images less that with half of them.
-        majority: Accuracy of always naming the commonest class; of multi-label data
-            the mean share of images that show a class.
-        neighbours: Accuracy of the 5 nearest neighbours; None of multi-label data.
-        logme: `transferability.logme` of the features.
-        imagenet_confidence: Mean probability of the likeliest ImageNet class, by a
-            classifier that was trained on ImageNet.
-        imagenet_entropy: Mean entropy of its probabilities, 0 (certain) to 1.
-        images_per_second: That the base computes features of here.
-        minutes: What each method still takes here, now that features are cached.
-        gigabytes: Each method's cached activations, in 10^9 bytes.
-        disk: 10^9 bytes that cached activations may take.
+        images: Number of training images.
+        class_counts: Number of training images that show a class, by class name.
+        accuracy: Accuracy of a linear probe, cross-validated on the training images.
+            For multi-label data, accuracy is the mean average precision here and below.
+        curve: Accuracy of the probe by fraction of the training images.
+        gain: Accuracy with all images minus accuracy with half of them.
+        majority: Accuracy of always predicting the most common class; for multi-label
+            data, the mean fraction of images that show a class.
+        neighbours: Cross-validated accuracy of the 5 nearest neighbors; None for
+            multi-label data.
+        logme: LogME of the features in nats; see `logme.logme`.
+        imagenet_confidence: Mean probability of the most likely ImageNet class,
+            according to an ImageNet classifier (0 to 1).
+        imagenet_entropy: Mean normalized entropy of the classifier's probabilities,
+            from 0 (certain) to 1.
+        images_per_second: Throughput of the base on this machine.
+        minutes: Estimated minutes for each method once features are cached.
+        gigabytes: Size of each method's cached activations, in units of 10^9 bytes.
+        disk: Disk space available for cached activations, in units of 10^9 bytes.
     """
 
     images: int
@@ -105,7 +100,7 @@ class Evidence:
 
 
 def data_size(images: int, class_counts: Mapping[str, int]) -> Advice:
-    """How much there is to learn from."""
+    """Judges the amount of training data."""
     rare = rare_classes(class_counts)
     if images < FEW_IMAGES:
         message = f"{images:,} training images: enough for a head, few for a base"
@@ -125,12 +120,12 @@ def data_size(images: int, class_counts: Mapping[str, int]) -> Advice:
 
 
 def rare_classes(class_counts: Mapping[str, int]) -> list[str]:
-    """Classes with too few images to learn from, or to measure with."""
+    """Lists the classes with too few images to learn from or to evaluate on."""
     return [name for name, count in class_counts.items() if count < FEW_PER_CLASS]
 
 
 def imbalance(class_counts: Mapping[str, int]) -> Advice:
-    """Whether some classes will be neglected."""
+    """Judges whether class sizes are balanced."""
     message = (
         "classes are out of balance: each gets the same weight"
         if is_imbalanced(class_counts)
@@ -142,7 +137,7 @@ def imbalance(class_counts: Mapping[str, int]) -> Advice:
 
 
 def is_imbalanced(class_counts: Mapping[str, int]) -> bool:
-    """Whether the head should be trained with balanced class weights."""
+    """Returns whether the head should be trained with balanced class weights."""
     return _ratio_of_classes(class_counts) >= IMBALANCED
 
 
@@ -151,7 +146,7 @@ def _ratio_of_classes(class_counts: Mapping[str, int]) -> float:
 
 
 def learning_curve(curve: Mapping[float, Estimate], gain: Estimate) -> Advice:
-    """Whether more images would help."""
+    """Judges whether more images would help."""
     if rises(gain):
         message = "accuracy still rises with the number of images: more would help"
     elif gain.mean >= RISING:
@@ -163,12 +158,12 @@ def learning_curve(curve: Mapping[float, Estimate], gain: Estimate) -> Advice:
 
 
 def rises(gain: Estimate) -> bool:
-    """Whether twice the images certainly gave a better model."""
+    """Returns whether doubling the images gave a significantly better model."""
     return gain.low > 0 and gain.mean >= RISING
 
 
 def headroom(accuracy: Estimate, majority: float) -> Advice:
-    """How much fine-tuning could win at all."""
+    """Judges how much fine-tuning could gain at most."""
     if is_nearly_right(accuracy, majority):
         message = "the frozen features are nearly always right: little is left to win"
     else:
@@ -183,7 +178,7 @@ def headroom(accuracy: Estimate, majority: float) -> Advice:
 
 
 def is_nearly_right(accuracy: Estimate, majority: float) -> bool:
-    """Whether nothing worth the effort is left, also where one class is common."""
+    """Returns whether too little can be gained, relative to the majority class."""
     return separation(accuracy.mean, majority) >= NEARLY_RIGHT
 
 
@@ -195,7 +190,16 @@ def similarity(
     confidence: float,
     entropy: float,
 ) -> Advice:
-    """How near the task is to what the base was trained on."""
+    """Judges how similar the task is to ImageNet, which the base was trained on.
+
+    Args:
+        accuracy: Accuracy of a linear probe.
+        majority: Accuracy of always predicting the most common class.
+        neighbours: Accuracy of the nearest neighbors; None for multi-label data.
+        logme: LogME of the features in nats.
+        confidence: Mean probability of the most likely ImageNet class.
+        entropy: Mean normalized entropy of the ImageNet classifier, from 0 to 1.
+    """
     message = (
         "the task is similar to ImageNet: its features fit"
         if is_similar(accuracy, majority, neighbours, confidence)
@@ -215,13 +219,16 @@ def similarity(
 def is_similar(
     accuracy: float, majority: float, neighbours: float | None, confidence: float
 ) -> bool:
-    """Classes that lie apart, in images that an ImageNet classifier recognizes."""
+    """Returns whether classes are well separated and an ImageNet classifier confident.
+
+    Separation is measured by the nearest neighbors, or by the probe without them.
+    """
     away = separation(accuracy if neighbours is None else neighbours, majority)
     return away >= SEPARATED and confidence >= SIMILAR_CONFIDENCE
 
 
 def separation(accuracy: float, majority: float) -> float:
-    """The share of the way from guessing (0) to perfect (1)."""
+    """Rescales an accuracy so that the majority class is 0 and perfect is 1."""
     return (accuracy - majority) / max(1 - majority, 1e-9)
 
 
@@ -232,17 +239,24 @@ def compute(
     budget: float | None,
     disk: float,
 ) -> Advice:
-    """What each method takes here, and what time and disk allow.
+    """Judges which methods fit the time budget and the disk.
+
+    Args:
+        images_per_second: Throughput of the base on this machine.
+        minutes: Estimated minutes for each method.
+        gigabytes: Size of each method's cached activations, in units of 10^9 bytes.
+        budget: Maximum number of minutes; None for no limit.
+        disk: Disk space for cached activations, in units of 10^9 bytes.
 
     Raises:
-        UsageError: If the budget allows nothing.
+        UsageError: If no method fits the budget.
     """
     least = min(minutes.values())
     if budget is not None and least > budget:
         raise UsageError(
             f"The budget is too small. Received: {duration(60 * budget)}, and the "
-            f"fastest method takes about {duration(60 * least)}. Allow more with "
-            "--budget."
+            f"fastest method takes about {duration(60 * least)}. Allow a larger "
+            "budget."
         )
     possible = feasible(minutes, gigabytes, budget, disk)
     over = "; ".join(METHODS[method] for method in minutes if method not in possible)
@@ -260,7 +274,7 @@ def feasible(
     budget: float | None,
     disk: float,
 ) -> Collection[Method]:
-    """The methods that time and disk allow."""
+    """Returns the methods that fit the budget (minutes) and the disk (10^9 bytes)."""
     return {
         method
         for method in minutes
@@ -271,14 +285,17 @@ def feasible(
 def recommend(
     evidence: Evidence, budget: float | None = None
 ) -> tuple[Method, Sequence[Advice]]:
-    """The method that suits, and what each rule said.
+    """Recommends a method.
 
     Args:
-        evidence: What was measured.
-        budget: The most minutes that it may take.
+        evidence: The measurements.
+        budget: Maximum number of minutes that the method may take; None for no limit.
+
+    Returns:
+        (recommended method, advice of each rule).
 
     Raises:
-        UsageError: If the budget allows nothing.
+        UsageError: If no method fits the budget.
     """
     advice = [
         data_size(evidence.images, evidence.class_counts),

@@ -1,5 +1,5 @@
-"""DATA, in whatever form its owner has it -> images, their splits and their pixels.
+"""DATA in any supported form -> images, their splits and their pixels.
 
-Reading order: reading, folders, tables, listing, splitting, loading, decode, augment,
-samples.
+Reading order: reading, folders, tables, listing, splitting, loading, decode, quality,
+augment, samples.
 """

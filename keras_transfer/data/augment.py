@@ -1,7 +1,7 @@
-"""Augmented views of an image: seeded, and the same for the same image every time.
+"""Deterministic augmented views of images.
 
-A view depends only on the image's bytes, the seed and the view's number, not on which
-images were augmented before it, so a view can be cached like the plain image.
+A view depends only on the image's bytes, the seed and the view's number, and not on
+which images were augmented before, so a view can be cached like the plain image.
 """
 
 import hashlib
@@ -12,15 +12,18 @@ import numpy as np
 import tensorflow as tf
 
 AUGMENT_VERSION = 1
-"""Changes whenever any view changes: cached features of views depend on it."""
+"""Changes whenever any view changes, because features of views are cached."""
 
-_ROTATION = 15 / 360  # of a full turn, either way
-_CROP = 0.875  # side of the crop; the classic 224 of 256 of ImageNet training
-_COLOR = 0.2
+_ROTATION = 15 / 360  # maximum rotation in either direction, in full turns
+_CROP = 0.875  # side of the crop: 224 of 256 pixels, as is common for ImageNet
+_COLOR = 0.2  # strength of brightness, contrast and saturation changes
 
 
 def augmentation_layers(image_size: int) -> list[keras.layers.Layer]:
-    """The Keras layers applied in turn to `[N, image_size, image_size, 3]` pixels."""
+    """Creates the Keras layers that are applied in turn.
+
+    They take and return `[N, image_size, image_size, 3]` pixels in [0, 255].
+    """
     crop = round(_CROP * image_size)
     return [
         keras.layers.RandomFlip("horizontal"),
@@ -39,9 +42,15 @@ def augmentation_layers(image_size: int) -> list[keras.layers.Layer]:
 def make_augmenter(
     image_size: int, seed: int
 ) -> Callable[[np.ndarray, bytes, int], np.ndarray]:
-    """A function from (pixels, the image's digest, view number) to augmented pixels.
+    """Creates a function that computes augmented views; it is not thread-safe.
 
-    It is not thread-safe. Pixels are uint8 `[image_size, image_size, 3]`, both ways.
+    Args:
+        image_size: Side of the images in pixels.
+        seed: Seed of the views, at least 0.
+
+    Returns:
+        A function from (pixels, the image's SHA-256 digest, the view's number) to
+        augmented pixels. Pixels are uint8 `[image_size, image_size, 3]`.
     """
     layers = augmentation_layers(image_size)
 

@@ -1,17 +1,19 @@
 """Encoded bytes -> pixels: one TensorFlow function for training and for serving.
 
-`decode_image` is traced into every exported SavedModel, so an image looks the same to
-the served model as it did in training, to the bit. It never trusts a header: the
-number of pixels is checked before a buffer of that size exists, and formats that
-TensorFlow's decoders get wrong are refused with a reason.
+`decode_image` is traced into every exported SavedModel, so the served model sees
+exactly the same pixels as in training. It never trusts a header: the number of pixels
+is checked before a buffer of that size is allocated, and formats that TensorFlow
+decodes incorrectly are refused with a reason.
 
-Shrinking averages over areas: for a JPEG first in the DCT domain (decoding at 1/2, 1/4
-or 1/8 is several times cheaper than decoding whole), then `tf.image.resize` by area.
-Its antialiased bilinear, the usual alternative, is the slowest step of a pipeline.
+Images are shrunk by area averaging. A JPEG is first shrunk in the DCT domain (decoding
+at 1/2, 1/4 or 1/8 is several times cheaper than decoding at full size), then by
+`tf.image.resize` with `area`. The usual alternative, antialiased bilinear, is the
+slowest step of a pipeline.
 """
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -19,41 +21,51 @@ import tensorflow as tf
 from keras_transfer.errors import REFUSED, DecodeError, refusal
 
 DECODER_VERSION = 1
-"""Changes whenever the pixels of any image change: cached features depend on it."""
+"""Changes whenever the pixels of any image change, because features are cached."""
 
 MAX_PIXELS = 178_956_970
-"""Images with more pixels are refused; the limit at which Pillow raises."""
+"""Images with more pixels are refused. Pillow raises an error at the same limit."""
 
 _HEADER_BYTES = 70
-_MOST_SEGMENTS = 64  # before the EXIF one; a file of many tiny ones would take seconds
-# Of data in a GIF, at most so many and one for so many bytes of the file: encoders fill
-# blocks to 255 bytes, and walking a file of 1-byte ones would take minutes.
+# Limit on JPEG segments before the EXIF one; walking many tiny ones takes seconds.
+_MOST_SEGMENTS = 64
+# A GIF may have 1024 data blocks plus one per 128 bytes of the file. Encoders fill
+# blocks to 255 bytes, and walking a file of 1-byte blocks would take minutes.
 _MOST_BLOCKS, _LEAST_BLOCK = 1024, 128
-# Of scans in a JPEG at the pixel limit; a smaller one may have more, up to 1024. A scan
-# of a few bytes makes libjpeg go over all pixels: 0.13 s at the limit. Encoders write
-# about 10, but behind a motion photo lies a video, in which a scan's mark appears by
-# chance once in 64 KB: at 12 megapixels 477 are allowed.
+# A JPEG at the pixel limit may have 32 scans; a smaller one may have proportionally
+# more, up to 1024. A scan of a few bytes makes libjpeg process all pixels, which takes
+# 0.13 s at the limit. Encoders write about 10 scans. But a motion photo is followed by
+# a video, in which the scan marker appears by chance every 64 KB; at 12 megapixels, 477
+# scans are allowed.
 _MOST_SCANS, _MOST_SCANS_OF_SMALL = 32, 1024
-_EXIF = 0x1E1  # our own mark for "APP1 that holds EXIF"; no marker has nine bits
+_EXIF = 0x1E1  # stands for "APP1 with EXIF"; real markers have only eight bits
 
 
 def decode_image(encoded: tf.Tensor, image_size: int) -> tf.Tensor:
-    """Decodes one image, turns it upright, and resizes it to a square.
+    """Decodes an image, rotates it upright and resizes it to a square.
 
-    The aspect ratio is not kept, as in `keras.utils.image_dataset_from_directory`.
+    The aspect ratio is not preserved, as in `keras.utils.image_dataset_from_directory`.
 
     Args:
-        encoded: string scalar: a JPEG (any color space; EXIF orientation is applied),
-            PNG (any bit depth and color type), GIF (first frame), 24 or 32 bit BMP or
-            still WebP file. Alpha is dropped.
+        encoded: String scalar with the content of a JPEG (any color space; EXIF
+            orientation is applied), PNG (any bit depth and color type), GIF (first
+            frame), 24- or 32-bit BMP or still WebP file. Alpha is dropped.
         image_size: Side of the result in pixels.
 
     Returns:
-        uint8 `[image_size, image_size, 3]` RGB pixels, 0 to 255.
+        uint8 `[image_size, image_size, 3]` RGB pixels in [0, 255].
 
     Raises:
-        tf.errors.InvalidArgumentError: When run, if the image is refused or damaged.
+        tf.errors.InvalidArgumentError: At run time, if the image is refused or damaged.
     """
+    pixels, _ = _decode_and_measure(encoded, image_size)
+    return pixels
+
+
+def _decode_and_measure(
+    encoded: tf.Tensor, image_size: int
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns the pixels as `decode_image` does, and int32 `[2]` (height, width)."""
     header = _integers(encoded, _HEADER_BYTES)
     decoders = {
         b"\xff\xd8\xff": _decode_jpeg,
@@ -65,24 +77,22 @@ def decode_image(encoded: tf.Tensor, image_size: int) -> tf.Tensor:
     kind = tf.constant(len(decoders))
     for index, magic in enumerate(decoders):
         kind = tf.where(_starts_with(header, magic), index, kind)
-    return tf.ensure_shape(
-        tf.switch_case(
-            kind,
-            [
-                lambda decode=decode: decode(encoded, header, image_size)
-                for decode in decoders.values()
-            ]
-            + [lambda: _refuse_unknown(encoded, header, image_size)],
-        ),
-        (image_size, image_size, 3),
+    pixels, size = tf.switch_case(
+        kind,
+        [
+            lambda decode=decode: decode(encoded, header, image_size)
+            for decode in decoders.values()
+        ]
+        + [lambda: _refuse_unknown(encoded, header, image_size)],
     )
+    return tf.ensure_shape(pixels, (image_size, image_size, 3)), size
 
 
 def resize_image(image: tf.Tensor, image_size: int) -> tf.Tensor:
-    """Resizes as `decode_image` does: shrinks by area, enlarges bilinearly.
+    """Resizes like `decode_image`: shrinks by area averaging, enlarges bilinearly.
 
     Args:
-        image: uint8 `[H, W, 3]`; each side is resized on its own.
+        image: uint8 `[H, W, 3]`; height and width are resized independently.
         image_size: Side of the result in pixels.
 
     Returns:
@@ -95,47 +105,57 @@ def resize_image(image: tf.Tensor, image_size: int) -> tf.Tensor:
     return tf.cast(tf.round(image), tf.uint8)
 
 
-def is_nearly_black(encoded: bytes, pixels: np.ndarray) -> bool:
-    """Whether a file is a 16-bit PNG of which only 12 bits or fewer are used.
+class DecodedImage(NamedTuple):
+    """An image as the base sees it, with its original size.
 
-    Cameras and scanners of 12 bits write such files: decoded in the range of 16 bits,
-    they show next to nothing.
-
-    Args:
-        encoded: An image file.
-        pixels: uint8 `[H, W, 3]`, what it was decoded to.
+    Attributes:
+        pixels: uint8 `[image_size, image_size, 3]` RGB pixels.
+        height: Height of the full image in pixels, after EXIF rotation.
+        width: Width of the full image in pixels, after EXIF rotation.
     """
-    return is_16_bit_png(encoded) and int(pixels.max()) <= 2**12 >> 8
 
-
-def is_16_bit_png(encoded: bytes) -> bool:
-    """Whether a file is a PNG of 16 bits a channel, by its header."""
-    return encoded[:4] == b"\x89PNG" and encoded[24:25] == b"\x10"
+    pixels: np.ndarray
+    height: int
+    width: int
 
 
 @functools.cache
-def make_decoder(image_size: int) -> Callable[[bytes], np.ndarray]:
-    """`decode_image` as a Python function that may be called from many threads.
+def make_measuring_decoder(image_size: int) -> Callable[[bytes], DecodedImage]:
+    """Creates a thread-safe Python function that decodes like `decode_image`.
+
+    Args:
+        image_size: Side of the decoded images in pixels.
 
     Returns:
-        A function from encoded bytes to uint8 `[image_size, image_size, 3]`. It
-        raises `DecodeError`, whose message is the reason, for an unusable image.
+        A function from encoded bytes to a decoded image. For an unusable image it
+        raises `DecodeError`, whose message is the reason.
     """
     graph = tf.function(
-        lambda encoded: decode_image(encoded, image_size), autograph=False
+        lambda encoded: _decode_and_measure(encoded, image_size), autograph=False
     )
     decode_bytes = graph.get_concrete_function(tf.TensorSpec((), tf.string))
 
-    def decode(encoded: bytes) -> np.ndarray:
+    def decode(encoded: bytes) -> DecodedImage:
         try:
-            return decode_bytes(tf.constant(encoded)).numpy()
+            pixels, size = decode_bytes(tf.constant(encoded))
         except tf.errors.OpError as error:
             raise DecodeError(refusal(error.message, len(encoded))) from None
+        return DecodedImage(pixels.numpy(), *size.numpy().tolist())
 
     return decode
 
 
-def _decode_jpeg(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> tf.Tensor:
+@functools.cache
+def make_decoder(image_size: int) -> Callable[[bytes], np.ndarray]:
+    """Like `make_measuring_decoder`, but the function returns only the pixels."""
+    decode = make_measuring_decoder(image_size)
+    return lambda encoded: decode(encoded).pixels
+
+
+_Decoded = tuple[tf.Tensor, tf.Tensor]  # pixels and size; see `_decode_and_measure`
+
+
+def _decode_jpeg(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> _Decoded:
     del header
     height, width = tf.unstack(tf.image.extract_jpeg_shape(encoded)[:2])
     encoded = _within_pixel_limit(encoded, height, width)
@@ -150,11 +170,14 @@ def _decode_jpeg(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> tf.T
     ratios = (1, 2, 4, 8)
     index = tf.reduce_sum(tf.cast(fitting >= tf.constant(ratios[1:]), tf.int32))
     image = tf.switch_case(index, [lambda r=r: decode_scaled(r) for r in ratios])
-    # Turning the small square is the same as turning the photo, and much cheaper.
-    return _upright(resize_image(image, image_size), _exif_orientation(encoded))
+    # Rotating the small square is equivalent to rotating the photo, and much cheaper.
+    orientation = _exif_orientation(encoded)
+    pixels = _upright(resize_image(image, image_size), orientation)
+    is_turned = orientation >= 5
+    return pixels, tf.where(is_turned, [width, height], [height, width])
 
 
-def _decode_png(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> tf.Tensor:
+def _decode_png(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> _Decoded:
     encoded = require(
         encoded,
         _starts_with(header[8:], b"\0\0\0\rIHDR"),
@@ -162,16 +185,17 @@ def _decode_png(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> tf.Te
     )
     height, width = _big_endian(header[20:24]), _big_endian(header[16:20])
     encoded = _within_pixel_limit(encoded, height, width)
-    return resize_image(tf.io.decode_png(encoded, channels=3), image_size)
+    image = tf.io.decode_png(encoded, channels=3)
+    return resize_image(image, image_size), tf.stack([height, width])
 
 
-def _decode_gif(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> tf.Tensor:
+def _decode_gif(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> _Decoded:
     frame, margins = _first_frame(encoded, header)
     image = tf.pad(tf.io.decode_gif(frame)[0], margins)
-    return resize_image(image, image_size)
+    return resize_image(image, image_size), tf.shape(image)[:2]
 
 
-def _decode_bmp(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> tf.Tensor:
+def _decode_bmp(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> _Decoded:
     width = _little_endian(header[18:22])
     height = tf.abs(tf.bitcast(_little_endian(header[22:26]), tf.int32))
     bits = _little_endian(header[28:30])
@@ -184,10 +208,11 @@ def _decode_bmp(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> tf.Te
         "a BMP with a palette, 16 bits or compression; only 24 and 32 bit BMP",
     )
     encoded = _within_pixel_limit(encoded, height, width)
-    return resize_image(tf.io.decode_bmp(encoded)[..., :3], image_size)
+    image = tf.io.decode_bmp(encoded)[..., :3]
+    return resize_image(image, image_size), tf.stack([height, width])
 
 
-def _decode_webp(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> tf.Tensor:
+def _decode_webp(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> _Decoded:
     lossy = _starts_with(header[12:], b"VP8 ")
     lossless = _starts_with(header[12:], b"VP8L")
     extended = _starts_with(header[12:], b"VP8X")
@@ -214,14 +239,13 @@ def _decode_webp(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> tf.T
         ),
     )
     encoded = _within_pixel_limit(encoded, height, width)
-    # With channels=3 TensorFlow refuses a WebP that has alpha.
+    # With channels=3, TensorFlow rejects a WebP that has alpha.
     frames = tf.io.decode_image(encoded, channels=0, expand_animations=True)
-    return resize_image(tf.ensure_shape(frames, [None] * 4)[0, ..., :3], image_size)
+    image = tf.ensure_shape(frames, [None] * 4)[0, ..., :3]
+    return resize_image(image, image_size), tf.stack([height, width])
 
 
-def _refuse_unknown(
-    encoded: tf.Tensor, header: tf.Tensor, image_size: int
-) -> tf.Tensor:
+def _refuse_unknown(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> _Decoded:
     tiff = _starts_with(header, b"II*\0") | _starts_with(header, b"MM\0*")
     avif = _starts_with(header[4:], b"ftyp")
     empty = tf.strings.length(encoded) == 0
@@ -229,11 +253,11 @@ def _refuse_unknown(
     reason = tf.where(tiff, "a TIFF; convert it to JPEG or PNG", reason)
     reason = tf.where(avif, "an AVIF or HEIC; convert it to JPEG or PNG", reason)
     with tf.control_dependencies([require(encoded, tf.constant(False), reason)]):
-        return tf.zeros((image_size, image_size, 3), tf.uint8)
+        return tf.zeros((image_size, image_size, 3), tf.uint8), tf.zeros(2, tf.int32)
 
 
 def _upright(image: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
-    """Undoes an EXIF orientation (1 to 8) of a square image."""
+    """Undoes the EXIF orientation (1 to 8) of a square image."""
 
     def is_any(*values: int) -> tf.Tensor:
         return tf.reduce_any(orientation == tf.constant(values))
@@ -247,10 +271,10 @@ def _upright(image: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
 
 
 def _exif_orientation(encoded: tf.Tensor) -> tf.Tensor:
-    """int32 1 to 8 of a JPEG; 1 where it says nothing or nothing valid.
+    """Reads the EXIF orientation of a JPEG, int32 1 to 8; 1 if missing or not valid.
 
-    Walks the application and comment segments that a file starts with, where EXIF
-    2.32 wants its own. Source of the layout: JPEG annex B.
+    Walks the application and comment segments at the start of the file, where EXIF 2.32
+    requires its own segment to be. Source of the layout: JPEG annex B.
     """
     length = tf.strings.length(encoded)
 
@@ -283,7 +307,11 @@ def _exif_orientation(encoded: tf.Tensor) -> tf.Tensor:
 
 
 def _tiff_orientation(tiff: tf.Tensor) -> tf.Tensor:
-    """int32 value of tag 0x0112 in the first directory of a TIFF block."""
+    """Reads the orientation, tag 0x0112, in the first directory of a TIFF block.
+
+    Returns:
+        int32 scalar, 1 to 8; 1 if it is missing or not valid.
+    """
     data = tf.cast(tf.io.decode_raw(tiff, tf.uint8), tf.int32)
     size = tf.size(data)
     little = _starts_with(tf.pad(data, ((0, 4),)), b"II")
@@ -307,50 +335,24 @@ def _tiff_orientation(tiff: tf.Tensor) -> tf.Tensor:
 def _first_frame(
     encoded: tf.Tensor, header: tf.Tensor
 ) -> tuple[tf.Tensor, list[list[tf.Tensor | int]]]:
-    """A GIF cut off after its first image, and what `tf.pad` puts around that image.
+    """Truncates a GIF after its first image, which bounds the cost of decoding it.
 
-    A frame that reaches out of the screen enlarges the canvas, as in Pillow. The cut
-    bounds what decoding can cost. The image is moved to the screen's corner: TensorFlow
-    crops what lies elsewhere. Source: GIF89a specification.
+    The image is moved to the corner of the screen, because TensorFlow crops one that is
+    elsewhere. A frame that extends beyond the screen enlarges the canvas, as in Pillow.
+    Source: GIF89a specification.
+
+    Returns:
+        (the truncated GIF, the margins that `tf.pad` must add around its image).
     """
     length = tf.strings.length(encoded)
-
-    def byte(position: tf.Tensor) -> tf.Tensor:
-        return _integers(tf.strings.substr(encoded, position, 1), 1)[0]
-
-    def table_size(flags: tf.Tensor) -> tf.Tensor:
-        size = 3 * tf.bitwise.left_shift(2, tf.bitwise.bitwise_and(flags, 7))
-        return tf.where(flags >= 0x80, size, 0)
-
-    limit = _MOST_BLOCKS + length // _LEAST_BLOCK
-
-    def mark(position: tf.Tensor, steps: tf.Tensor) -> tf.Tensor:
-        """The byte there; 0, which ends a walk, where it has gone too far."""
-        is_far = (position >= length) | (steps >= limit)
-        return tf.where(is_far, 0, byte(tf.minimum(position, length - 1)))
-
-    def after_blocks(
-        position: tf.Tensor, steps: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        end, steps = tf.while_loop(
-            lambda at, steps: mark(at, steps) > 0,
-            lambda at, steps: (at + 1 + byte(at), steps + 1),
-            (position, steps),
-            parallel_iterations=1,
-        )
-        return end + 1, steps + 1
-
-    def require_few(steps: tf.Tensor) -> tf.Tensor:
-        return require(encoded, steps < limit, "a GIF of too many small blocks")
-
-    # Extensions come first: a mark, a label, and blocks of data.
+    # Extensions come first, each with an introducer, a label and data blocks.
     position, steps = tf.while_loop(
-        lambda at, steps: mark(at, steps) == 0x21,
-        lambda at, steps: after_blocks(at + 2, steps),
-        (13 + table_size(header[10]), tf.constant(0)),
+        lambda at, steps: _gif_mark(encoded, at, steps) == 0x21,
+        lambda at, steps: _after_blocks(encoded, at + 2, steps),
+        (13 + _color_table_size(header[10]), tf.constant(0)),
         parallel_iterations=1,
     )
-    encoded = require_few(steps)
+    encoded = _require_few_blocks(encoded, steps)
     encoded = require(
         encoded, position + 10 < length, "damaged or truncated before its image"
     )
@@ -361,8 +363,9 @@ def _first_frame(
     width = tf.maximum(_little_endian(header[6:8]), right)
     height = tf.maximum(_little_endian(header[8:10]), bottom)
     encoded = _within_pixel_limit(encoded, height, width)
-    end, steps = after_blocks(position + 11 + table_size(frame[9]), steps)
-    encoded = require_few(steps)
+    data = position + 11 + _color_table_size(frame[9])
+    end, steps = _after_blocks(encoded, data, steps)
+    encoded = _require_few_blocks(encoded, steps)
     encoded = require(encoded, end <= length, "damaged or truncated in its first image")
     before = tf.strings.substr(encoded, 0, position + 1)
     after = tf.strings.substr(encoded, position + 5, end - position - 5)
@@ -371,6 +374,45 @@ def _first_frame(
         [left, width - right],
         [0, 0],
     ]
+
+
+def _color_table_size(flags: tf.Tensor) -> tf.Tensor:
+    """Bytes of the color table that a GIF's flags announce."""
+    size = 3 * tf.bitwise.left_shift(2, tf.bitwise.bitwise_and(flags, 7))
+    return tf.where(flags >= 0x80, size, 0)
+
+
+def _most_blocks(encoded: tf.Tensor) -> tf.Tensor:
+    return _MOST_BLOCKS + tf.strings.length(encoded) // _LEAST_BLOCK
+
+
+def _gif_mark(encoded: tf.Tensor, position: tf.Tensor, steps: tf.Tensor) -> tf.Tensor:
+    """The byte there; 0, which ends a walk, where it has gone too far."""
+    length = tf.strings.length(encoded)
+    is_far = (position >= length) | (steps >= _most_blocks(encoded))
+    return tf.where(is_far, 0, _byte(encoded, tf.minimum(position, length - 1)))
+
+
+def _after_blocks(
+    encoded: tf.Tensor, position: tf.Tensor, steps: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Where a GIF goes on after blocks of data, and how many were walked so far."""
+    end, steps = tf.while_loop(
+        lambda at, steps: _gif_mark(encoded, at, steps) > 0,
+        lambda at, steps: (at + 1 + _byte(encoded, at), steps + 1),
+        (position, steps),
+        parallel_iterations=1,
+    )
+    return end + 1, steps + 1
+
+
+def _require_few_blocks(encoded: tf.Tensor, steps: tf.Tensor) -> tf.Tensor:
+    is_short = steps < _most_blocks(encoded)
+    return require(encoded, is_short, "a GIF of too many small blocks")
+
+
+def _byte(encoded: tf.Tensor, position: tf.Tensor) -> tf.Tensor:
+    return _integers(tf.strings.substr(encoded, position, 1), 1)[0]
 
 
 def _within_pixel_limit(
@@ -386,10 +428,10 @@ def _within_pixel_limit(
 def _within_scan_limit(
     encoded: tf.Tensor, height: tf.Tensor, width: tf.Tensor
 ) -> tf.Tensor:
-    """Bounds how often a JPEG makes its decoder go over the pixels.
+    """Limits how many passes over its pixels a JPEG demands of the decoder.
 
-    Splitting counts the marks of scans at less than a nanosecond a byte. Those of
-    thumbnails count too.
+    Scan markers, including those of thumbnails, are counted by splitting the string,
+    which takes less than a nanosecond per byte.
     """
     parts = tf.raw_ops.StringSplitV2(
         input=[encoded], sep=b"\xff\xda", maxsplit=_MOST_SCANS_OF_SMALL + 1
@@ -401,17 +443,22 @@ def _within_scan_limit(
 
 
 def _product(*factors: tf.Tensor) -> tf.Tensor:
-    """In float64, where that of hostile 32-bit numbers does not overflow."""
+    """Multiplies in float64, so that hostile 32-bit numbers cannot overflow."""
     return tf.reduce_prod(tf.cast(tf.stack(factors), tf.float64))
 
 
 def require(
     tensor: tf.Tensor, condition: tf.Tensor, reason: str | tf.Tensor
 ) -> tf.Tensor:
-    """A tensor, but only to be had where the condition holds.
+    """Returns a tensor that can be evaluated only if a condition holds.
 
-    An assertion alone would not do: decoders have no side effects, so TensorFlow
+    A separate assertion would not suffice: decoders have no side effects, so TensorFlow
     may run them before it.
+
+    Args:
+        tensor: The tensor to return.
+        condition: Boolean scalar.
+        reason: Error message if the condition does not hold.
     """
     message = tf.strings.join([REFUSED, reason])
     with tf.control_dependencies([tf.debugging.Assert(condition, [message])]):
@@ -419,7 +466,7 @@ def require(
 
 
 def _integers(encoded: tf.Tensor, count: int) -> tf.Tensor:
-    """int32 `[count]`: the first bytes, zeros where there are fewer."""
+    """Converts the first bytes to int32 `[count]`, padded with zeros."""
     data = tf.io.decode_raw(encoded, tf.uint8, fixed_length=count)
     return tf.cast(data, tf.int32)
 

@@ -1,4 +1,4 @@
-"""Folders of images: what is looked into, and what in them may be an image."""
+"""Folders of images: which subfolders are searched and which files may be images."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from keras_transfer.errors import UsageError
 
-# What archivers, network drives and desktops leave behind, in lower case.
+# Names that archivers, network drives and desktops leave behind, in lower case.
 _NEVER_DATA = frozenset(
     ("__macosx", "@eadir", "$recycle.bin", "thumbs.db", "desktop.ini")
 )
@@ -19,14 +19,18 @@ IMAGE_SUFFIXES = frozenset(
 def image_files(
     paths: str | Path | Iterable[str | Path], recursive: bool
 ) -> Iterator[str]:
-    """The image files that are named, or are in folders that are.
+    """Yields the given files and the image files in the given folders.
 
     Args:
-        paths: Image files, and folders of them; or one.
-        recursive: Whether folders inside folders are searched too.
+        paths: An image file or a folder of images, or several of them. Files are
+            yielded as given, even if they do not exist.
+        recursive: Whether to search subfolders too.
+
+    Yields:
+        Paths of image files.
 
     Raises:
-        UsageError: If there is no image in a folder.
+        UsageError: If a folder contains no images.
     """
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
@@ -36,7 +40,11 @@ def image_files(
             if not found:
                 raise UsageError(
                     f"There are no images. Received: {path}. "
-                    + ("" if recursive else "Search folders inside with --recursive.")
+                    + (
+                        ""
+                        if recursive
+                        else "Search folders inside with recursive=True."
+                    )
                 )
             yield from found
         else:
@@ -44,14 +52,14 @@ def image_files(
 
 
 def find_images(folder: Path, recursive: bool = True) -> Iterator[Path]:
-    """Image files in a folder, sorted, hidden ones left out.
+    """Yields the image files in a folder in sorted order, skipping hidden ones.
 
-    A folder that cannot be read is yielded itself, and is an unusable image to whoever
-    reads it; no folder is entered twice.
+    A folder that cannot be read is yielded itself, so that it is reported as an
+    unusable image. No folder is entered twice.
 
     Args:
-        folder: Where to look.
-        recursive: Whether folders inside it are searched too.
+        folder: The folder to search.
+        recursive: Whether to search subfolders too.
     """
     for found in walk_folder(folder, set(), recursive):
         if found.problem == _UNREADABLE or (
@@ -61,12 +69,12 @@ def find_images(folder: Path, recursive: bool = True) -> Iterator[Path]:
 
 
 def may_be_image(path: Path) -> bool:
-    """Whether a file is called like an image, or has no suffix at all."""
+    """Returns whether a file has an image's suffix or no suffix at all."""
     return path.suffix.lower() in IMAGE_SUFFIXES or not path.suffix
 
 
 def folder_entries(folder: Path) -> list[os.DirEntry[str]]:
-    """What a folder holds, sorted; nothing of what no one means by data."""
+    """Lists a folder's entries by name, without hidden and system files."""
     with os.scandir(folder) as entries:
         kept = [
             entry
@@ -77,10 +85,10 @@ def folder_entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a folder, or a link to one; False where that cannot be told."""
+    """Returns whether an entry is a folder or a link to one; False if unknown."""
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads nowhere, in a circle for one
+    except OSError:  # a broken link, such as a circular one
         return False
 
 
@@ -88,7 +96,7 @@ _UNREADABLE = "folders cannot be read"
 
 
 class _Found(NamedTuple):
-    """A file below a folder; or a folder that is not entered, and why."""
+    """A file below a folder, or a folder that was not entered, with the reason."""
 
     path: Path
     problem: str = ""
@@ -97,10 +105,16 @@ class _Found(NamedTuple):
 def walk_folder(
     folder: Path, seen: set[str], recursive: bool = True
 ) -> Iterator[_Found]:
-    """Files below a folder; links are followed, but no real folder is entered twice.
+    """Yields the files below a folder, following links.
 
-    What is neither a file nor a folder, and a link to nowhere, is yielded as a file:
-    whoever reads it finds out.
+    Broken links and other entries that are neither files nor folders are yielded as
+    files; reading them will report the problem.
+
+    Args:
+        folder: The folder to walk.
+        seen: Real paths of folders that were entered already and are not entered again;
+            the function adds to it.
+        recursive: Whether to walk subfolders too.
     """
     real = os.path.realpath(folder)
     if real in seen:

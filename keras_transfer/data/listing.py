@@ -1,4 +1,4 @@
-"""DATA -> the images it names: a folder, a CSV file, digits, tensorflow-datasets."""
+"""Lists the images of DATA: a folder, a CSV file, digits or tensorflow-datasets."""
 
 import contextlib
 import csv
@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -39,21 +39,36 @@ _SPLIT_OF = {
 
 @dataclass
 class Listing:
-    """What was found, before images are assigned to splits."""
+    """The images that were found, before they are assigned to splits.
+
+    Attributes:
+        read: Reads the encoded bytes of sources.
+        root: Folder that the sources are relative to; None if they are not files.
+        sources: Identifier of each image: a path relative to the data, or an id.
+        labels: Names of the classes that each image shows.
+        splits: `train`, `val` or `test` for each image; "" if the data do not define
+            it.
+        groups: Group of each image; "" for none.
+        class_names: Class names in the order of the outputs; None for the sorted
+            labels.
+        multi_label: Whether an image may show several classes, or none.
+        warnings: One line for each problem in the data that the user should know about.
+    """
 
     read: Reader
+    root: Path | None = None
     sources: list[str] = field(default_factory=list)
     labels: list[tuple[str, ...]] = field(default_factory=list)
-    splits: list[str] = field(default_factory=list)  # "" where the data do not say
+    splits: list[str] = field(default_factory=list)
     groups: list[str] = field(default_factory=list)
-    class_names: list[str] | None = None  # None: the labels, sorted
+    class_names: list[str] | None = None
     multi_label: bool = False
     warnings: list[str] = field(default_factory=list)
 
     def add(
         self, source: str, labels: tuple[str, ...], split: str = "", group: str = ""
     ) -> None:
-        """Adds an image; "" stands for a split or a group that is not known."""
+        """Adds an image; "" stands for an unknown split or no group."""
         self.sources.append(source)
         self.labels.append(labels)
         self.splits.append(split)
@@ -61,7 +76,18 @@ class Listing:
 
 
 def list_data(data: str, data_dir: Path | None, multi_label: bool = False) -> Listing:
-    """The images of DATA, as `loading.load` documents its arguments."""
+    """Lists the images of DATA.
+
+    Args:
+        data: As in `loading.load`.
+        data_dir: As in `loading.load`.
+        multi_label: Whether to treat a CSV file as multi-label even if no row has
+            several labels.
+
+    Raises:
+        UsageError: If DATA does not exist or is not in a supported form.
+        KerasTransferError: If its layout or one of its rows is not valid.
+    """
     if data == "digits":
         return _list_digits()
     if data.startswith("tfds:"):
@@ -78,14 +104,14 @@ def list_data(data: str, data_dir: Path | None, multi_label: bool = False) -> Li
 
 
 def _split_of(name: str) -> str:
-    """The split that a folder or a table means by this name; "" if it means none."""
+    """Maps the name of a folder or a table cell to a split; "" if it is not one."""
     return _SPLIT_OF.get(name.strip().lower().replace("-", "_").replace(" ", "_"), "")
 
 
 def _list_folder(folder: Path) -> Listing:
     if not os.access(folder, os.R_OK | os.X_OK):
         raise UsageError(f"DATA cannot be read. Received: {folder} (no permission).")
-    listing = Listing(read=lambda paths: read_files(paths, folder))
+    listing = Listing(read=lambda paths: read_files(paths, folder), root=folder)
     contents = _contents(folder)
     parts = {x: split for x in contents.folders if (split := _split_of(x.name))}
     if not _is_split_layout(contents, parts):
@@ -101,10 +127,10 @@ def _list_folder(folder: Path) -> Listing:
 
 
 def _is_split_layout(contents: "_Contents", parts: Mapping[Path, str]) -> bool:
-    """Whether folders are train/, val/, test/ and not classes.
+    """Returns whether the folders are train/, val/, test/ rather than classes.
 
     Raises:
-        KerasTransferError: If that cannot be told.
+        KerasTransferError: If that is ambiguous.
     """
     if "train" in parts.values() and (len(parts) > 1 or len(contents.folders) == 1):
         return True
@@ -158,11 +184,12 @@ def _list_class_folders(
 
 
 def _check_class_folders(contents: "_Contents") -> None:
-    """Refuses folders that are classes by their place only.
+    """Rejects folders that are in the place of class folders but are not classes.
 
     Raises:
-        KerasTransferError: If there is one, which holds folders, or if each holds the
-            same folders: the classes, or the splits, are a level further down.
+        KerasTransferError: If there is only one folder and it contains several folders,
+            or if all folders contain the same subfolders. The classes or splits are
+            then probably at a lower level.
     """
     parent, class_folders, _ = contents
     inside = [_contents(folder) for folder in class_folders]
@@ -202,7 +229,7 @@ def _shown(paths: Collection[Path]) -> str:
 
 
 class _Contents(NamedTuple):
-    """A folder, and what it holds: folders, and files whose suffix is an image's."""
+    """The subfolders of a folder, and its files with the suffix of an image."""
 
     path: Path
     folders: list[Path]
@@ -210,12 +237,12 @@ class _Contents(NamedTuple):
 
     @property
     def names(self) -> set[str]:
-        """Of the folders."""
+        """The subfolders' names."""
         return {path.name for path in self.folders}
 
 
 def _contents(folder: Path) -> _Contents:
-    """What a folder holds; nothing if unreadable, which `walk_folder` reports."""
+    """Lists a folder; empty if it is unreadable, which `walk_folder` reports."""
     contents = _Contents(folder, [], [])
     with contextlib.suppress(OSError):
         for entry in folder_entries(folder):
@@ -228,9 +255,9 @@ def _contents(folder: Path) -> _Contents:
 
 
 def _below_wrappers(contents: _Contents) -> _Contents:
-    """The first folder below that holds more than one other folder, and nothing else.
+    """Descends through folders that contain a single folder and no images.
 
-    Archives often wrap what they hold in a folder or two of the same name.
+    Archives often wrap their content in one or two folders of the same name.
     """
     while len(contents.folders) == 1 and not contents.images:
         contents = _contents(contents.folders[0])
@@ -239,7 +266,7 @@ def _below_wrappers(contents: _Contents) -> _Contents:
 
 def _list_csv(file: Path, multi_label: bool) -> Listing:
     root = file.parent
-    listing = Listing(read=lambda paths: read_files(paths, root))
+    listing = Listing(read=lambda paths: read_files(paths, root), root=root)
     rows = [
         (line, {name: cell.strip() for name, cell in row.items()})
         for line, row in read_table(file)
@@ -269,15 +296,20 @@ def _list_csv(file: Path, multi_label: bool) -> Listing:
 
 
 def read_table(file: Path) -> list[tuple[int, dict[str, str]]]:
-    """(line number, row) of each line of a CSV or TSV file with path and label.
+    """Reads a CSV or TSV file that has the columns path and label.
 
-    Cells are as they are in the file, spaces and all; column names are in lower case.
+    Args:
+        file: The file; it is tab-separated if its first line contains a tab.
+
+    Returns:
+        (line number, cells by column name) for each line. Column names are stripped and
+        in lower case. Cells are exactly as in the file, including spaces.
 
     Raises:
-        UsageError: If the file is no text, has no such columns, names a column twice,
-            or a line has more cells than there are columns.
+        UsageError: If the file cannot be read or parsed, a required column is missing,
+            a column name is repeated, or a line has more cells than columns.
     """
-    try:  # a path need not be UTF-8, and is kept as it is
+    try:  # paths that are not valid UTF-8 must be preserved
         text = file.read_bytes().decode("utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise UsageError(f"{file} cannot be read ({error.strerror}).") from None
@@ -315,10 +347,15 @@ def read_table(file: Path) -> list[tuple[int, dict[str, str]]]:
 
 
 def split_name(file: Path, line: int, row: dict[str, str]) -> str:
-    """The split that a row of a table names; "" if it names none.
+    """Returns the split in a row of a table; "" if the row has none.
+
+    Args:
+        file: The table, for the error message.
+        line: Line number of the row, for the error message.
+        row: Cells by column name.
 
     Raises:
-        UsageError: If it names another.
+        KerasTransferError: If the cell is not the name of a split.
     """
     name = row.get("split", "").strip()
     split = _split_of(name)
@@ -330,7 +367,7 @@ def split_name(file: Path, line: int, row: dict[str, str]) -> str:
 
 
 def _list_digits() -> Listing:
-    """The 1,797 scanned 8x8 digits that scikit-learn ships, as grayscale PNGs.
+    """Lists scikit-learn's 1,797 scanned 8x8 digits, encoded as grayscale PNGs.
 
     Source: UCI Optical Recognition of Handwritten Digits (test set).
     """
@@ -350,7 +387,7 @@ def _list_digits() -> Listing:
 
 
 def _list_tfds(name: str, data_dir: Path | None) -> Listing:
-    """A data set of tensorflow-datasets; its images stay encoded as they are stored."""
+    """Lists a tensorflow-datasets data set; images stay encoded as they are stored."""
     import tensorflow_datasets as tfds
 
     builder = _tfds_builder(name, data_dir)
@@ -386,12 +423,12 @@ def _list_tfds(name: str, data_dir: Path | None) -> Listing:
     return listing
 
 
-def _tfds_builder(name: str, data_dir: Path | None):
+def _tfds_builder(name: str, data_dir: Path | None) -> Any:
     import tensorflow_datasets as tfds
 
     try:
         builder = tfds.builder(name, data_dir=data_dir)
-    except Exception as error:  # tfds raises many types for one cause: no such name
+    except Exception as error:  # tfds raises many types for an unknown name
         raise UsageError(
             f"tensorflow-datasets has no such data set. Received: {name!r} "
             f"({str(error).strip().splitlines()[0]})."
@@ -402,13 +439,13 @@ def _tfds_builder(name: str, data_dir: Path | None):
         raise KerasTransferError(
             f"The data set {name!r} is not prepared in {builder.data_path} and could "
             f"not be downloaded ({type(error).__name__}). Prepare it where there is a "
-            "network, copy it there, and name its parent with --data-dir."
+            "network, copy it there, and name its parent as data_dir."
         ) from None
     return builder
 
 
-def _tfds_keys(builder, name: str) -> tuple[str, str]:
-    """The names of the one image and the one class label of each example."""
+def _tfds_keys(builder: Any, name: str) -> tuple[str, str]:
+    """Finds the feature keys of the image and the class label of an example."""
     import tensorflow_datasets as tfds
 
     features = dict(builder.info.features.items())

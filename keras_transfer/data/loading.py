@@ -1,8 +1,8 @@
-"""DATA -> Splits: which images there are, what they show, who trains on them.
+"""DATA -> Splits: lists the images and divides them into train, validation and test.
 
-Images stay encoded here. A `Splits` holds three tables of names and labels, and a
-reader that yields the encoded bytes of any of them. Nothing of TensorFlow is imported
-unless the data are `digits` (encoded to PNG) or `tfds:`.
+Images stay encoded. A `Splits` contains three tables of names and labels, and a reader
+that yields the encoded bytes of any image. TensorFlow is imported only for `digits`
+(which are encoded as PNG) and `tfds:` data.
 """
 
 import unicodedata
@@ -27,23 +27,25 @@ def load(
     seed: int = 0,
     data_dir: Path | None = None,
 ) -> Splits:
-    """Finds the images that DATA names and divides them into train, val and test.
+    """Lists the images of DATA and divides them into train, val and test.
 
-    Splits that the data name are kept. Where they name none, images are divided per
-    class in the shares of `config`, seeded, a group always staying whole. A train/
-    folder without a val/ gives up a part of itself for validation.
+    Splits that the data define are kept. Otherwise images are divided per class in the
+    proportions of `config`, without dividing groups. If the data define a train split
+    but no validation split, part of train is moved to validation, and to test if that
+    is missing too.
 
     Args:
         data: A folder of class folders, a folder of train/ val/ [test/] folders of
             class folders, a CSV/TSV file, `tfds:NAME[:VERSION]` or `digits`.
-        config: Shares, and a splits.csv whose assignment is kept.
-        seed: Decides which images go where.
-        data_dir: Where tensorflow-datasets keeps prepared data.
+        config: Fractions of the splits, and a splits.csv whose assignments are kept;
+            None for the defaults.
+        seed: Seed of the assignment of images to splits.
+        data_dir: Directory where tensorflow-datasets keeps prepared data sets.
 
     Raises:
-        UsageError: If DATA is not one of these.
-        KerasTransferError: If there is no image, only one class, or a line of the
-            file is wrong.
+        UsageError: If DATA does not exist or is not in a supported form.
+        KerasTransferError: If there are no images, fewer than two classes or no
+            training images, or if a layout, a class name or a line is not valid.
     """
     config = config or SplitsConfig()
     listing = list_data(data, data_dir)
@@ -68,7 +70,7 @@ def load(
         keep_old_splits(listing, config.file)
     assign_splits(listing, config, seed, held_out)
     splits = _to_splits(listing, tuple(class_names))
-    return replace(splits, warnings=(*splits.warnings, *_doubts(splits)))
+    return replace(splits, warnings=(*splits.warnings, *_split_warnings(splits)))
 
 
 def load_all(
@@ -77,11 +79,21 @@ def load_all(
     multi_label: bool,
     data_dir: Path | None = None,
 ) -> tuple[Table, Reader]:
-    """All images that DATA names as one table, labelled as a model's classes.
+    """Lists all images of DATA in one table, ignoring splits.
+
+    Args:
+        data: As in `load`.
+        class_names: The model's classes, which targets refer to.
+        multi_label: Whether the model is multi-label.
+        data_dir: As in `load`.
+
+    Returns:
+        (table, reader of its images).
 
     Raises:
-        UsageError: If DATA is not what `load` takes.
-        KerasTransferError: If there is no image, or a label is none of the classes.
+        UsageError: If DATA does not exist or is not in a supported form.
+        KerasTransferError: If there are no images, a label is not one of the classes,
+            or an image does not have exactly one label and the model is single-label.
     """
     listing = list_data(data, data_dir, multi_label)
     if not listing.sources:
@@ -122,18 +134,18 @@ def _check_class_names(class_names: Sequence[str], listing: Listing) -> None:
             )
 
 
-def _doubts(splits: Splits) -> list[str]:
-    """What makes figures flatter or fail, as far as names and labels show it."""
-    doubts = []
+def _split_warnings(splits: Splits) -> list[str]:
+    """Finds problems that bias metrics, as far as names and labels show them."""
+    missing = []
     if not len(splits.test):
         figures = (
             "figures are of the validation images, which also chose the L2 strength"
             if len(splits.val)
             else "no image is held out to measure the model on"
         )
-        doubts.append(f"There is no test split: {figures}.")
+        missing.append(f"There is no test split: {figures}.")
     elif not len(splits.val):
-        doubts.append("There is no validation split: the L2 strength is not chosen.")
+        missing.append("There is no validation split: the L2 strength is not chosen.")
     groups = {
         source: group
         for _, table in splits.items()
@@ -141,7 +153,7 @@ def _doubts(splits: Splits) -> list[str]:
         if group
     }
     return [
-        *doubts,
+        *missing,
         *splits.absent_classes(),
         *splits.shared(groups, "are of a group that is in"),
     ]
@@ -169,6 +181,7 @@ def _to_splits(listing: Listing, class_names: tuple[str, ...]) -> Splits:
         multi_label=listing.multi_label,
         read=listing.read,
         warnings=tuple(listing.warnings),
+        root=listing.root,
     )
 
 

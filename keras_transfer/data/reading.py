@@ -1,6 +1,7 @@
-"""Sources of images -> their bytes, read ahead of whoever decodes them."""
+"""Reads the bytes of images ahead of the decoder."""
 
 import errno
+import hashlib
 import os
 import stat
 from collections import deque
@@ -14,27 +15,52 @@ _R = TypeVar("_R")
 _READ_THREADS = 4
 
 MOST_BYTES_AHEAD = 2**26
-"""How many bytes of encoded images may wait to be worked on; see `map_ahead`."""
+"""Maximum bytes of encoded images that may wait to be processed; see `map_ahead`."""
 
 Reader = Callable[[Sequence[str]], Iterator[tuple[str, bytes | OSError]]]
-"""Yields (source, encoded bytes, or why they cannot be read) of the sources asked
-for, each once, not always in the order asked."""
+"""Takes sources and yields (source, encoded bytes or an `OSError`), each source once
+but not necessarily in the given order."""
 
 
 def is_on_disk(data: str) -> bool:
-    """Whether DATA is a path, and not a data set that a package brings."""
+    """Returns whether DATA is a path rather than a data set from a package."""
     return data != "digits" and not data.startswith("tfds:")
+
+
+def hashing(read: Reader, digests: dict[str, bytes]) -> Reader:
+    """Wraps a reader so that it records the SHA-256 of each source it yields.
+
+    Args:
+        read: The reader.
+        digests: Receives the SHA-256 of each source that could be read.
+    """
+
+    def read_and_hash(sources: Sequence[str]) -> Iterator[tuple[str, bytes | OSError]]:
+        for source, encoded in read(sources):
+            if isinstance(encoded, bytes):
+                digests[source] = hashlib.sha256(encoded).digest()
+            yield source, encoded
+
+    return read_and_hash
 
 
 def read_files(
     paths: Sequence[str], root: Path
 ) -> Iterator[tuple[str, bytes | OSError]]:
-    """Reads files ahead in a few threads; yields (path, bytes or the error)."""
+    """Reads files ahead in a few threads.
+
+    Args:
+        paths: Paths relative to `root`.
+        root: The folder of the files.
+
+    Yields:
+        (path, the file's bytes or the error), in order.
+    """
 
     def size(path: str) -> int:
         try:
             return os.path.getsize(os.path.join(root, path))
-        except (OSError, ValueError):  # `read` tells
+        except (OSError, ValueError):  # `read` reports the problem
             return 0
 
     def read(path: str) -> tuple[str, bytes | OSError]:
@@ -47,7 +73,7 @@ def read_files(
 
 
 def _read_file(path: Path) -> bytes:
-    """The bytes of a regular file; a pipe or a device, which may never end, is none."""
+    """Reads a regular file; pipes and devices, which may never end, are refused."""
     try:
         is_regular = stat.S_ISREG(path.stat().st_mode)
     except ValueError:
@@ -64,19 +90,23 @@ def map_ahead(
     ahead: int | None = None,
     weigh: Callable[[_T], int] = lambda _: 0,
 ) -> Iterator[_R]:
-    """`map` in threads, in order, within bounds before the consumer.
+    """Maps a function over items in threads, in order and a bounded distance ahead.
 
-    A result is given away as soon as it is there: the first one does not wait until the
-    bounds are reached. Two items are taken for each result that nobody waited for, so
-    that they are reached all the same where the consumer is slower.
+    A result is yielded as soon as it is ready, even if fewer items than the bounds
+    allow have been taken. If results are ready before the consumer asks for them, two
+    items are taken per result, so that the bounds are reached eventually.
 
     Args:
-        function: Called in the threads.
-        items: What it is called with, one after the other.
-        threads: How many.
-        ahead: The most items that are taken before they are asked for.
-        weigh: From an item to its bytes. No more items are taken once those that were
-            not asked for yet come to `MOST_BYTES_AHEAD`.
+        function: Called in the threads, once per item.
+        items: The items, which are taken one by one.
+        threads: Number of threads.
+        ahead: Maximum number of items taken ahead of the consumer; None for four per
+            thread.
+        weigh: Returns the size of an item in bytes. No more items are taken once the
+            items taken ahead reach `MOST_BYTES_AHEAD`.
+
+    Yields:
+        Results in the order of the items.
     """
     limit = 4 * threads if ahead is None else ahead
     with ThreadPoolExecutor(threads) as pool:

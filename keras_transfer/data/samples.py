@@ -1,4 +1,4 @@
-"""Some images of a run, decoded, for what is measured on real images."""
+"""Decoded sample images, for measurements that need real images."""
 
 import contextlib
 
@@ -12,11 +12,20 @@ from keras_transfer.errors import DecodeError
 def sample_images(
     splits: Splits, image_size: int, count: int
 ) -> list[tuple[str, bytes, np.ndarray]]:
-    """(source, bytes, pixels) of some training images, decoded anew.
+    """Decodes a sample of the training images.
 
-    They are spread evenly; unusable ones are left out. What is decided on them (a
-    precision, whether two models agree) must not be decided on images that figures
-    are of.
+    The sample is drawn from the training split only, because decisions that are based
+    on it (a precision, whether two models agree) must not depend on images that metrics
+    are computed on.
+
+    Args:
+        splits: The images.
+        image_size: Side of the decoded images in pixels.
+        count: Maximum number of images, which are spread evenly over the split.
+
+    Returns:
+        (source, encoded bytes, uint8 `[image_size, image_size, 3]` pixels) for each
+        sampled image that is usable.
     """
     table = splits.train
     picks = np.linspace(0, len(table) - 1, min(count, len(table))).astype(int)

@@ -1,4 +1,4 @@
-"""Images without a split -> train, validation and test."""
+"""Assigns images without a split to train, validation or test."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence, Set
@@ -12,11 +12,14 @@ from keras_transfer.config import SplitsConfig
 from keras_transfer.data.listing import Listing, read_table, split_name
 from keras_transfer.errors import UsageError
 
-_ROUNDING = 1e-6  # images
+_ROUNDING = 1e-6  # tolerance for rounding errors, in images
 
 
 def free_train(listing: Listing) -> None:
-    """Lets train give up a part of itself, but no group that is held out elsewhere."""
+    """Unassigns train images so that some can move to validation, in place.
+
+    Images stay in train if part of their group is held out by the data.
+    """
     pairs = list(zip(listing.splits, listing.groups, strict=True))
     torn = {group for split, group in pairs if group and split not in ("", "train")}
     listing.splits = [
@@ -26,13 +29,13 @@ def free_train(listing: Listing) -> None:
 
 
 def keep_old_splits(listing: Listing, file: Path) -> None:
-    """Gives each image the split that a table of a former run gives it.
+    """Assigns images to the splits given by an earlier run's table, in place.
 
     Raises:
-        UsageError: If the table names none of the images.
+        UsageError: If the table contains none of the images.
     """
     rows = read_table(file)
-    # A table that a person wrote may have spaces around its cells, as DATA may.
+    # Hand-written tables may have spaces around their cells, as DATA may.
     old = {row["path"].strip(): (line, row) for line, row in rows}
     old |= {row["path"]: (line, row) for line, row in rows}
     for i, source in enumerate(listing.sources):
@@ -40,19 +43,20 @@ def keep_old_splits(listing: Listing, file: Path) -> None:
             listing.splits[i] = split_name(file, *old[source])
     if not set(listing.sources) & set(old):
         raise UsageError(
-            f"--splits names none of these images. Received: {file}, whose first path "
-            f"is {next(iter(old), '(none)')}; the data's first is {listing.sources[0]}."
+            f"The old splits name none of these images. Received: {file}, whose first "
+            f"path is {next(iter(old), '(none)')}; the data's first is "
+            f"{listing.sources[0]}."
         )
 
 
 @dataclass
 class _Shares:
-    """How many images the splits that are being filled have, and shall have.
+    """Current and intended sizes of the splits that are being filled.
 
     Attributes:
-        shares: Split to its share of the images, above 0.
-        total: How many images are divided.
-        count: Split to how many it has.
+        shares: Intended fraction of the images by split, greater than 0.
+        total: Number of images to divide.
+        count: Current number of images by split.
     """
 
     shares: Mapping[str, float]
@@ -60,12 +64,12 @@ class _Shares:
     count: Counter[str]
 
     def missing(self, split: str) -> float:
-        """How many images a split lacks; below 0 if it has too many."""
+        """Returns how many images a split still lacks; negative if it has too many."""
         return self.shares[split] * self.total - self.count[split]
 
 
 class _Unit(NamedTuple):
-    """Images that go into one split together: a group, or one without a group."""
+    """Images that stay together: a group, or a single image without a group."""
 
     indices: list[int]
     of_class: _Shares
@@ -74,16 +78,23 @@ class _Unit(NamedTuple):
 def assign_splits(
     listing: Listing, config: SplitsConfig, seed: int, held_out: Set[str]
 ) -> None:
-    """Gives every image that has none a split, in place.
+    """Assigns every image without a split to one, in place.
 
-    Splits that the data hold out themselves get no more images. A group is never
-    divided (an image without one is its own), and one with a split already stays with
-    it. Images of several classes count for their rarest one.
+    Splits that the data define are not extended. Groups are never divided (an image
+    without a group is a group of its own), and a group that is already in a split stays
+    there. Images of several classes count for the rarest of them.
 
-    Each class is divided in the shares of `config` as far as whole groups go, the first
-    of them to train, so that a class with one image is trained on. What is left over of
-    all classes then goes where most images are missing over all of them: where classes
-    are too small to be divided, the splits are as large as they shall be all the same.
+    Each class is first divided in the configured proportions as far as whole groups
+    allow. Its first group goes to train, so a class with a single image is trained on.
+    The remaining groups of all classes then go to the splits that lack the most images
+    overall. In this way the splits reach their intended sizes even if the classes are
+    too small to be divided.
+
+    Args:
+        listing: The images.
+        config: Fractions of the validation and test splits.
+        seed: Seed of the assignment.
+        held_out: Splits that the data define, other than train.
     """
     if all(listing.splits):
         return
@@ -121,7 +132,7 @@ def assign_splits(
 
     for unit in _largest_first(left_over, rng):
         if "test" in shares and not overall.count["test"]:
-            split = "test"  # to test on more than its share is better than on nothing
+            split = "test"  # an oversized test split is better than an empty one
         else:
             lacking = [name for name in shares if unit.of_class.missing(name) > 0]
             split = max(lacking or shares, key=overall.missing)
@@ -129,7 +140,7 @@ def assign_splits(
 
 
 def _largest_first(units: Sequence[_Unit], rng: np.random.Generator) -> list[_Unit]:
-    """Groups by their size, equal ones in random order."""
+    """Sorts groups by decreasing size, with ties in random order."""
     shuffled = [units[i] for i in rng.permutation(len(units))]
     return sorted(shuffled, key=lambda unit: len(unit.indices), reverse=True)
 
@@ -137,12 +148,13 @@ def _largest_first(units: Sequence[_Unit], rng: np.random.Generator) -> list[_Un
 def _strata(
     listing: Listing, shares: Set[str]
 ) -> tuple[dict[str, list[list[int]]], dict[str, Counter[str]]]:
-    """The groups of images that have no split yet, by their rarest class.
+    """Collects the groups of images without a split by their rarest class.
 
-    Images without a split join those of their group that have one.
+    If part of a group already has a split, the rest is assigned to it in place.
 
     Returns:
-        (class to groups of indices, class to how many images each of `shares` has).
+        (unassigned groups of indices by class, number of images that each of `shares`
+        already has by class).
     """
     frequency = Counter(name for labels in listing.labels for name in labels)
     members = defaultdict(list)

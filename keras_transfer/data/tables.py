@@ -1,8 +1,9 @@
-"""Tables of images: which there are, what they show, which split they are in."""
+"""Tables of images with their labels, groups and splits."""
 
 import hashlib
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -19,10 +20,11 @@ class Table:
     """The images of one split.
 
     Attributes:
-        sources: What names each image: a path relative to the data, or an id.
-        targets: int64 `[N]` indices into the class names; of multi-label data uint8
-            `[N, num_classes]`, 1 where the class is present.
-        groups: The group of each image (a patient, a burst of photos), "" for none.
+        sources: Identifier of each image: a path relative to the data, or an id.
+        targets: int64 `[N]` indices into the class names; for multi-label data, uint8
+            `[N, num_classes]` with 1 where the class is present.
+        groups: Group of each image (such as a patient or a burst of photos); "" for
+            none.
     """
 
     sources: tuple[str, ...]
@@ -33,7 +35,7 @@ class Table:
         return len(self.sources)
 
     def keep(self, sources: Iterable[str]) -> "Table":
-        """The same table with only the images named."""
+        """Returns a table with only the given images."""
         wanted = set(sources)
         rows = [i for i, source in enumerate(self.sources) if source in wanted]
         return Table(
@@ -45,12 +47,17 @@ class Table:
 
 @dataclass(frozen=True)
 class Splits:
-    """Labelled images in three parts that share no image and no group.
+    """Labeled images divided into train, validation and test.
 
     Attributes:
-        class_names: In the order of the model's outputs.
-        read: Yields the encoded bytes of the sources given to it.
-        warnings: What the user should know about the data, a line each.
+        train: Images to train on.
+        val: Images to choose hyperparameters and stop training with; may be empty.
+        test: Images for the final metrics; may be empty.
+        class_names: Class names in the order of the model's outputs.
+        multi_label: Whether an image may show several classes, or none.
+        read: Reads the encoded bytes of the sources given to it.
+        warnings: One line for each problem in the data that the user should know about.
+        root: Folder that the sources are relative to; None if they are not files.
     """
 
     train: Table
@@ -60,14 +67,15 @@ class Splits:
     multi_label: bool
     read: Reader
     warnings: tuple[str, ...]
+    root: Path | None = None
 
     def items(self) -> Iterator[tuple[str, Table]]:
-        """(split name, table) of train, val and test."""
+        """Yields (split name, table) for train, val and test."""
         for name in SPLIT_NAMES:
             yield name, getattr(self, name)
 
     def class_counts(self) -> dict[str, dict[str, int]]:
-        """For each split, how many images show each class."""
+        """Counts the images by split and class name."""
         counts = {}
         for name, table in self.items():
             of_class = count_classes(table.targets, len(self.class_names)).tolist()
@@ -75,7 +83,7 @@ class Splits:
         return counts
 
     def absent_classes(self) -> list[str]:
-        """A line for each split that has images, but none of some classes."""
+        """Returns one line for each non-empty split that lacks some classes."""
         lines = []
         for split, counts in self.class_counts().items():
             absent = [repr(name) for name, count in counts.items() if count == 0]
@@ -88,11 +96,11 @@ class Splits:
         return lines
 
     def shared(self, keys: Mapping[str, Hashable], what: str) -> list[str]:
-        """A line for each two splits that have images with the same key.
+        """Returns one line for each pair of splits with images that share a key.
 
         Args:
-            keys: The key of each source that has one.
-            what: Ends the line, after "3 of 10 test images".
+            keys: Keys by source; a source may have none.
+            what: Verb phrase for the line, which starts like "3 of 10 test images".
         """
         lines = []
         for one, other in (("val", "train"), ("test", "train"), ("test", "val")):
@@ -107,7 +115,7 @@ class Splits:
         return lines
 
     def keep(self, sources: Iterable[str]) -> "Splits":
-        """The same splits with only the images named."""
+        """Returns splits with only the given images."""
         kept = set(sources)
         return replace(
             self,
@@ -117,10 +125,10 @@ class Splits:
         )
 
     def relabel(self, class_names: Sequence[str]) -> "Splits":
-        """The same splits with targets that are indices into other class names.
+        """Returns splits whose targets refer to another list of class names.
 
         Raises:
-            KerasTransferError: If an image shows a class that has no name there.
+            KerasTransferError: If an image shows a class that is not in the list.
         """
         position = {name: index for index, name in enumerate(class_names)}
         columns = np.array([position.get(name, -1) for name in self.class_names])
@@ -148,9 +156,9 @@ class Splits:
         )
 
     def to_csv(self) -> str:
-        """The text of splits.csv: path,label,split,group, an image a line."""
+        """Formats splits.csv: path,label,split,group, with one line per image."""
         rows = (
-            (source, self._label(target), name, group)
+            (source, self.label(target), name, group)
             for name, table in self.items()
             for source, target, group in zip(
                 table.sources, table.targets, table.groups, strict=True
@@ -159,21 +167,26 @@ class Splits:
         return csv_text(("path", "label", "split", "group"), rows)
 
     def fingerprint(self, digests: Mapping[str, bytes]) -> str:
-        """SHA-256 over split, name, bytes and labels of every image."""
+        """Computes the SHA-256 over split, name, bytes and labels of every image.
+
+        Args:
+            digests: SHA-256 of each image's bytes, by source.
+        """
         digest = hashlib.sha256()
         for name, table in self.items():
             for source, target in zip(table.sources, table.targets, strict=True):
-                row = (name, source, digests[source].hex(), self._label(target))
+                row = (name, source, digests[source].hex(), self.label(target))
                 digest.update("\0".join(row).encode(errors="surrogateescape") + b"\n")
         return digest.hexdigest()
 
-    def _label(self, target: np.ndarray) -> str:
+    def label(self, target: np.ndarray) -> str:
+        """Formats an image's target as in a data file: class names joined by `|`."""
         indices = np.flatnonzero(target) if self.multi_label else [int(target)]
         return LABEL_SEPARATOR.join(self.class_names[i] for i in indices)
 
 
 def one_hot(targets: np.ndarray, num_classes: int) -> np.ndarray:
-    """float32 `[N, num_classes]` of a table's targets, single- or multi-label."""
+    """Converts single- or multi-label targets to float32 `[N, num_classes]`."""
     if targets.ndim == 2:
         return targets.astype(np.float32)
     encoded = np.zeros((len(targets), num_classes), np.float32)
@@ -182,7 +195,7 @@ def one_hot(targets: np.ndarray, num_classes: int) -> np.ndarray:
 
 
 def count_classes(targets: np.ndarray, num_classes: int) -> np.ndarray:
-    """int64 `[num_classes]`: how many of a table's images show each class."""
+    """Counts how many images show each class, as int64 `[num_classes]`."""
     if targets.ndim == 2:
         return targets.sum(0, dtype=np.int64)
     return np.bincount(targets, minlength=num_classes)
@@ -190,12 +203,13 @@ def count_classes(targets: np.ndarray, num_classes: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a run's model says of one image.
+    """A model's prediction for one image.
 
     Attributes:
         source: The image's path, or its id in the data.
-        probabilities: float32 `[num_classes]`; None if the image is unusable.
-        error: Why it is unusable, or "".
+        probabilities: float32 `[num_classes]` in the range 0 to 1; None if the image is
+            unusable.
+        error: Why the image is unusable; "" if it is usable.
     """
 
     source: str

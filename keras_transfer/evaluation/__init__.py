@@ -1,4 +1,4 @@
-"""Predictions -> figures, with intervals; a finished run -> its model and its images.
+"""Predictions -> metrics, with confidence intervals; a run -> its model and images.
 
 Reading order: metrics, comparison, crossvalidation, of_run, prediction.
 """

@@ -1,4 +1,4 @@
-"""Two models on the same images -> which is better, and how sure that is."""
+"""Compares two models on the same images and tests the difference."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,22 +10,23 @@ from sklearn import metrics
 from keras_transfer.evaluation.metrics import deciding_metric, evaluate
 
 MAX_P_VALUE = 0.25
-"""Above this a better figure is taken for an accident. Strict enough to turn down one
-image more in a handful, lenient enough for the small validation sets there are."""
+"""A gain with a larger p-value is attributed to chance. The threshold is strict enough
+to reject a gain of one image among a handful that differ, and lenient enough for small
+validation sets."""
 
 _BOOTSTRAP_ROUNDS = 300
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models on the same images.
+    """The comparison of two models on the same images.
 
     Attributes:
-        metric: `accuracy`, or of multi-label data `mean_average_precision`.
-        before: The metric of the first model.
-        after: The metric of the second.
-        p_value: How likely it is to see the second this much better, or more, if it
-            is not better at all.
+        metric: `accuracy`, or `mean_average_precision` for multi-label data.
+        before: Metric of the first model, from 0 to 1.
+        after: Metric of the second model, from 0 to 1.
+        p_value: Probability of a gain at least this large if the second model is not
+            better, from 0 to 1.
     """
 
     metric: str
@@ -35,7 +36,7 @@ class Comparison:
 
     @property
     def is_better(self) -> bool:
-        """Whether the second model is better, and that is no mere accident."""
+        """Whether the second model is better by more than chance may explain."""
         return self.after > self.before and self.p_value <= MAX_P_VALUE
 
 
@@ -46,20 +47,21 @@ def compare(
     class_names: Sequence[str],
     seed: int = 0,
 ) -> Comparison:
-    """Tests whether one model is better than another, on the same images.
+    """Tests whether the second of two models is better than the first.
 
-    Of single-label data with McNemar's exact test (1947): only images that one model
-    has right and the other wrong tell them apart, and if neither is better, each of
-    those falls to either side like a coin. Of multi-label data, whose mean average
-    precision is not a mean over images, with a paired bootstrap (Efron 1979): the
-    share of resampled sets of images on which the second model is not better.
+    For single-label data, this is McNemar's exact test (1947), one-sided: only images
+    that exactly one of the models classifies correctly are informative, and if the
+    models are equally good, each of these favors either with probability 1/2. For
+    multi-label data, whose mean average precision is not a mean over images, it is a
+    paired bootstrap (Efron 1979): the p-value is the fraction of resampled sets of
+    images on which the second model is not better.
 
     Args:
-        targets: As for `evaluate`.
+        targets: As for `metrics.evaluate`.
         before: float32 `[N, num_classes]` probabilities of the first model.
-        after: float32 `[N, num_classes]` probabilities of the second.
-        class_names: In the order of the columns.
-        seed: Of the bootstrap.
+        after: float32 `[N, num_classes]` probabilities of the second model.
+        class_names: Class names in the order of the columns.
+        seed: Seed of the bootstrap.
     """
     first, second = (evaluate(targets, p, class_names) for p in (before, after))
     if targets.ndim == 1:

@@ -1,4 +1,4 @@
-"""Folds, and intervals of figures that were measured in each of them."""
+"""Cross-validation folds, and confidence intervals of metrics measured in them."""
 
 import math
 import warnings
@@ -16,16 +16,17 @@ CONFIDENCE = 0.95
 
 
 def estimate(values: Sequence[float], held_out: float, lowest: float = 0.0) -> Estimate:
-    """The mean of repeated measurements, and its 95% confidence interval.
+    """Computes the mean of repeated measurements and its 95% confidence interval.
 
-    The parts overlap, so the measurements are not independent: the variance of their
-    mean is (1 / n + held_out / (1 - held_out)) times theirs. Source: Nadeau & Bengio
-    2003, "Inference for the Generalization Error", Machine Learning 52.
+    The training sets overlap, so the measurements are not independent: the variance of
+    their mean is (1 / n + held_out / (1 - held_out)) times that of a measurement.
+    Source: Nadeau & Bengio 2003, "Inference for the Generalization Error", Machine
+    Learning 52.
 
     Args:
-        values: A measurement each.
-        held_out: The share of the images that each was measured on.
-        lowest: The least that a measurement can be; the most is 1.
+        values: The measurements.
+        held_out: Fraction of the images that each measurement was made on.
+        lowest: Smallest possible value of a measurement; the largest is 1.
     """
     count, mean = len(values), float(np.mean(values))
     half = 0.0
@@ -38,20 +39,20 @@ def estimate(values: Sequence[float], held_out: float, lowest: float = 0.0) -> E
 
 
 def fold_numbers(table: Table, num_classes: int, folds: int, seed: int) -> np.ndarray:
-    """Deals images into folds, each class evenly and no group divided.
+    """Assigns images to folds, stratified by class and without dividing groups.
 
     Args:
-        table: The images; multi-label ones are stratified by their rarest class.
+        table: The images; multi-label images are stratified by their rarest class.
         num_classes: Number of classes.
-        folds: How many.
-        seed: Of the order.
+        folds: Number of folds.
+        seed: Seed of the assignment.
 
     Returns:
-        int64 `[N]`, the fold of each image, from 0.
+        int64 `[N]` fold of each image, starting at 0.
 
     Raises:
-        UsageError: If there are fewer images, or groups of them, than folds, or groups
-            of classes that all have fewer images.
+        UsageError: If there are fewer images or groups than folds; if images are
+            grouped, also if every class has fewer images than there are folds.
     """
     units = len({group or index for index, group in enumerate(table.groups)})
     is_grouped = any(table.groups)
@@ -68,7 +69,7 @@ def fold_numbers(table: Table, num_classes: int, folds: int, seed: int) -> np.nd
         strata = np.where(strata.any(1), rarity.argmin(1), num_classes)
     if is_grouped:
         return _grouped(strata, table.groups, folds, seed)
-    # In turn, class after class: even classes of fewer images than folds spread.
+    # Deal round-robin, class by class, so that images of small classes spread too.
     shuffled = np.random.default_rng(seed).random(len(table))
     numbers = np.empty(len(table), np.int64)
     numbers[np.lexsort((shuffled, strata))] = np.arange(len(table)) % folds
@@ -88,7 +89,7 @@ def _grouped(
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     numbers = np.empty(len(strata), np.int64)
     with warnings.catch_warnings():
-        # A class of fewer images than folds is absent from some: nothing to mend.
+        # A class with fewer images than folds is absent from some, which is acceptable.
         warnings.filterwarnings("ignore", message="The least populated class")
         parts = splitter.split(np.zeros(len(strata)), strata, names)
         for number, (_, held_out) in enumerate(parts):

@@ -1,4 +1,4 @@
-"""Predictions -> metrics: pure functions on arrays, no model and no files."""
+"""Predictions -> metrics: pure functions on arrays, without models or files."""
 
 import warnings
 from collections.abc import Sequence
@@ -10,50 +10,66 @@ from sklearn.exceptions import UndefinedMetricWarning
 
 
 class ClassEvaluation(BaseModel):
-    """How well one class is told from the others; shares are 0 to 1."""
+    """Metrics of one class, from 0 to 1."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     precision: float
-    """Of the images said to show the class, how many do; 0 if none was said to."""
+    """Fraction of the images predicted as the class that show it; 0 without any."""
     recall: float
-    """Of the images that show the class, how many were found; 0 if there are none."""
+    """Fraction of the images that show the class that were found; 0 without any."""
     f1: float
+    """Harmonic mean of precision and recall; 0 if both are 0."""
     support: int
     """Number of images that show the class."""
 
 
 class Evaluation(BaseModel):
-    """The figures of one split in `metrics.json`; shares are 0 to 1."""
+    """Metrics of a model on one split, from 0 to 1 unless noted otherwise."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     images: int
+    """Number of images."""
     accuracy: float
-    """Share of images whose class is right; of multi-label data, all its classes."""
+    """Fraction of images whose class is correct; for multi-label data, whose classes
+    are all correct."""
     balanced_accuracy: float
     """Mean recall over the classes that occur; 0 if none does."""
     macro_f1: float
-    """Mean F1 over the classes that occur or were predicted."""
+    """Mean F1 over the classes that occur or were predicted; 0 if none does."""
     log_loss: float
-    """Mean cross-entropy in nats; of multi-label data, mean over classes."""
+    """Mean cross-entropy in nats; for multi-label data, the mean over images and
+    classes."""
     mean_average_precision: float | None
-    """Mean over classes, multi-label data only."""
+    """Mean average precision over the classes that occur; only for multi-label data."""
     classes: dict[str, ClassEvaluation]
+    """Metrics by class name."""
     confusion: list[list[int]] | None
-    """Row: true class, column: predicted class; single-label data only."""
+    """Confusion matrix: a row per true class, a column per predicted class; None for
+    multi-label data."""
+
+    def __str__(self) -> str:
+        metric, _ = selection_key(self)
+        name = "accuracy" if self.mean_average_precision is None else "mAP"
+        return f"{name} {metric:.4f} on {self.images:,} images"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self})"
 
 
 def evaluate(
     targets: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str]
 ) -> Evaluation:
-    """Compares predictions with the truth.
+    """Computes metrics of predictions.
+
+    For multi-label data, a class is predicted if its probability is at least 0.5.
 
     Args:
-        targets: int64 `[N]` class indices, or uint8 `[N, num_classes]` of multi-label
-            data, where a class is predicted from a probability of 0.5.
-        probabilities: float32 `[N, num_classes]`.
-        class_names: In the order of the columns.
+        targets: int64 `[N]` class indices; for multi-label data, uint8
+            `[N, num_classes]` with 1 where the class is present.
+        probabilities: float32 `[N, num_classes]` in the range 0 to 1.
+        class_names: Class names in the order of the columns.
     """
     multi_label = targets.ndim == 2
     num_classes = len(class_names)
@@ -63,7 +79,7 @@ def evaluate(
     else:
         predicted = probabilities.argmax(1)
     with warnings.catch_warnings():
-        # A class that does not occur has no recall; zero_division says what it gets.
+        # The recall of a class that does not occur is undefined; zero_division sets it.
         warnings.simplefilter("ignore", UndefinedMetricWarning)
         warnings.filterwarnings("ignore", message="No positive class found")
         precision, recall, f1, support = metrics.precision_recall_fscore_support(
@@ -105,21 +121,22 @@ def evaluate(
 
 
 def deciding_metric(targets: np.ndarray) -> str:
-    """Which figure of an `Evaluation` says which model is better."""
+    """Returns the name of the metric that decides which of two models is better."""
     return "accuracy" if targets.ndim == 1 else "mean_average_precision"
 
 
-def score(evaluation: Evaluation) -> tuple[float, float]:
-    """What is compared to find the best of several models: larger is better.
+def selection_key(evaluation: Evaluation) -> tuple[float, float]:
+    """Returns the sort key for choosing the best of several models; larger is better.
 
-    The deciding metric, and where that is the same the log loss.
+    Returns:
+        (deciding metric, negative log loss); the latter breaks ties.
     """
     metric = evaluation.mean_average_precision
     return evaluation.accuracy if metric is None else metric, -evaluation.log_loss
 
 
 def _mean(values: np.ndarray) -> float:
-    """Of no class at all, 0."""
+    """Computes the mean; 0 for an empty array."""
     return float(values.mean()) if len(values) else 0.0
 
 

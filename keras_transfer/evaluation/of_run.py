@@ -1,4 +1,4 @@
-"""A run -> its model, its splits, its held-out images."""
+"""Loads a run's model, its splits and its held-out images."""
 
 from pathlib import Path
 
@@ -14,15 +14,16 @@ from keras_transfer.runs.run import Run
 
 
 def load_model(run: Run, phase: Phase | None = None) -> keras.Model:
-    """Loads a model from [0, 255] RGB pixels to probabilities.
+    """Loads a run's Keras model, from [0, 255] RGB pixels to probabilities.
 
     Args:
         run: The run.
-        phase: `fit` or `finetune`; None for the run's model, `model.keras`.
+        phase: `fit` or `finetune`; None for the run's current model, `model.keras`.
 
     Raises:
-        UsageError: If the run has no such phase.
-        KerasTransferError: If the file is missing or damaged.
+        UsageError: If the run was not fine-tuned and `phase` is `finetune`.
+        KerasTransferError: If the file is missing or damaged, or its number of outputs
+            is not the number of classes.
     """
     path = run.phase_model_path(phase) if phase else run.model_path
     try:
@@ -45,7 +46,16 @@ def load_model(run: Run, phase: Phase | None = None) -> keras.Model:
 def labelled_images(
     run: Run, source: str | Path | None, data_dir: Path | None
 ) -> tuple[str, Table, Reader]:
-    """The images that `evaluate_run` is asked for: (what they are, table, reader)."""
+    """Lists labeled images to evaluate a run's model on.
+
+    Args:
+        run: The run.
+        source: DATA, as for `loading.load`; None for the run's held-out images.
+        data_dir: Directory where tensorflow-datasets keeps prepared data sets.
+
+    Returns:
+        (name of the split or of DATA, table, reader of its images).
+    """
     if source is None:
         return held_out_images(run)
     name, multi_label = str(source), run.manifest.multi_label
@@ -53,10 +63,14 @@ def labelled_images(
 
 
 def held_out_images(run: Run) -> tuple[str, Table, Reader]:
-    """The images a run was not trained on: (split name, table, reader).
+    """Lists a run's test images, or its validation images if there are none.
+
+    Returns:
+        (name of the split, table, reader of its images).
 
     Raises:
-        KerasTransferError: If the data are gone, or the run held no image back.
+        KerasTransferError: If the data no longer exist, or the run has neither test nor
+            validation images.
     """
     splits = run_splits(run)
     for name in ("test", "val"):
@@ -70,10 +84,10 @@ def held_out_images(run: Run) -> tuple[str, Table, Reader]:
 
 
 def run_splits(run: Run) -> Splits:
-    """The images of a run, in the splits they were in, as far as they still exist.
+    """Lists the images of a run that still exist, in their original splits.
 
     Raises:
-        KerasTransferError: If the data are gone, or an image has a new class.
+        KerasTransferError: If the data no longer exist, or an image has a new class.
     """
     config, class_names = run.config, run.class_names
     splits = load(

@@ -1,46 +1,45 @@
-"""A run's model on images: predictions as a stream, and evaluation."""
+"""Streams predictions of a model for images."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from keras_transfer.data.decode import make_decoder
 from keras_transfer.data.reading import Reader, map_ahead
-from keras_transfer.data.tables import Prediction
+from keras_transfer.data.tables import Prediction, Table
 from keras_transfer.errors import DecodeError
+from keras_transfer.features.engine import KerasEngine
 
-_BATCH = 16
+_BATCH_SIZE = 16
+
+_Decoded = tuple[str, np.ndarray | None, str]  # source, pixels or else the reason
 
 
-class Predictor:
-    """Probabilities of pixel batches, computed by Keras in float32."""
-
-    def __init__(self, model: keras.Model):
-        self._function = tf.function(
-            lambda pixels: model(tf.cast(pixels, tf.float32), training=False),
-            input_signature=[tf.TensorSpec((None, *model.input_shape[1:]), tf.uint8)],
-            autograph=False,
-        )
-
-    def __call__(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
-        """float32 `[n, num_classes]` of n uint8 `[H, W, 3]` images."""
-        starts = range(0, len(pixels), _BATCH)
-        batches = (np.stack(pixels[start : start + _BATCH]) for start in starts)
-        return np.concatenate([self._function(tf.constant(b)) for b in batches])
+def prediction_engine(model: keras.Model) -> KerasEngine:
+    """Creates the engine for predictions, which does not pad incomplete batches."""
+    return KerasEngine(model, _BATCH_SIZE, pads=False)
 
 
 def predict_sources(
     model: keras.Model, sources: Sequence[str], read: Reader
 ) -> Iterator[Prediction]:
-    """Predicts what a reader yields; see `predict`."""
-    predictor = Predictor(model)
-    decode = make_decoder(model.input_shape[1])
+    """Predicts images in the order in which a reader yields them.
 
-    def decoded(
-        item: tuple[str, bytes | OSError],
-    ) -> tuple[str, np.ndarray | None, str]:
+    Args:
+        model: Keras model from [0, 255] RGB pixels to probabilities.
+        sources: Identifiers of the images.
+        read: Reads their encoded bytes.
+
+    Yields:
+        One prediction per image. For an unusable image it contains the reason instead
+        of probabilities.
+    """
+    size = model.input_shape[1]
+    decode = make_decoder(size)
+
+    def decoded(item: tuple[str, bytes | OSError]) -> _Decoded:
         source, encoded = item
         if isinstance(encoded, OSError):
             return source, None, f"cannot be read: {encoded.strerror}"
@@ -49,16 +48,22 @@ def predict_sources(
         except DecodeError as error:
             return source, None, str(error)
 
-    def flush() -> Iterator[Prediction]:
-        usable = [pixels for _, pixels, _ in batch if pixels is not None]
-        rows = iter(predictor(usable)) if usable else iter(())
+    def batches() -> Iterator[tuple[list[_Decoded], np.ndarray]]:
+        items = iter(map_ahead(decoded, read(sources), threads=2))
+        while batch := list(itertools.islice(items, _BATCH_SIZE)):
+            usable = [pixels for _, pixels, _ in batch if pixels is not None]
+            yield batch, np.reshape(usable, (-1, size, size, 3)).astype(np.uint8)
+
+    for batch, probabilities in prediction_engine(model).run(batches()):
+        rows = iter(probabilities)
         for source, pixels, error in batch:
             yield Prediction(source, None if pixels is None else next(rows), error)
 
-    batch: list[tuple[str, np.ndarray | None, str]] = []
-    for item in map_ahead(decoded, read(sources), threads=2):
-        batch.append(item)
-        if len(batch) == _BATCH:
-            yield from flush()
-            batch = []
-    yield from flush()
+
+def predict_table(model: keras.Model, table: Table, read: Reader) -> np.ndarray:
+    """Predicts a table's images, all usable, as float32 `[N, num_classes]`."""
+    by_source = {
+        prediction.source: prediction.probabilities
+        for prediction in predict_sources(model, table.sources, read)
+    }
+    return np.stack([by_source[source] for source in table.sources])  # type: ignore[misc]

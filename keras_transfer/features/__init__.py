@@ -1,5 +1,5 @@
-"""Images -> what the frozen part of a model says of them, computed once.
+"""Images -> outputs of the frozen part of a model, computed once and cached.
 
-Reading order: shards, index, cache, engine, parity, extraction, base, usable,
-activations.
+Reading order: shards, index, file_index, cache, engine, parity, extraction,
+frozen_part, base, usable, image_table, activations.
 """

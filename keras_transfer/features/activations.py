@@ -1,9 +1,10 @@
-"""What the tail of a model reads: the frozen part's outputs, computed once.
+"""Input of the tail of a model: the frozen part's outputs, computed once.
 
-Activations at the split point are cached like the features of `kt fit`, in half
-precision where predictions do not change, within a disk budget. Where everything is
-unfrozen they are the decoded pixels. With online augmentation training images stay
-pixels, and go through augmentation and the frozen part in every epoch.
+Activations at the split point are cached like the features of `kt fit`, within a disk
+budget, and in half precision if that does not change predictions. If everything is
+unfrozen, the decoded pixels are cached instead. With online augmentation, training
+images are kept as pixels and go through augmentation and the frozen part in every
+epoch.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -12,16 +13,23 @@ from dataclasses import dataclass, replace
 import keras
 import numpy as np
 
-from keras_transfer.config import Config, FinetuneConfig, Precision
+from keras_transfer.config import Config
 from keras_transfer.data.augment import make_augmenter
 from keras_transfer.data.tables import Splits
 from keras_transfer.errors import KerasTransferError
-from keras_transfer.events import OnNote, OnProgress
+from keras_transfer.events import Broadcast, Listener
 from keras_transfer.features.cache import Features
-from keras_transfer.features.engine import Engine, Extractor
-from keras_transfer.features.extraction import (
+from keras_transfer.features.engine import (
+    Engine,
+    make_engine,
+    predict,
+    seconds_per_image,
+)
+from keras_transfer.features.extraction import Extraction
+from keras_transfer.features.frozen_part import (
     FrozenFeatures,
     FrozenPart,
+    Storage,
     frozen_features,
 )
 from keras_transfer.features.parity import PARITY_TOLERANCE, is_close
@@ -29,44 +37,46 @@ from keras_transfer.features.usable import usable_splits
 from keras_transfer.models.classifier import cut, weights_digest
 
 HALF_TOLERANCE = 0.01
-"""What keeping activations in half precision may change in a probability."""
+"""Largest change of a probability that half-precision activations may cause."""
 
-_FREE_BYTES = 10**9  # left on the disk
+FREE_BYTES = 10**9
+"""Bytes to leave free on the disk."""
 
-_Way = tuple[Precision, Engine | None, str]
-_WAYS: tuple[_Way, ...] = (
-    ("auto", None, "float16"),
-    ("f32", None, "float16"),
-    ("f32", None, "float32"),
-    ("f32", "keras", "float32"),
+_STORAGE = (
+    Storage("auto", None, "float16"),
+    Storage("f32", None, "float16"),
+    Storage("f32", None, "float32"),
+    Storage("f32", "keras", "float32"),
 )
-"""Precision, engine and dtype; a later way only if the one before changes too much."""
-_PIXELS: _Way = ("f32", "keras", "uint8")
+"""Options in order; the next one is used if the previous one changes predictions."""
+_PIXELS = Storage("f32", "keras", "uint8")
 
 Compare = Callable[[FrozenFeatures, float], dict[str, float]]
-"""From activations and a tolerance to the `prediction.parity` of what is predicted from
-them with what the whole model predicts."""
+"""Takes activations and a tolerance; returns the `parity.parity` of the tail's
+predictions from them with the whole model's predictions from pixels."""
 
 Transform = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
-"""From rows `[n, ...]` of the training images at int64 `[n]`, and the epoch, to what
-the tail reads: what has to be done anew in every epoch."""
+"""Takes rows `[n, ...]`, the int64 `[n]` indices of their training images and the epoch
+(from 0); returns the tail's input. It does the work that is repeated in every epoch."""
 
 
 @dataclass(frozen=True)
 class Activations:
-    """What the tail reads.
+    """Cached inputs of the tail.
 
     Attributes:
-        splits: The images that are usable.
-        train: Views of the training images, the plain one first.
-        transform: What is done to rows of `train` in every epoch.
-        digests: SHA-256 of the bytes of each image.
-        features: Of all images; of the held-out ones and the sample only if there is a
-            `transform`.
-        parity: Predictions from these against those of the whole model.
-        nbytes: Of one image.
-        engine: What ran the frozen part: `openvino` or `keras`; `cache` if nothing
-            had to.
+        splits: The usable images.
+        train: Rows of the training images, one entry per view, the plain images first.
+        transform: Applied to rows of `train` in every epoch; None if they are the
+            tail's input already.
+        digests: SHA-256 of the bytes of each image, by source.
+        features: Activations of all images; if there is a `transform`, only of the
+            held-out images and the sample.
+        parity: Agreement of the tail's predictions from activations with the whole
+            model's; see `parity.parity`.
+        nbytes: Size of one image's activation in bytes.
+        engine: Engine that ran the frozen part: `openvino` or `keras`; `cache` if none
+            had to run.
     """
 
     splits: Splits
@@ -85,199 +95,257 @@ def frozen_activations(
     config: Config,
     sample: Collection[str],
     compare: Compare,
-    on_note: OnNote = lambda _: None,
-    on_progress: OnProgress = lambda *_: None,
+    listener: Listener,
 ) -> Activations:
-    """Computes what the tail reads, in the cheapest way that changes no prediction.
+    """Computes the tail's inputs in the cheapest way that preserves predictions.
 
     Args:
         part: The model below the split point; one without weights passes pixels on.
         splits: The images.
-        config: Of `finetune`, `augment`, `disk_budget_gb` and `precision` count.
-        sample: The images that are compared.
-        compare: How much predictions change.
-        on_note: Told which way is taken, and what it costs, before it is.
-        on_progress: Told how the work goes on.
+        config: The resolved config; its `finetune` section gives `augment`,
+            `disk_budget_gb` and `precision`.
+        sample: Sources of the images on which predictions are compared.
+        compare: Measures how much predictions change.
+        listener: Receives progress, and notes on decisions and costs before the work is
+            done.
 
     Raises:
-        KerasTransferError: If they would take more than the disk budget or the free
-            space, if in no way they give the model's own predictions, or if too many
-            images cannot be used.
+        KerasTransferError: If the activations exceed the disk budget or the free space,
+            if no option preserves the model's predictions, or if too many images are
+            unusable.
     """
-    tuning = config.finetune
-    online = tuning.augment == "online"
-    views = 0 if tuning.augment == "online" else tuning.augment
-    nothing = splits.train.keep(())
-    # Online, of the training images only the sample has activations of its own.
-    cached = replace(splits, train=splits.train.keep(sample)) if online else splits
-    if not part.model.weights:
-        on_note("everything is trained: only decoding can be done once")
-        ways: Sequence[_Way] = (_PIXELS,)
-    else:
-        on_note(
-            f"the {part.model.count_params():,} weights up to "
-            f"{part.model.layers[-1].name} are frozen: what they say of an image is "
-            "computed once"
-        )
-        ways = _WAYS[1:] if tuning.precision == "f32" else _WAYS
-    for way in ways:
-        _check_budget(part, splits, views, way, tuning)
-        # Of a way that is given up, nothing but the sample is on the disk.
-        first = frozen_features(part, cached.keep(sample), 0, *way)
-        way = (first.precision, *way[1:])
-        tolerance = PARITY_TOLERANCE[first.precision]
-        if "float16" in way:
-            tolerance = max(tolerance, HALF_TOLERANCE)
-        parity = compare(first, tolerance)
-        if is_close(parity):
-            break
-        on_note(
-            f"{first.precision} activations kept as {way[-1]} were given up: on "
-            f"{parity['images']} images {parity['top1_agreement']:.1%} of the classes "
-            "are the same and probabilities change by up to "
-            f"{parity['max_probability_difference']:.2g}"
-        )
-    else:
-        raise KerasTransferError(
-            "What cached activations say does not agree with the model: "
-            f"{parity}. Please report this."
-        )
-    ran = first.extraction.extractor
-    features = _cached(part, cached, views, way, on_note, on_progress, ran)
+    work = _Work(part, splits, config, listener)
+    storage, parity, engine = work.choose_storage(sample, compare)
+    features = work.compute(work.cached(sample), storage, engine)
     extraction = features.extraction
-    ran = extraction.extractor or ran
-    transform = None
-    if online:
-        on_note(
-            "--augment online: training images go through augmentation and the frozen "
-            "part in every epoch, as in the usual recipe"
-        )
-        pixels_model, _ = cut(part.model, part.model.layers[0].name)
-        pixels_part = replace(
-            part,
-            model=pixels_model,
-            weights_digest=weights_digest(pixels_model),
-            split_point=position(pixels_model),
-        )
-        only_train = replace(splits, val=nothing, test=nothing)
-        pixels = _cached(pixels_part, only_train, 0, _PIXELS, on_note, on_progress)
-        extraction = replace(
-            extraction,
-            digests=extraction.digests | pixels.extraction.digests,
-            skipped=extraction.skipped | pixels.extraction.skipped,
-        )
+    engine = extraction.engine or engine
+    if work.online:
+        pixels = work.decode_training_images()
+        extraction = _both(extraction, pixels.extraction)
     usable = usable_splits(config, splits, extraction)
-    if extraction.skipped:
-        source, reason = next(iter(extraction.skipped.items()))
-        on_note(
-            f"{len(extraction.skipped):,} images cannot be used and are left out; the "
-            f"first is {source}: {reason}"
-        )
-    digests, sources = extraction.digests, usable.train.sources
-    if online:
+    work.tell_of_unusable(extraction)
+    sources, transform = usable.train.sources, None
+    if work.online:
         train = [pixels.rows(sources)]
-        ran = Extractor(part.model) if part.model.weights else None
-        transform = _make_transform(part, ran, [digests[source] for source in sources])
+        engine = make_engine(part.model) if part.model.weights else None
+        digests = [extraction.digests[source] for source in sources]
+        transform = _make_transform(part, engine, digests)
     else:
-        train = [features.rows(sources, view) for view in range(views + 1)]
-    nbytes = _row_bytes(part, way)
-    engine = ran.engine if ran else "cache"
+        train = [features.rows(sources, view) for view in range(work.views + 1)]
     return Activations(
-        usable, train, transform, digests, features, parity, nbytes, engine
+        splits=usable,
+        train=train,
+        transform=transform,
+        digests=extraction.digests,
+        features=features,
+        parity=parity,
+        nbytes=work.row_bytes(storage),
+        engine=engine.name if engine else "cache",
     )
 
 
-def position(model: keras.Model) -> str:
-    """What the end of a model that was cut off is known by in the cache."""
-    # Keras numbers layers without a name of their own: positions are certain.
+def split_point_id(model: keras.Model) -> str:
+    """Returns the name by which the cache identifies a model's split point."""
+    # Keras numbers unnamed layers, so the position is needed for a unique name.
     return f"{model.layers[-1].name}#{len(model.operations)}"
 
 
 _FIX = (
-    "Unfreeze fewer stages, use fewer views or --augment online, or allow more with "
-    "--disk-budget."
+    "Unfreeze fewer stages, use fewer views or augment=online, or allow more with "
+    "disk_budget_gb."
 )
 
 
-def _check_budget(
-    part: FrozenPart, splits: Splits, views: int, way: _Way, config: FinetuneConfig
-) -> None:
-    count, size = sum(_counts(splits, views)), _row_bytes(part, way)
-    total = count * size
-    if config.augment == "online":  # pixels of the training images
-        total += len(splits.train) * (3 * part.image_size**2 - size)
-    if total > config.disk_budget_gb * 1e9:
+@dataclass(frozen=True)
+class _Work:
+    """The steps of computing the activations of a frozen part."""
+
+    part: FrozenPart
+    splits: Splits
+    config: Config
+    listener: Listener
+
+    @property
+    def online(self) -> bool:
+        """Whether training images get a new augmented view in every epoch."""
+        return self.config.finetune.augment == "online"
+
+    @property
+    def views(self) -> int:
+        """Number of augmented views that are cached per training image."""
+        augment = self.config.finetune.augment
+        return 0 if augment == "online" else augment
+
+    def cached(self, sample: Collection[str]) -> Splits:
+        """Returns the images to cache activations of; online, train is the sample."""
+        if not self.online:
+            return self.splits
+        return replace(self.splits, train=self.splits.train.keep(sample))
+
+    def choose_storage(
+        self, sample: Collection[str], compare: Compare
+    ) -> tuple[Storage, dict[str, float], Engine | None]:
+        """Chooses the cheapest option that preserves predictions on the sample.
+
+        Returns:
+            (the option, its parity, the engine that computed the sample; None if all
+            of it was cached).
+        """
+        told: set[str] = set()
+        rejected: list[Storage] = []
+        for storage in self._options():
+            if storage in rejected:  # `auto` may have led to the same
+                continue
+            self._check_budget(storage)
+            notes = Broadcast([])  # the progress on the sample is not reported
+            # Compute only the sample, as the option may be rejected.
+            first = frozen_features(
+                self.part, self.cached(sample).keep(sample), 0, storage, notes
+            )
+            for note in notes.notes:
+                if note not in told:  # it may repeat that of an earlier option
+                    self.listener.note(note)
+                    told.add(note)
+            storage = replace(storage, precision=first.precision)
+            tolerance = PARITY_TOLERANCE[first.precision]
+            if storage.dtype == "float16":
+                tolerance = max(tolerance, HALF_TOLERANCE)
+            parity = compare(first, tolerance)
+            if is_close(parity):
+                return storage, parity, first.extraction.engine
+            rejected.append(storage)
+            self.listener.note(
+                f"{storage.precision} activations kept as {storage.dtype} were given "
+                f"up: on {parity['images']} images {parity['top1_agreement']:.1%} of "
+                "the classes are the same and probabilities change by up to "
+                f"{parity['max_probability_difference']:.2g}"
+            )
         raise KerasTransferError(
-            f"{count:,} activations would take {total / 1e9:.2f} GB, more than the "
-            f"disk budget of {config.disk_budget_gb:g} GB. Received: --augment "
-            f"{config.augment}, --unfreeze {config.unfreeze}. {_FIX}"
+            "What cached activations say does not agree with the model: "
+            f"{parity}. Please report this."
         )
 
+    def _options(self) -> Sequence[Storage]:
+        model = self.part.model
+        if not model.weights:
+            self.listener.note("everything is trained: only decoding can be done once")
+            return (_PIXELS,)
+        self.listener.note(
+            f"the {model.count_params():,} weights up to {model.layers[-1].name} are "
+            "frozen: what they say of an image is computed once"
+        )
+        is_f32 = self.config.finetune.precision == "f32"
+        return _STORAGE[1:] if is_f32 else _STORAGE
 
-def _cached(
-    part: FrozenPart,
-    splits: Splits,
-    views: int,
-    way: _Way,
-    on_note: OnNote,
-    on_progress: OnProgress,
-    extractor: Extractor | None = None,
-) -> FrozenFeatures:
-    """Computes what is not in the cache, if the disk has room for it."""
-    precision, engine, dtype = way
-    counts, size = _counts(splits, views), _row_bytes(part, way)
+    def compute(
+        self, splits: Splits, storage: Storage, engine: Engine | None = None
+    ) -> FrozenFeatures:
+        """Computes the activations that are not cached, if the disk has room."""
 
-    def on_extractor(extractor: Extractor, sample: np.ndarray) -> None:
-        for text in extractor.notes:
-            on_note(text)
-        # The rows that are there may be of other images too.
-        there = sum(
-            min(
-                count,
-                part.cache.rows(part.spec(extractor.precision, view, dtype, engine)),
+        def check(engine: Engine, sample: np.ndarray) -> None:
+            self._check_free_space(splits, storage, engine, sample)
+
+        return frozen_features(
+            self.part, splits, self.views, storage, self.listener, check, engine
+        )
+
+    def decode_training_images(self) -> FrozenFeatures:
+        """Decodes all training images and caches their pixels like activations."""
+        self.listener.note(
+            "augment online: training images go through augmentation and the frozen "
+            "part in every epoch, as in the usual recipe"
+        )
+        model, _ = cut(self.part.model, self.part.model.layers[0].name)
+        part = replace(
+            self.part,
+            model=model,
+            weights_digest=weights_digest(model),
+            split_point=split_point_id(model),
+        )
+        nothing = self.splits.train.keep(())
+        only_train = replace(self.splits, val=nothing, test=nothing)
+        return replace(self, part=part).compute(only_train, _PIXELS)
+
+    def tell_of_unusable(self, extraction: Extraction) -> None:
+        """Sends a note on how many images are left out, if any."""
+        if extraction.skipped:
+            source, reason = next(iter(extraction.skipped.items()))
+            self.listener.note(
+                f"{len(extraction.skipped):,} images cannot be used and are left out; "
+                f"the first is {source}: {reason}"
             )
+
+    def row_bytes(self, storage: Storage) -> int:
+        """Returns the size of one image's activation in bytes."""
+        values = int(np.prod(self.part.model.output_shape[1:]))
+        return values * np.dtype(storage.dtype).itemsize
+
+    def _counts(self, splits: Splits) -> list[int]:
+        """Returns the numbers of rows: of the plain images, then of each view."""
+        images = sum(len(table) for _, table in splits.items())
+        return [images, *[len(splits.train)] * self.views]
+
+    def _check_budget(self, storage: Storage) -> None:
+        tuning, size = self.config.finetune, self.row_bytes(storage)
+        count = sum(self._counts(self.splits))
+        total = count * size
+        if self.online:  # pixels of the training images
+            total += len(self.splits.train) * (3 * self.part.image_size**2 - size)
+        if total > tuning.disk_budget_gb * 1e9:
+            raise KerasTransferError(
+                f"{count:,} activations would take {total / 1e9:.2f} GB, more than the "
+                f"disk budget. Received: disk_budget_gb={tuning.disk_budget_gb:g}, "
+                f"augment={tuning.augment}, unfreeze={tuning.unfreeze}. {_FIX}"
+            )
+
+    def _check_free_space(
+        self, splits: Splits, storage: Storage, engine: Engine, sample: np.ndarray
+    ) -> None:
+        """Sends a note on what will be computed; fails if the disk cannot hold it."""
+        cache, counts, size = (
+            self.part.cache,
+            self._counts(splits),
+            self.row_bytes(storage),
+        )
+        spec = self.part.spec_of(engine, storage.dtype)
+        # An upper bound, as the cached rows may belong to other images.
+        there = sum(
+            min(count, cache.rows(self.part.with_view(spec, view)))
             for view, count in enumerate(counts)
         )
-        missing = sum(counts) - there
-        directory, free = part.cache.directory, part.cache.free_bytes()
-        on_note(
-            f"{sum(counts):,} rows of {size / 1e3:,.0f} KB as {dtype}: "
-            f"{sum(counts) * size / 1e6:,.0f} MB in {directory}; up to {there:,} are "
-            f"there, the others take about {missing * extractor.measure(sample):.0f} s"
+        missing, free = sum(counts) - there, cache.free_bytes()
+        seconds = missing * seconds_per_image(engine, sample)
+        self.listener.note(
+            f"{sum(counts):,} rows of {size / 1e3:,.0f} KB as {storage.dtype}: "
+            f"{sum(counts) * size / 1e6:,.0f} MB in {cache.directory}; up to "
+            f"{there:,} are there, the others take about {seconds:.0f} s"
         )
-        if missing * size > free - _FREE_BYTES:
+        if missing * size > free - FREE_BYTES:
             raise KerasTransferError(
                 f"{missing:,} activations take {missing * size / 1e9:.2f} GB, and "
-                f"{directory} has {free / 1e9:.2f} GB left. {_FIX}"
+                f"{cache.directory} has {free / 1e9:.2f} GB left. {_FIX}"
             )
 
-    return frozen_features(
-        part,
-        splits,
-        views,
-        precision,
-        engine,
-        dtype,
-        on_extractor,
-        on_progress,
-        extractor,
+
+def _both(extraction: Extraction, other: Extraction) -> Extraction:
+    """Adds another extraction's usable and skipped images to an extraction."""
+    return replace(
+        extraction,
+        digests=extraction.digests | other.digests,
+        skipped=extraction.skipped | other.skipped,
     )
 
 
-def _counts(splits: Splits, views: int) -> list[int]:
-    """How many rows there are: of the plain images, then of each view."""
-    images = sum(len(table) for _, table in splits.items())
-    return [images, *[len(splits.train)] * views]
-
-
-def _row_bytes(part: FrozenPart, way: _Way) -> int:
-    return int(np.prod(part.model.output_shape[1:])) * np.dtype(way[-1]).itemsize
-
-
 def _make_transform(
-    part: FrozenPart, extractor: Extractor | None, digests: Sequence[bytes]
+    part: FrozenPart, engine: Engine | None, digests: Sequence[bytes]
 ) -> Transform:
-    """Augments pixels, a new view in every epoch, and runs the frozen part on them."""
+    """Creates a transform that augments pixels and runs the frozen part on them.
+
+    Args:
+        part: The frozen part.
+        engine: Runs the frozen part; None if the tail reads pixels.
+        digests: SHA-256 of the training images, in order.
+    """
     augment = make_augmenter(part.image_size, part.seed)
 
     def transform(rows: np.ndarray, picked: np.ndarray, epoch: int) -> np.ndarray:
@@ -286,6 +354,6 @@ def _make_transform(
             for pixels, index in zip(rows, picked, strict=True)
         ]
         pixels = np.stack(views)
-        return extractor.predict(pixels) if extractor else pixels
+        return predict(engine, pixels) if engine else pixels
 
     return transform

@@ -1,12 +1,13 @@
-"""Features of an image are computed once, ever.
+"""A cache on disk, so that features of an image are computed only once.
 
-A cache directory holds a folder for each way of computing features (`FeatureSpec`:
-base, weights, image size, ...). A folder holds shards, and a shard is two files: the
-rows as `.npy`, and an index of the images' digests with a checksum of each row. A shard
-is written under a temporary name and never changed afterwards, the index last. So a
-killed process loses at most the shard it was filling, any number of processes may read
-and write one folder, and what was damaged on disk is noticed and computed again. Shards
-are written every few seconds, and when there are many small ones they are merged.
+A cache directory contains a folder for each way of computing features (`FeatureSpec`:
+base, weights, image size, ...). A folder contains shards. A shard is two files: the
+rows as `.npy`, and an index with the image's digest and a checksum for each row. A
+shard is written under temporary names, which are then replaced, the index's last, and
+never changes afterwards. So a killed process loses at most the shard it was filling,
+any number of processes may read and write the same folder, and rows that were damaged
+on disk are detected and computed again. A shard is written every few seconds; when
+there are many small shards, they are merged.
 """
 
 import contextlib
@@ -22,10 +23,12 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from keras_transfer.errors import KerasTransferError, UsageError
+from keras_transfer.features.file_index import FileIndex
 from keras_transfer.features.index import DAMAGED, SOUND, UNKNOWN, Index, as_digests
 from keras_transfer.features.shards import (
     INDEX_DTYPE,
@@ -39,21 +42,32 @@ from keras_transfer.features.shards import (
 )
 from keras_transfer.runs.files import is_writable, locked, nearest_directory
 
-_SHARD_BYTES = 32 * 2**20
-_SHARD_SECONDS = 10.0
-_MOST_SMALL = 32  # shards of less than half that size, before they are merged
+SHARD_BYTES = 32 * 2**20
+"""Size in bytes at which a shard is written."""
+
+SHARD_SECONDS = 10.0
+"""Longest time in seconds between two shards while features are computed."""
+
+MOST_SMALL_SHARDS = 32
+"""Number of shards below half of `SHARD_BYTES` that triggers merging."""
+
 _LARGEST_FLOAT16 = 65504.0
+_FILES = "files"  # folder of the file indices
 _TABLE_NAME = re.compile(r"[0-9a-f]{32}")
 
 
 class Features:
-    """Rows of cached features, read when they are needed.
+    """Rows of cached features, read on demand.
 
     `features[start:stop]` is an array `[stop - start, ...]` of the spec's dtype.
+
+    Attributes:
+        dtype: Data type of the rows.
+        shape: `(N, ...)`, the shape of all rows together.
     """
 
     def __init__(self, table: "FeatureTable", digests: np.ndarray):
-        """Finds rows; see `FeatureTable.features`."""
+        """Locates the rows; see `FeatureTable.features`."""
         self._table = table
         self._index, self._entries = table.locate(digests)
         self.dtype = np.dtype(table.spec.dtype)
@@ -65,7 +79,7 @@ class Features:
 
     @property
     def nbytes(self) -> int:
-        """Size of all rows in bytes."""
+        """Size of all rows together in bytes."""
         return self.dtype.itemsize * int(np.prod(self.shape))
 
     def __getitem__(self, picked: slice | np.ndarray) -> np.ndarray:
@@ -85,7 +99,11 @@ class Features:
 
 
 class FeatureTable:
-    """The features of one spec: the shards of a store."""
+    """The cached features of one specification, backed by a store of shards.
+
+    Attributes:
+        spec: What the features depend on.
+    """
 
     def __init__(self, store: ShardStore, spec: FeatureSpec):
         self.spec = spec
@@ -95,36 +113,41 @@ class FeatureTable:
         self._flushed = time.monotonic()
 
     def __contains__(self, digest: bytes) -> bool:
-        """Whether an image's features are here, and undamaged."""
+        """Returns whether an image's features are in the table and undamaged."""
         if digest in self._pending:
             return True
         while True:
             index = self._index
-            try:  # as `_find` does for many, which takes six times as long for one
+            try:  # `_find` would take six times as long for a single digest
                 return any(self._is_sound(index, e) for e in index.candidates(digest))
             except FileNotFoundError:  # shards were merged, or pruned
                 self.reload()
 
     def prepare(self) -> None:
-        """Finds out whether features can be kept, before any are computed.
+        """Checks that features can be stored, before any are computed.
 
         Raises:
-            KerasTransferError: If they cannot.
+            KerasTransferError: If the cache cannot be written.
         """
         self._store.prepare()
 
     def add(self, digest: bytes, row: np.ndarray) -> None:
-        """Keeps the float32 features of an image; on disk within some seconds."""
+        """Adds the features of an image, which are written to disk in batches.
+
+        Args:
+            digest: SHA-256 of the image's bytes.
+            row: The features, which are converted to the spec's dtype.
+        """
         if self.spec.dtype == "float16":
             row = np.clip(row, -_LARGEST_FLOAT16, _LARGEST_FLOAT16)
         row = row.astype(self.spec.dtype, copy=False)
         self._pending[digest] = row
         size = len(self._pending) * row.nbytes
-        if size > _SHARD_BYTES or time.monotonic() - self._flushed > _SHARD_SECONDS:
+        if size > SHARD_BYTES or time.monotonic() - self._flushed > SHARD_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what was added as a shard of its own."""
+        """Writes all added features to disk as a new shard."""
         self._flushed = time.monotonic()
         if self._pending:
             rows = np.stack(list(self._pending.values()))
@@ -137,16 +160,19 @@ class FeatureTable:
             self._merge_small_shards()
 
     def features(self, digests: Sequence[bytes]) -> Features:
-        """The rows of images, in this order.
+        """Returns the features of images in the given order.
+
+        Args:
+            digests: SHA-256 of the images' bytes.
 
         Raises:
-            KerasTransferError: If an image is not in the table, or damaged, or not
+            KerasTransferError: If an image's features are missing, damaged or not
                 flushed yet.
         """
         return Features(self, as_digests(digests))
 
     def locate(self, digests: np.ndarray) -> tuple[Index, np.ndarray]:
-        """An index and the entries in it of images, in this order; see `features`."""
+        """Returns an index and int64 `[n]` its entries for digests; see `features`."""
         index, entries = self._find(digests)
         missing = np.count_nonzero(entries < 0)
         if missing:
@@ -160,10 +186,17 @@ class FeatureTable:
     def read(
         self, index: Index, entries: np.ndarray
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(rows, where they are in `entries`) of each shard.
+        """Reads rows, one shard at a time.
+
+        Args:
+            index: The index that the entries refer to.
+            entries: `[n]` indices of entries.
+
+        Yields:
+            (rows, their positions in `entries`).
 
         Raises:
-            FileNotFoundError: If a shard is not there any more.
+            FileNotFoundError: If a shard no longer exists or is damaged.
         """
         for name, rows, places in index.by_shard(entries):
             try:
@@ -173,13 +206,13 @@ class FeatureTable:
                 raise FileNotFoundError(name) from None
 
     def reload(self) -> None:
-        """Looks anew which shards there are."""
+        """Reads the list of shards and their indices again."""
         index = Index.read(self._store)
         index.take_states(self._index)
         self._index = index
 
     def _find(self, digests: np.ndarray) -> tuple[Index, np.ndarray]:
-        """An index, and the entry in it of each digest; -1 for those it has not."""
+        """Returns an index and the entry of each digest in it; -1 if missing."""
         while True:
             index = self._index
             try:
@@ -207,7 +240,7 @@ class FeatureTable:
         return index.states[entries] == SOUND
 
     def _check(self, name: str, rows: np.ndarray, checksums: np.ndarray) -> np.ndarray:
-        """Which rows of a shard are as they were written."""
+        """Returns whether each row of a shard matches its checksum."""
         try:
             found = self._store.read(name, rows)
         except ValueError:
@@ -217,19 +250,19 @@ class FeatureTable:
         return np.array([zlib.crc32(row) for row in found], np.uint32) == checksums
 
     def _merge_small_shards(self) -> None:
-        """Makes large shards of small ones, if there are many, whoever wrote them."""
+        """Merges small shards into large ones if there are many, from any process."""
         sizes = self._store.list()
-        small = [name for name, size in sizes.items() if size < _SHARD_BYTES // 2]
-        if len(small) < _MOST_SMALL:
+        small = [name for name, size in sizes.items() if size < SHARD_BYTES // 2]
+        if len(small) < MOST_SMALL_SHARDS:
             return
         ends = itertools.accumulate(sizes[name] for name in small)
-        number_of = dict(zip(small, (end // _SHARD_BYTES for end in ends), strict=True))
+        number_of = dict(zip(small, (end // SHARD_BYTES for end in ends), strict=True))
         for _, group in itertools.groupby(small, number_of.__getitem__):
             self._merge(list(group))
         self.reload()
 
     def _merge(self, names: Sequence[str]) -> None:
-        """Makes one shard of several, which are deleted when it is on the disk."""
+        """Merges shards into one and then deletes them; damaged rows are dropped."""
         indices, parts = [], []
         for name in names:
             with contextlib.suppress(FileNotFoundError, ValueError):  # merged, damaged
@@ -251,31 +284,31 @@ class FeatureTable:
 
 
 class FeatureCache:
-    """All feature tables of a machine's user.
+    """All cached feature tables.
 
     Attributes:
-        directory: Where they are.
+        directory: Directory of the tables.
+        trusts_files: Whether files that appear to be unchanged need not be read again.
     """
 
-    def __init__(self, directory: Path | None = None):
+    def __init__(self, directory: Path | None = None, trusts_files: bool = True):
+        self.trusts_files = trusts_files
         self.directory = (directory or default_directory()).expanduser() / "features"
 
     def check_usable(self) -> None:
-        """Finds out early that nothing can be written where nothing is cached yet.
-
-        A cache that has features is good enough to be read, as far as they go.
+        """Checks early that the cache is writable or has content that can be read.
 
         Raises:
-            UsageError: If the directory cannot be used.
+            UsageError: If the cache is empty and cannot be written.
         """
         if not is_writable(self.directory) and next(self.list(), None) is None:
             raise UsageError(
                 f"The feature cache cannot be written. Received: {self.directory}. "
-                "Choose another with --cache-dir."
+                "Choose another cache_dir."
             )
 
     def table(self, spec: FeatureSpec) -> FeatureTable:
-        """The table of a spec, empty if nothing was cached for it yet.
+        """Opens the table of a specification; it is empty if nothing is cached yet.
 
         Raises:
             KerasTransferError: If the cache directory cannot be read.
@@ -283,12 +316,16 @@ class FeatureCache:
         folder = self.directory / spec.key()
         store = ShardStore(folder, spec)
         store.remove_left_overs()
-        with contextlib.suppress(OSError):  # not there yet, or read-only
-            os.utime(folder)  # its age, for `prune`
+        with contextlib.suppress(OSError):  # missing or read-only
+            os.utime(folder)  # marks it as used, for `prune`
         return FeatureTable(store, spec)
 
+    def file_index(self, root: Path, sources: Sequence[str]) -> FileIndex:
+        """Opens the index of known digests of files; see `FileIndex`."""
+        return FileIndex(self.directory / _FILES, root, sources)
+
     def free_bytes(self) -> int:
-        """Room that is left on the disk.
+        """Returns the free space in bytes on the disk of the cache.
 
         Raises:
             KerasTransferError: If the cache directory cannot be used.
@@ -297,12 +334,16 @@ class FeatureCache:
             return shutil.disk_usage(nearest_directory(self.directory)).free
 
     def rows(self, spec: FeatureSpec) -> int:
-        """How many images a spec has features of, without reading them."""
+        """Returns the number of cached rows of a specification, without reading them.
+
+        Raises:
+            KerasTransferError: If the cache directory cannot be read.
+        """
         with explaining_errors(self.directory, "read"):
             return count_rows(file_sizes(self.directory / spec.key()))
 
-    def list(self) -> Iterator[dict]:
-        """A dict a table: its spec, `images`, `bytes` and `days_unused`."""
+    def list(self) -> Iterator[dict[str, Any]]:
+        """Yields one dict per table: its spec, `images`, `bytes` and `days_unused`."""
         for folder in self._folders():
             if folder.spec:
                 yield asdict(folder.spec) | {
@@ -314,18 +355,19 @@ class FeatureCache:
     def prune(
         self, unused_days: float | None = None, max_bytes: int | None = None
     ) -> tuple[int, int]:
-        """Deletes tables that were not used for some days, or the longest.
+        """Deletes tables by age or total size.
 
         Args:
-            unused_days: Tables not used for so long are deleted; None for no age limit.
-            max_bytes: The tables that were not used for the longest time are deleted
-                until the others take no more; None for no limit.
+            unused_days: Delete tables that were not used for at least this many days;
+                None for no age limit.
+            max_bytes: Delete the least recently used tables until the others take no
+                more than this; None for no size limit.
 
         Returns:
-            (tables deleted, bytes freed).
+            (number of tables deleted, bytes freed).
 
         Raises:
-            KerasTransferError: If something cannot be deleted.
+            KerasTransferError: If a file cannot be deleted.
         """
         folders = sorted(self._folders(), key=lambda folder: -folder.days_unused)
         size = sum(folder.nbytes for folder in folders)
@@ -337,17 +379,35 @@ class FeatureCache:
                 deleted += 1
             elif folder.spec:
                 ShardStore(folder.path, folder.spec).remove_left_overs()
+        if unused_days is not None:
+            freed += self._prune_file_indices(unused_days)
         return deleted, freed
 
+    def _prune_file_indices(self, unused_days: float) -> int:
+        """Deletes file indices not used for some days; returns the bytes freed."""
+        freed = 0
+        for path in (self.directory / _FILES).glob("*.parquet"):
+            with (
+                explaining_errors(path, "pruned"),
+                contextlib.suppress(FileNotFoundError),  # another process deleted it
+            ):
+                found = path.stat()
+                if time.time() - found.st_mtime >= unused_days * 86_400:
+                    path.unlink()
+                    freed += found.st_size
+        with contextlib.suppress(OSError):  # missing, or not empty
+            (self.directory / _FILES).rmdir()
+        return freed
+
     def _folders(self) -> "Iterator[_Folder]":
-        """The folders that are tables, and nobody else's."""
+        """Yields the folders that are tables, ignoring all others."""
         with explaining_errors(self.directory, "read"):
             paths = sorted(self.directory.iterdir()) if self.directory.exists() else ()
         for path in paths:
             if not _TABLE_NAME.fullmatch(path.name):
                 continue
             if path.is_dir() and not path.is_symlink():
-                with contextlib.suppress(FileNotFoundError):  # being pruned
+                with contextlib.suppress(FileNotFoundError):  # it is being pruned
                     found = _as_table(path)
                     if found:
                         yield found
@@ -355,13 +415,14 @@ class FeatureCache:
 
 @dataclass(frozen=True)
 class _Folder:
-    """A folder that is a table.
+    """A folder that contains a table.
 
     Attributes:
-        path: Where it is.
-        spec: What it says that it is; None if it was not filled, or is being deleted.
-        sizes: The bytes of each of its files.
-        days_unused: How long ago it was used.
+        path: Path of the folder.
+        spec: The table's specification; None if it is missing, because the table was
+            not filled yet or is being deleted.
+        sizes: Size in bytes of each of the table's files, by name.
+        days_unused: Days since the table was last used.
     """
 
     path: Path
@@ -371,18 +432,23 @@ class _Folder:
 
     @property
     def nbytes(self) -> int:
-        """Size of all its files."""
+        """Size of all files together in bytes."""
         return sum(self.sizes.values())
 
     def delete(self) -> int:
-        """Deletes its files, and it if there are no others; returns the bytes freed."""
+        """Deletes the table, and its folder if that is empty; returns the bytes freed.
+
+        Raises:
+            KerasTransferError: If a file cannot be deleted.
+        """
         freed = 0
-        # Without its index a shard is not there, without its spec the table is not.
+        # Delete indices first and the spec last: a shard exists while it has an index,
+        # and a table while it has a spec.
         order = {".index": 0, ".json": 2}
         with explaining_errors(self.path, "pruned"):
             for name in sorted(self.sizes, key=lambda x: order.get(Path(x).suffix, 1)):
                 path = self.path / name
-                # Another may have pruned it, or may be writing it.
+                # Another process may have deleted it or may be writing it.
                 with contextlib.suppress(FileNotFoundError, BlockingIOError):
                     with locked(path):
                         path.unlink()
@@ -396,7 +462,7 @@ class _Folder:
 
 
 def _as_table(path: Path) -> _Folder | None:
-    """A folder as the table that it is; None if it may be somebody else's."""
+    """Recognizes a table by its files; None if the folder may be something else."""
     with explaining_errors(path, "read"):
         sizes = file_sizes(path)
         unused = time.time() - path.stat().st_mtime
@@ -414,7 +480,11 @@ def _as_table(path: Path) -> _Folder | None:
 
 
 def default_directory() -> Path:
-    """The user's cache directory: `$XDG_CACHE_HOME/keras_transfer` or the like."""
+    """Returns the user's cache directory for this package.
+
+    It is `keras_transfer` in `$XDG_CACHE_HOME`, in `%LOCALAPPDATA%` on Windows, or else
+    in `~/.cache`.
+    """
     if "XDG_CACHE_HOME" in os.environ:
         return Path(os.environ["XDG_CACHE_HOME"]) / "keras_transfer"
     if os.name == "nt" and "LOCALAPPDATA" in os.environ:

@@ -1,10 +1,4 @@
-"""Images -> features: the frozen part of a model, as fast as this machine runs it.
-
-On a CPU that is OpenVINO, with several requests in flight, so that images are decoded
-while others go through the base. Where there is a GPU, or where OpenVINO cannot
-convert the model, it is Keras. Either way the model runs in inference mode: random
-layers are off and BatchNormalization uses its stored statistics.
-"""
+"""Images -> features: the output of the frozen part of a model, computed once."""
 
 import contextlib
 import hashlib
@@ -13,325 +7,294 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import NamedTuple, TypeVar
 
-import keras
 import numpy as np
 
-from keras_transfer.config import Precision
-from keras_transfer.data.augment import AUGMENT_VERSION, make_augmenter
 from keras_transfer.data.decode import (
-    DECODER_VERSION,
-    is_16_bit_png,
-    is_nearly_black,
-    make_decoder,
+    DecodedImage,
 )
+from keras_transfer.data.quality import QUALITY_DTYPE, measure_quality
 from keras_transfer.data.reading import Reader, map_ahead
-from keras_transfer.data.tables import Splits
-from keras_transfer.errors import DecodeError, UsageError
-from keras_transfer.features.cache import FeatureCache, Features, FeatureTable
-from keras_transfer.features.engine import BATCH_SIZE, Engine, Extractor
-from keras_transfer.features.shards import FeatureSpec
+from keras_transfer.errors import DecodeError, KerasTransferError
+from keras_transfer.events import Listener
+from keras_transfer.features.cache import FeatureTable
+from keras_transfer.features.engine import (
+    BATCH_SIZE,
+    Engine,
+)
 
-_WAITING_BYTES = 2**26
-_MOST_CHECKED = 64  # 16-bit PNGs that are decoded for no other reason
-_ImageTag = tuple[bytes, int, bool]  # digest, view, whether it is the image's last view
+_QUALITY = -1  # pseudo view number that stands for the quality measures
+
+_T = TypeVar("_T")
 
 
 @dataclass
 class Extraction:
-    """What happened while features were computed.
+    """The result of computing features.
 
     Attributes:
-        tables: Of the plain images, then of views 1, 2, ...
-        extractor: What ran the base; None if nothing was missing.
-        digests: SHA-256 of the bytes of each image that has features.
-        skipped: Why each image that has none could not be used.
-        nearly_black: Digests of 16-bit PNGs that use 12 bits or fewer; of images whose
-            features were cached, only the first `_MOST_CHECKED` are looked at.
+        tables: Feature tables of the plain images, then of views 1, 2, ...
+        engine: Engine that ran the base; None if nothing was missing.
+        digests: SHA-256 of the bytes of each image that has features, by source.
+        skipped: Reason why an image could not be used, by source.
+        quality_table: Table of quality measures; None if nothing is measured.
         decoded: Number of images decoded for their features.
-        decode_seconds: How long was waited for images to be read and decoded.
+        decode_seconds: Seconds spent waiting for images to be read and decoded.
+        forwarded: Number of images that went through the base, including views.
+        forward_seconds: Seconds spent waiting for the base.
     """
 
     tables: Sequence[FeatureTable] = ()
-    extractor: Extractor | None = None
+    engine: Engine | None = None
     digests: dict[str, bytes] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
-    nearly_black: set[bytes] = field(default_factory=set)
+    quality_table: FeatureTable | None = None
     decoded: int = 0
     decode_seconds: float = 0.0
+    forwarded: int = 0
+    forward_seconds: float = 0.0
+
+    def quality(self, sources: Sequence[str]) -> np.ndarray:
+        """Returns quality measures, `[N]` of `QUALITY_DTYPE`; zeros if not measured."""
+        rows = np.zeros(len(sources), QUALITY_DTYPE)
+        table = self.quality_table
+        if table is None:
+            return rows
+        digests = [self.digests.get(source, b"") for source in sources]
+        places = [i for i, digest in enumerate(digests) if digest and digest in table]
+        if places:
+            with contextlib.suppress(KerasTransferError):  # pruned meanwhile
+                found = table.features([digests[i] for i in places])[:]
+                rows[places] = np.ascontiguousarray(found).view(QUALITY_DTYPE)[:, 0]
+        return rows
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images to compute features of, and how to read, decode and augment them.
+
+    Attributes:
+        sources: Identifiers of the images.
+        read: Reads their encoded bytes.
+        decode: Converts encoded bytes to a decoded image; raises `DecodeError`.
+        augment: Computes a view's pixels from pixels, digest and view number.
+        views: Number of augmented views by source; 0 for sources that are missing.
+        known: SHA-256 by source of images that need not be read to compute it.
+        remember: Called with SHA-256 by source in the end, even if interrupted.
+        quality_table: Table for quality measures; None if they are not needed.
+        measures_quality: Whether to measure images that the table does not have.
+        decoded_ahead: Maximum number of decoded images that may wait for the engine,
+            including while it is being created.
+    """
+
+    sources: Sequence[str]
+    read: Reader
+    decode: Callable[[bytes], DecodedImage]
+    augment: Callable[[np.ndarray, bytes, int], np.ndarray] | None = None
+    views: Mapping[str, int] = field(default_factory=dict)
+    known: Mapping[str, bytes] = field(default_factory=dict)
+    remember: Callable[[Mapping[str, bytes]], object] = lambda _: None
+    quality_table: FeatureTable | None = None
+    measures_quality: bool = False
+    decoded_ahead: int = 256
+
+
+class _View(NamedTuple):
+    """A view of an image on its way through the base; view 0 is the plain image."""
+
+    digest: bytes
+    number: int
+    is_last: bool
+
+
+class _Missing(NamedTuple):
+    """An image to decode, and its views that are needed, with `_QUALITY` last."""
+
+    digest: bytes
+    wanted: list[int]
+    encoded: bytes
 
 
 def extract_features(
-    sources: Sequence[str],
-    read: Reader,
-    decode: Callable[[bytes], np.ndarray],
-    make_extractor: Callable[[np.ndarray], Extractor],
-    make_tables: Callable[[str], Sequence[FeatureTable]],
-    precision: str | None,
-    augment: Callable[[np.ndarray, bytes, int], np.ndarray] | None = None,
-    views: Mapping[str, int] | None = None,
-    on_image: Callable[[], object] = lambda: None,
-    decoded_ahead: int = 256,
+    images: Images,
+    tables: Sequence[FeatureTable],
+    make_engine: Callable[[np.ndarray], Engine],
+    make_tables: Callable[[Engine], Sequence[FeatureTable]],
+    listener: Listener,
 ) -> Extraction:
     """Computes the features of all images that are not in the cache yet.
 
-    Every image is read, so that its bytes are known; only the missing ones are decoded
-    and go through the base, decoding in threads while the base runs. What is finished
-    when the process is interrupted is kept.
+    Images whose digests are unknown are read. Only those whose features are missing are
+    decoded, in threads, and go through the base at the same time. If the process is
+    interrupted, finished features are kept.
 
     Args:
-        sources: The images.
-        read: Yields their encoded bytes.
-        decode: From encoded bytes to pixels; raises `DecodeError`.
-        make_extractor: Called with the pixels of the first batch, and only if something
-            is missing.
-        make_tables: From a precision to the tables of the plain images and of views.
-        precision: Of the tables to look into; None if nothing is cached and the
-            extractor is to decide.
-        augment: Makes views.
-        views: How many augmented views an image has, where it has any.
-        on_image: Called once an image, when it is done with.
-        decoded_ahead: How many decoded images may wait, the first of them while the
-            extractor is being made.
+        images: The images.
+        tables: Cached features of the plain images and of each view.
+        make_engine: Called with the pixels of the first batch, only if features are
+            missing.
+        make_tables: Returns the tables for features that an engine computes.
+        listener: Receives progress after each image.
     """
-    extraction = Extraction(tables=make_tables(precision) if precision else ())
-    unusable: dict[bytes, str] = {}
-    started: set[tuple[bytes, int]] = set()
-    checked = itertools.count()
-
-    def missing() -> Iterator[tuple[bytes, list[int], bytes]]:
-        for source, encoded in read(sources):
-            if isinstance(encoded, OSError):
-                extraction.skipped[source] = f"cannot be read: {encoded.strerror}"
-                on_image()
-                continue
-            digest = hashlib.sha256(encoded).digest()
-            extraction.digests[source] = digest
-            wanted = [
-                view
-                for view in range(1 + (views or {}).get(source, 0))
-                if (digest, view) not in started
-                and not (precision and digest in extraction.tables[view])
-            ]
-            started.update((digest, view) for view in wanted)
-            if wanted or (is_16_bit_png(encoded) and next(checked) < _MOST_CHECKED):
-                yield digest, wanted, encoded
-            else:
-                on_image()
-
-    def decoded(
-        item: tuple[bytes, list[int], bytes],
-    ) -> tuple[bytes, list[int], np.ndarray | DecodeError]:
-        digest, wanted, encoded = item
-        try:
-            pixels = decode(encoded)
-        except DecodeError as error:
-            return digest, wanted, error
-        if is_nearly_black(encoded, pixels):
-            extraction.nearly_black.add(digest)
-        return digest, wanted, pixels
-
-    def usable() -> Iterator[tuple[_ImageTag, np.ndarray]]:
-        threads = os.cpu_count() or 1
-        items = map_ahead(
-            decoded, missing(), threads, decoded_ahead, weigh=lambda item: len(item[2])
-        )
-        start = time.perf_counter()
-        for digest, wanted, image in items:
-            extraction.decode_seconds += time.perf_counter() - start
-            if isinstance(image, DecodeError):
-                unusable[digest] = str(image)
-                on_image()
-            elif not wanted:
-                on_image()
-            else:
-                extraction.decoded += 1
-                for view in wanted:
-                    pixels = augment(image, digest, view) if view and augment else image
-                    yield (digest, view, view == wanted[-1]), pixels
-            start = time.perf_counter()
-
-    batches = _batches(usable())
-    first = next(batches, None)
-    if first is not None:
-        extractor = make_extractor(first[1])
-        extraction.extractor = extractor
-        extraction.tables = extraction.tables or make_tables(extractor.precision)
-        with contextlib.ExitStack() as stack:
+    walk = _Walk(images, tables, listener)
+    extraction = walk.extraction
+    with contextlib.ExitStack() as stack:
+        stack.callback(images.remember, extraction.digests)
+        if images.quality_table is not None:
+            stack.callback(images.quality_table.flush)
+        batches = _Timed(walk.batches())
+        first = next(batches, None)
+        if first is not None:
+            engine = extraction.engine = make_engine(first[1])
+            extraction.tables = make_tables(engine)
             for table in extraction.tables:
                 table.prepare()
                 stack.callback(table.flush)
-            for tags, outputs in extractor.run(itertools.chain([first], batches)):
-                for (digest, view, is_last), row in zip(tags, outputs, strict=True):
-                    extraction.tables[view].add(digest, row)
-                    if is_last:
-                        on_image()
-    extraction.tables = extraction.tables or make_tables("f32")  # of no images
-    for source, digest in list(extraction.digests.items()):
-        if digest in unusable:
-            extraction.skipped[source] = unusable[digest]
-            del extraction.digests[source]
+            outputs = _Timed(engine.run(itertools.chain([first], batches)))
+            before = batches.seconds
+            for views, rows in outputs:
+                extraction.forwarded += len(rows)
+                for view, row in zip(views, rows, strict=True):
+                    extraction.tables[view.number].add(view.digest, row)
+                    if view.is_last:
+                        walk.finish_one()
+            extraction.forward_seconds = outputs.seconds - (batches.seconds - before)
+    walk.leave_out_unusable()
     return extraction
 
 
-@dataclass(frozen=True)
-class FrozenPart:
-    """A model that is not trained, and what its features depend on.
+class _Walk:
+    """One pass over images, which reads each and decodes it if features are missing.
 
     Attributes:
-        model: From `[N, image_size, image_size, 3]` pixels in [0, 255] to features.
-        base: Name of the base it belongs to.
-        weights_digest: SHA-256 of its weights.
-        split_point: What its last layer is called.
-        seed: Of augmented views.
-        cache: Where features are kept.
+        extraction: The result, which is filled in during the pass.
     """
 
-    model: keras.Model
-    base: str
-    weights_digest: str
-    split_point: str
-    seed: int
-    cache: FeatureCache
+    def __init__(
+        self, images: Images, tables: Sequence[FeatureTable], listener: Listener
+    ):
+        self.extraction = Extraction(tables=tables, quality_table=images.quality_table)
+        self._images = images
+        self._cached = tables
+        self._listener = listener
+        self._done = itertools.count(1)
+        self._started: set[tuple[bytes, int]] = set()
+        self._unusable: dict[bytes, str] = {}
 
-    @property
-    def image_size(self) -> int:
-        """Side of the images in pixels."""
-        return self.model.input_shape[1]
+    def batches(self) -> Iterator[tuple[list[_View], np.ndarray]]:
+        """Yields batches of views whose features are missing, with their pixels."""
+        views = self._views()
+        while batch := list(itertools.islice(views, BATCH_SIZE)):
+            yield [view for view, _ in batch], np.stack([pixels for _, pixels in batch])
 
-    def spec(
-        self, precision: str, view: int, dtype: str, engine: Engine | None = None
-    ) -> FeatureSpec:
-        """What its features of a view of images are known by in the cache."""
-        # Keras is only asked for when OpenVINO's float32 was found to disagree.
-        if engine == "keras":
-            precision = "f32-keras"
-        return FeatureSpec(
-            base=self.base,
-            weights_digest=self.weights_digest,
-            image_size=self.image_size,
-            split_point=self.split_point,
-            precision=precision,
-            decoder_version=DECODER_VERSION,
-            view=view,
-            augmentation=f"{AUGMENT_VERSION}:{self.seed}" if view else "",
-            dtype=dtype,
+    def finish_one(self) -> None:
+        """Reports that an image is finished."""
+        total = len(self._images.sources)
+        self._listener.progress("features", next(self._done), total)
+
+    def leave_out_unusable(self) -> None:
+        """Moves images that could not be decoded to `extraction.skipped`."""
+        digests = self.extraction.digests
+        for source in [x for x, digest in digests.items() if digest in self._unusable]:
+            self.extraction.skipped[source] = self._unusable[digests.pop(source)]
+
+    def _missing(self) -> Iterator[_Missing]:
+        """Yields images with missing features; reads only images that it has to."""
+        unread = []
+        for source in self._images.sources:
+            digest = self._images.known.get(source)
+            if digest is None or self._wanted(source, digest):
+                unread.append(source)
+            else:
+                self.extraction.digests[source] = digest
+                self.finish_one()
+        for source, encoded in self._images.read(unread):
+            if isinstance(encoded, OSError):
+                reason = f"cannot be read: {encoded.strerror}"
+                self.extraction.skipped[source] = reason
+                self.finish_one()
+                continue
+            digest = hashlib.sha256(encoded).digest()
+            self.extraction.digests[source] = digest
+            wanted = self._wanted(source, digest)
+            self._started.update((digest, view) for view in wanted)
+            if wanted:
+                yield _Missing(digest, wanted, encoded)
+            else:
+                self.finish_one()
+
+    def _wanted(self, source: str, digest: bytes) -> list[int]:
+        """Lists the views of an image that are neither cached nor in progress."""
+        views = range(1 + self._images.views.get(source, 0))
+        tables = {view: self._cached[view] for view in views}
+        if self._images.measures_quality and self._images.quality_table is not None:
+            tables[_QUALITY] = self._images.quality_table
+        return [
+            view
+            for view, table in tables.items()
+            if (digest, view) not in self._started and digest not in table
+        ]
+
+    def _decoded(
+        self, item: _Missing
+    ) -> tuple[_Missing, DecodedImage | DecodeError, np.ndarray | None]:
+        try:
+            image = self._images.decode(item.encoded)
+        except DecodeError as error:
+            return item, error, None
+        if _QUALITY in item.wanted:
+            return item, image, measure_quality(item.encoded, image)
+        return item, image, None
+
+    def _views(self) -> Iterator[tuple[_View, np.ndarray]]:
+        """Yields views with pixels; decodes in threads, one image after the other."""
+        images = self._images
+        items = _Timed(
+            map_ahead(
+                self._decoded,
+                self._missing(),
+                os.cpu_count() or 1,
+                images.decoded_ahead,
+                weigh=lambda item: len(item.encoded),
+            )
         )
+        for item, image, quality in items:
+            self.extraction.decode_seconds = items.seconds
+            if isinstance(image, DecodeError):
+                self._unusable[item.digest] = str(image)
+                self.finish_one()
+                continue
+            if quality is not None and images.quality_table is not None:
+                row = np.frombuffer(quality.tobytes(), np.uint8)
+                images.quality_table.add(item.digest, row)
+            numbers = [number for number in item.wanted if number != _QUALITY]
+            if not numbers:
+                self.finish_one()
+                continue
+            self.extraction.decoded += 1
+            for number in numbers:
+                view = _View(item.digest, number, number == numbers[-1])
+                if number and images.augment:
+                    yield view, images.augment(image.pixels, item.digest, number)
+                else:
+                    yield view, image.pixels
 
 
-@dataclass(frozen=True)
-class FrozenFeatures:
-    """The features of all images, plain and augmented, and what they cost.
+class _Timed(Iterator[_T]):
+    """An iterator that measures the time spent waiting for its items.
 
     Attributes:
-        extraction: What happened.
-        precision: Arithmetic of the frozen part, `f32` or `bf16`.
-        seconds: Wall time.
+        seconds: Total wall-clock time so far.
     """
 
-    extraction: Extraction
-    precision: Precision
-    seconds: float
+    def __init__(self, iterable: Iterable[_T]):
+        self.seconds = 0.0
+        self._iterator = iter(iterable)
 
-    def rows(self, sources: Sequence[str], view: int = 0) -> Features:
-        """Features of images, in this order."""
-        digests = [self.extraction.digests[source] for source in sources]
-        return self.extraction.tables[view].features(digests)
-
-
-def frozen_features(
-    part: FrozenPart,
-    splits: Splits,
-    views: int,
-    precision: Precision,
-    engine: Engine | None = None,
-    dtype: str = "float32",
-    on_extractor: Callable[[Extractor, np.ndarray], object] = lambda *_: None,
-    on_progress: Callable[[str, int, int], object] = lambda *_: None,
-    extractor: Extractor | None = None,
-) -> FrozenFeatures:
-    """The features of all images of all splits; cached ones are not computed again.
-
-    Args:
-        part: What computes them.
-        splits: The images.
-        views: Augmented views of every training image, beside the plain one.
-        precision: `auto` takes what was measured before, or measures.
-        engine: None for the fastest here.
-        dtype: How features are kept: `float32`, `float16` or `uint8`.
-        on_extractor: Told what will compute them and a first batch of pixels, if
-            anything has to be computed.
-        on_progress: Called with ("features", images done with, of how many).
-        extractor: One that was made for this part, engine and precision before.
-    """
-    started = time.perf_counter()
-
-    def spec(precision: str, view: int) -> FeatureSpec:
-        return part.spec(precision, view, dtype, engine)
-
-    sources = [source for _, table in splits.items() for source in table.sources]
-
-    views_of = dict.fromkeys(splits.train.sources, views)
-
-    def read(sources: Sequence[str]) -> Iterator[tuple[str, bytes | OSError]]:
-        """Training images first: what the first ones decide, no others may decide."""
-        yield from splits.read([source for source in sources if source in views_of])
-        yield from splits.read([source for source in sources if source not in views_of])
-
-    def extract(cached: Precision | None, notes: Sequence[str] = ()) -> Extraction:
-        def make_extractor(sample: np.ndarray) -> Extractor:
-            sample = sample[: max(len(views_of), 1)]
-            made = extractor or Extractor(part.model, cached or "auto", sample, engine)
-            made.notes.extend(notes)
-            on_extractor(made, sample)
-            return made
-
-        seen = itertools.count(1)
-        return extract_features(
-            sources,
-            read,
-            make_decoder(part.image_size),
-            make_extractor,
-            lambda name: [part.cache.table(spec(name, v)) for v in range(views + 1)],
-            cached,
-            make_augmenter(part.image_size, part.seed) if views else None,
-            views_of,
-            lambda: on_progress("features", next(seen), len(sources)),
-            decoded_ahead=_WAITING_BYTES // (3 * part.image_size**2),
-        )
-
-    cached: Precision | None = precision
-    if precision == "auto":  # what was measured before stands
-        cached = _cached_precision(part.cache, spec("f32", 0), spec("bf16", 0))
-    try:
-        extraction = extract(cached)
-    except UsageError:
-        if precision != "auto" or cached != "bf16":
-            raise
-        cached = "f32"
-        note = "precision f32: what is cached as bfloat16 cannot be added to here"
-        extraction = extract(cached, [note])
-    return FrozenFeatures(
-        extraction,
-        cached or (extraction.extractor.precision if extraction.extractor else "f32"),
-        time.perf_counter() - started,
-    )
-
-
-def _cached_precision(
-    cache: FeatureCache, f32: FeatureSpec, bf16: FeatureSpec
-) -> Literal["f32", "bf16"] | None:
-    """The precision of which more rows are cached; None if there are no rows."""
-    rows, bf16_rows = cache.rows(f32), cache.rows(bf16)
-    if not rows + bf16_rows:
-        return None
-    return "f32" if rows >= bf16_rows else "bf16"
-
-
-def _batches(
-    images: Iterable[tuple[_ImageTag, np.ndarray]],
-) -> Iterator[tuple[list[_ImageTag], np.ndarray]]:
-    iterator = iter(images)
-    while batch := list(itertools.islice(iterator, BATCH_SIZE)):
-        yield [tag for tag, _ in batch], np.stack([image for _, image in batch])
+    def __next__(self) -> _T:
+        start = time.perf_counter()
+        try:
+            return next(self._iterator)
+        finally:
+            self.seconds += time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""Which rows the shards of a table hold: NumPy arrays, sorted by digest."""
+"""Index of the rows in a table's shards, as NumPy arrays sorted by digest."""
 
 import contextlib
 import itertools
@@ -9,23 +9,23 @@ import numpy as np
 
 from keras_transfer.features.shards import INDEX_DTYPE, ShardStore
 
-_KEYED = np.dtype([("key", "<u8"), ("rest", "V24")])  # a digest
+_KEYED = np.dtype([("key", "<u8"), ("rest", "V24")])  # the layout of a digest
 UNKNOWN, SOUND, DAMAGED = range(3)
 
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """Which row of which shard an image's features are in.
+    """Maps an image's digest to the shard and row of its features.
 
     An image may have several entries, such as one whose row is damaged and a later one.
 
     Attributes:
-        names: Of the shards.
-        starts: int64 `[len(names) + 1]`: where the entries of each shard start.
+        names: Names of the shards.
+        starts: int64 `[len(names) + 1]`: index of each shard's first entry, then N.
         entries: `[N]` of `INDEX_DTYPE`, one for each row of each shard.
-        states: uint8 `[N]`: whether the row is `UNKNOWN`, `SOUND` or `DAMAGED`.
-        keys: uint64 `[N]`, sorted: first 8 bytes of the digests, which are random.
-        order: uint32 `[N]`: the entry of each key.
+        states: uint8 `[N]`: `UNKNOWN`, `SOUND` or `DAMAGED` for each row.
+        keys: uint64 `[N]`, sorted: the first 8 bytes of the digests.
+        order: uint32 `[N]`: index into `entries` for each key.
     """
 
     names: tuple[str, ...]
@@ -37,7 +37,7 @@ class Index:
 
     @classmethod
     def read(cls, store: ShardStore) -> "Index":
-        """Reads the indices of all shards."""
+        """Reads the indices of all shards of a store, skipping damaged ones."""
         names, starts, content = [], [0], bytearray()
         for name in store.list():
             with contextlib.suppress(FileNotFoundError, ValueError):
@@ -58,7 +58,12 @@ class Index:
         )
 
     def extended(self, name: str, index: np.ndarray) -> "Index":
-        """The same with one more shard, all of whose rows are sound."""
+        """Returns an index with one more shard, all of whose rows are sound.
+
+        Args:
+            name: Name of the shard.
+            index: `[n]` of `INDEX_DTYPE`, the shard's entries.
+        """
         keys = _keys(index["digest"])
         order = np.argsort(keys)
         places = np.searchsorted(self.keys, keys[order])
@@ -73,7 +78,7 @@ class Index:
         )
 
     def take_states(self, other: "Index") -> None:
-        """Takes over what is known of the rows of the shards that both have."""
+        """Copies the row states of the shards that both indices have, in place."""
         spans = itertools.pairwise(other.starts)
         known = dict(zip(other.names, spans, strict=True))
         for name, (start, stop) in zip(
@@ -85,7 +90,15 @@ class Index:
     def find(
         self, digests: np.ndarray, are_sound: Callable[[np.ndarray], np.ndarray]
     ) -> np.ndarray:
-        """int64 `[n]`: a sound entry of each digest, -1 where there is none."""
+        """Finds a sound entry of each digest.
+
+        Args:
+            digests: `[n]` digests; see `as_digests`.
+            are_sound: Takes indices of entries; returns bool, whether each is sound.
+
+        Returns:
+            int64 `[n]` indices into `entries`; -1 where there is none.
+        """
         found = np.full(len(digests), -1, np.int64)
         wanted = _keys(digests)
         places = np.searchsorted(self.keys, wanted)
@@ -102,7 +115,7 @@ class Index:
         return found
 
     def candidates(self, digest: bytes) -> Iterator[int]:
-        """The entries of one digest, sound or not."""
+        """Yields the indices of a digest's entries, sound or not."""
         key = np.uint64(int.from_bytes(digest[:8], "little"))
         for place in range(int(self.keys.searchsorted(key)), len(self.keys)):
             if self.keys[place] != key:
@@ -114,7 +127,14 @@ class Index:
     def by_shard(
         self, entries: np.ndarray
     ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-        """(name, rows in ascending order, where each is in `entries`) of each shard."""
+        """Groups entries by shard.
+
+        Args:
+            entries: `[n]` indices into the attribute `entries`.
+
+        Yields:
+            (name of a shard, rows in ascending order, position of each in `entries`).
+        """
         places = np.argsort(entries, kind="stable")
         ordered = entries[places].astype(np.int64)
         shards = np.searchsorted(self.starts, ordered, side="right") - 1
@@ -127,7 +147,7 @@ class Index:
 
 
 def as_digests(digests: Sequence[bytes]) -> np.ndarray:
-    """SHA-256 digests as an array `[n]` of 32 bytes each."""
+    """Converts SHA-256 digests to an array `[n]` with 32 bytes per element."""
     return np.frombuffer(b"".join(digests), INDEX_DTYPE["digest"])
 
 

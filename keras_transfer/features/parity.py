@@ -1,24 +1,34 @@
-"""Whether two ways of computing agree, measured on real images."""
+"""Agreement of two ways of computing predictions, measured on real images."""
 
 import numpy as np
 
 PARITY_IMAGES = 64
+"""Number of images on which predictions are compared."""
+
 PARITY_AGREEMENT = 0.99
+"""Smallest fraction of images whose predicted classes must agree."""
+
 PARITY_TOLERANCE = {"f32": 1e-3, "bf16": 0.05}
-"""How far a model may be from what cached features say, in probability, by the
-arithmetic of the features."""
+"""Largest difference in probability between a model and its head on cached features, by
+the arithmetic of the features."""
 
 
 def parity(
     expected: np.ndarray, actual: np.ndarray, tolerance: float
 ) -> dict[str, float]:
-    """How far two `[N, num_classes]` probabilities of the same images are apart.
+    """Compares two predictions for the same images.
+
+    Args:
+        expected: `[N, num_classes]` probabilities.
+        actual: `[N, num_classes]` probabilities.
+        tolerance: Largest acceptable difference of probabilities.
 
     Returns:
-        `images`, `top1_agreement` (0 to 1), `max_probability_difference`, `tolerance`;
-        of no images, full agreement. Classes agree if they are the same, or as likely
-        as each other but for the tolerance: which of these comes first is chance, and
-        several classes of multi-label data may be certain.
+        `images` (N), `top1_agreement` (0 to 1), `max_probability_difference` (0 to 1)
+        and `tolerance`. With no images, the agreement is perfect. The predicted classes
+        also count as agreeing if their expected probabilities differ by no more than
+        the tolerance, because then their order is arbitrary. With multi-label data,
+        several classes may be certain.
     """
     images = len(expected)
     if not images:
@@ -33,7 +43,7 @@ def parity(
 
 
 def is_close(parity: dict[str, float]) -> bool:
-    """Whether a parity is good enough."""
+    """Returns whether the result of `parity` is good enough."""
     return (
         parity["top1_agreement"] >= PARITY_AGREEMENT
         and parity["max_probability_difference"] <= parity["tolerance"]

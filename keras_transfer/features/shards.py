@@ -1,4 +1,4 @@
-"""The files of the feature cache: shards of rows, each written once and whole."""
+"""The files of the feature cache: shards of rows, each written once, atomically."""
 
 import contextlib
 import ctypes
@@ -17,70 +17,79 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from keras_transfer.errors import KerasTransferError
 from keras_transfer.runs.files import locked, sync
 
-_MOST_ATTEMPTS = 10  # to write a shard, while others prune its table
+_MOST_ATTEMPTS = 10  # to write a shard while other processes prune its table
 INDEX_DTYPE = np.dtype([("digest", "V32"), ("checksum", "<u4")])
 _VERSION = 1
 
 SPEC = "spec.json"
-_SHARD = r"(?:[0-9a-f]{64}|\d{20}-[0-9a-f]{8})"  # by content; once, by time
+_SHARD = r"(?:[0-9a-f]{64}|\d{20}-[0-9a-f]{8})"  # by content; formerly by time
 _SHARD_NAME = re.compile(_SHARD)
 OWN_FILE = re.compile(
     rf"spec\.json|{_SHARD}\.(npy|index|tmp)|\.\w+\.tmp"
     rf"|\.(spec\.json|{_SHARD}\.index)\.\w+"
 )
 
-_OTHER_FIX = "Choose another with --cache-dir."
+_OTHER_FIX = "Choose another cache_dir."
 _FIXES = {
     errno.EMFILE: "Allow more open files with ulimit -n.",
     errno.ENFILE: "Close some programs.",
-    errno.ENOSPC: "Make room with kt cache prune, or choose another with --cache-dir.",
+    errno.ENOSPC: "Make room with kt cache prune, or choose another cache_dir.",
 }
 
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """All that features depend on, besides the image's bytes.
+    """Everything that features depend on besides the image's bytes.
 
     Attributes:
         base: Name of the base.
         weights_digest: SHA-256 of the weights below the split point.
-        image_size: Side of the images in pixels.
-        split_point: Layer whose output the features are.
-        precision: `f32` or `bf16`.
+        image_size: Side of the square images in pixels.
+        split_point: Name of the layer whose outputs are the features.
+        precision: Arithmetic: `f32` or `bf16`.
         decoder_version: `decode.DECODER_VERSION`.
         view: 0 for the plain image, else the number of the augmented view.
-        augmentation: Seed and version of the augmentation; "" for the plain image.
-        dtype: How they are kept: `float32`, `float16` or `uint8`.
+        augmentation: Version and seed of the augmentation; "" for the plain image.
+        dtype: Data type of the stored features: `float32`, `float16` or `uint8`.
+        engine: Engine that computed the features: `openvino` or `keras`; "" in old
+            caches.
+        device: The CPU's instruction set, or the GPU's name; "" in old caches.
     """
 
     base: str
     weights_digest: str
     image_size: int
     split_point: str
-    precision: str
+    precision: Literal["f32", "bf16"]
     decoder_version: int
     view: int = 0
     augmentation: str = ""
     dtype: str = "float32"
+    engine: str = ""
+    device: str = ""
 
     def key(self) -> str:
-        """The name of the folder."""
-        text = json.dumps(asdict(self) | {"version": _VERSION}, sort_keys=True)
+        """Returns the name of the table's folder, 32 hexadecimal digits."""
+        values = asdict(self) | {"version": _VERSION}
+        if not self.engine:  # old caches did not record it
+            del values["engine"], values["device"]
+        text = json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 class ShardStore:
-    """Where the shards of one table are kept: a folder.
+    """The folder with the shards of one table.
 
     A shard is rows `[n, ...]` and an index `[n]` of `INDEX_DTYPE`. Its name is the
-    SHA-256 of the index, so that shards with one name have the same rows, and whoever
-    writes one again only mends it.
+    SHA-256 of the index, so shards with the same name have the same rows, and writing
+    one again can only repair it.
     """
 
     def __init__(self, folder: Path, spec: FeatureSpec):
@@ -92,17 +101,17 @@ class ShardStore:
         return str(self._folder)
 
     def list(self) -> dict[str, int]:
-        """Names of the complete shards in order, and how many bytes each has."""
+        """Returns the size in bytes of each complete shard, sorted by name."""
         with explaining_errors(self._folder, "read"):
             return _shard_sizes(file_sizes(self._folder))
 
     def index(self, name: str) -> np.ndarray:
-        """The index of a shard.
+        """Reads the index of a shard, `[n]` of `INDEX_DTYPE`.
 
         Raises:
-            FileNotFoundError: If the shard is not there any more.
-            ValueError: If it is damaged.
-            KerasTransferError: If it cannot be read.
+            FileNotFoundError: If the shard no longer exists.
+            ValueError: If the index is damaged.
+            KerasTransferError: If the index cannot be read.
         """
         path = self._folder / f"{name}.index"
         with explaining_errors(path, "read"):
@@ -112,12 +121,16 @@ class ShardStore:
         return np.frombuffer(content, INDEX_DTYPE)
 
     def read(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """Rows of a shard, in any order, which are not checked.
+        """Reads rows of a shard in any order, without verifying their checksums.
+
+        Args:
+            name: Name of the shard.
+            rows: `[n]` indices of rows.
 
         Raises:
-            FileNotFoundError: If the shard is not there any more.
-            ValueError: If it is damaged.
-            KerasTransferError: If it cannot be read.
+            FileNotFoundError: If the shard no longer exists.
+            ValueError: If the file is damaged.
+            KerasTransferError: If the file cannot be read.
         """
         path = self._folder / f"{name}.npy"
         with explaining_errors(path, "read"):
@@ -127,11 +140,11 @@ class ShardStore:
                 return self._maps[name][rows]
             except (OSError, MemoryError):
                 raise
-            except Exception as error:  # whatever a damaged header causes
+            except Exception as error:  # a damaged header can cause any exception
                 raise ValueError(f"{path} is damaged") from error
 
     def prepare(self) -> None:
-        """Finds out whether shards can be written, before there are any.
+        """Checks that shards can be written, before there are any.
 
         Raises:
             KerasTransferError: If they cannot.
@@ -142,10 +155,17 @@ class ShardStore:
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     def put(self, index: np.ndarray, rows: np.ndarray) -> str:
-        """Writes a shard, so that it is there whole or not at all; returns its name.
+        """Writes a shard atomically.
+
+        Args:
+            index: `[n]` of `INDEX_DTYPE`.
+            rows: `[n, ...]` features.
+
+        Returns:
+            The name of the shard.
 
         Raises:
-            KerasTransferError: If it cannot be written.
+            KerasTransferError: If the shard cannot be written.
         """
         content = index.tobytes()
         name = hashlib.sha256(content).hexdigest()
@@ -163,18 +183,18 @@ class ShardStore:
                 except (FileNotFoundError, FileExistsError):  # it is being pruned
                     if attempt == _MOST_ATTEMPTS:
                         raise
-        self._maps.pop(name, None)  # what it replaced
+        self._maps.pop(name, None)  # a map of a file that was replaced
         return name
 
     def delete(self, name: str) -> None:
-        """Deletes a shard, which another process may have done already."""
+        """Deletes a shard if it still exists."""
         self._maps.pop(name, None)
         with explaining_errors(self._folder, "written"):
             for suffix in (".index", ".npy"):
                 (self._folder / f"{name}{suffix}").unlink(missing_ok=True)
 
     def remove_left_overs(self) -> None:
-        """Removes what writers that were killed did not finish."""
+        """Removes unfinished files of processes that were killed."""
         with explaining_errors(self._folder, "read"):
             sizes = file_sizes(self._folder)
         shards = _shard_sizes(sizes)
@@ -182,7 +202,8 @@ class ShardStore:
             path = self._folder / name
             if path.stem in shards or name == SPEC:
                 continue
-            # What cannot be locked is being written. What has an index now is finished.
+            # A locked file is being written. If an index has appeared, the shard was
+            # completed in the meantime.
             with contextlib.suppress(OSError), locked(path) as is_held:
                 if is_held and not path.with_suffix(".index").exists():
                     path.unlink()
@@ -196,7 +217,7 @@ class ShardStore:
         self._write({SPEC: [text]})
 
     def _write(self, files: Mapping[str, Sequence[bytes | memoryview]]) -> None:
-        """Writes files in full, and only then gives them their names, in this order."""
+        """Writes files completely, and only then renames them, in the given order."""
         with contextlib.ExitStack() as stack:
             temporaries = [self._temporary(stack) for _ in files]
             for path, chunks in zip(temporaries, files.values(), strict=True):
@@ -211,13 +232,13 @@ class ShardStore:
             sync(self._folder)
 
     def _temporary(self, stack: contextlib.ExitStack) -> Path:
-        """A new file, locked until the stack is closed, and then removed."""
+        """Creates a file that is locked until the stack is closed and then removed."""
         while True:
             descriptor, name = tempfile.mkstemp(".tmp", ".", self._folder)
             os.close(descriptor)
             path = Path(name)
             stack.callback(path.unlink, missing_ok=True)
-            # Until it is locked another process may take it for a left-over.
+            # Until it is locked, another process may remove it as a leftover.
             with contextlib.suppress(BlockingIOError, FileNotFoundError):
                 stack.enter_context(locked(path))
                 if path.exists():
@@ -226,9 +247,14 @@ class ShardStore:
 
 @contextlib.contextmanager
 def explaining_errors(place: Path | str, verb: str) -> Iterator[None]:
-    """Makes an error of the system one of ours; what is not there to be read is none.
+    """Converts an `OSError` in the block to a `KerasTransferError`.
+
+    Args:
+        place: File or directory, for the message.
+        verb: What was attempted: `read`, `written` or `pruned`.
 
     Raises:
+        FileNotFoundError: If a file to be read does not exist; passed through.
         KerasTransferError: For every other `OSError`.
     """
     try:
@@ -243,15 +269,15 @@ def explaining_errors(place: Path | str, verb: str) -> Iterator[None]:
 
 
 def _mapped(path: Path) -> np.ndarray:
-    """The array of an `.npy` file, mapped into memory without a file descriptor.
+    """Maps an `.npy` file into memory without keeping a file descriptor open.
 
-    NumPy's and Python's own maps hold one each (Python's can do without from 3.13 on),
-    and there are not enough of them for all shards of a large cache.
+    NumPy's and Python's own maps keep one each (Python's can do without only since
+    3.13), and a large cache has more shards than a process may have open files.
 
     Raises:
         ValueError: If the file is damaged.
     """
-    if os.name == "nt":  # where they are not scarce
+    if os.name == "nt":  # open files are not scarce there
         return np.lib.format.open_memmap(path, mode="r")
     with path.open("rb") as file:
         np.lib.format.read_magic(file)
@@ -282,7 +308,7 @@ def _libc() -> ctypes.CDLL:
 
 
 def _npy_header(rows: np.ndarray) -> bytes:
-    # `np.save` would not say why it cannot write.
+    # `np.save` would not report why a write failed.
     file = io.BytesIO()
     header = np.lib.format.header_data_from_array_1_0(rows)
     np.lib.format.write_array_header_1_0(file, header)
@@ -290,18 +316,18 @@ def _npy_header(rows: np.ndarray) -> bytes:
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
-    """Name -> size of the files of a folder, none if it is not there."""
+    """Returns the size in bytes of a folder's files by name; empty if it is missing."""
     sizes = {}
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
-            with contextlib.suppress(FileNotFoundError):  # merged, or pruned
+            with contextlib.suppress(FileNotFoundError):  # merged or pruned
                 if entry.is_file():
                     sizes[entry.name] = entry.stat().st_size
     return sizes
 
 
 def _shard_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
-    """Name -> size of the complete shards among files, sorted."""
+    """Returns the size in bytes of each complete shard among files, sorted by name."""
     names = sorted(name.removesuffix(".index") for name in sizes)
     return {
         name: sizes[f"{name}.npy"] + sizes[f"{name}.index"]
@@ -313,6 +339,6 @@ def _shard_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def count_rows(sizes: Mapping[str, int]) -> int:
-    """How many rows files of these names and sizes hold."""
+    """Counts the rows in complete shards, given the files' sizes by name."""
     names = _shard_sizes(sizes)
     return sum(sizes[f"{name}.index"] for name in names) // INDEX_DTYPE.itemsize

@@ -1,31 +1,42 @@
-"""What is left of splits when some images cannot be used, and what is doubtful."""
+"""Removes unusable images from splits and finds doubtful ones."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 from keras_transfer.config import Config
 from keras_transfer.data.tables import Splits, count_classes
-from keras_transfer.errors import KerasTransferError
+from keras_transfer.errors import KerasTransferError, UnusableImagesError
 from keras_transfer.features.extraction import Extraction
+
+_MOST_REASONS = 3  # listed in an error message
 
 
 def usable_splits(config: Config, splits: Splits, extraction: Extraction) -> Splits:
-    """The splits without the images that could not be used.
+    """Returns the splits without the images that could not be used.
 
     Raises:
-        KerasTransferError: If they are too many, or too few classes are left.
+        UnusableImagesError: If more than `max_skipped` of the images are unusable.
+        KerasTransferError: If too few classes (two, or one for multi-label data) have
+            a training image.
     """
     skipped = extraction.skipped
     total = len(skipped) + len(extraction.digests)
     if len(skipped) > config.max_skipped * total:
-        path, reason = next(iter(skipped.items()))
-        raise KerasTransferError(
-            f"{len(skipped)} of {total} images cannot be used, more than "
-            f"{config.max_skipped:.0%}. The first is {path}: {reason}. Mend them, or "
-            "allow more with kt fit --max-skipped."
+        # Cut off file sizes in parentheses, which would make equal reasons differ.
+        counts = Counter(reason.partition(" (")[0] for reason in skipped.values())
+        shown = counts.most_common(_MOST_REASONS)
+        reasons = [f"{reason} ({count:,})" for reason, count in shown]
+        others = len(skipped) - sum(count for _, count in shown)
+        reasons += [f"other reasons ({others:,})"] if others else []
+        raise UnusableImagesError(
+            f"{len(skipped):,} of {total:,} images cannot be used, more than "
+            f"{config.max_skipped:.0%}: {'; '.join(reasons)}. "
+            f"The first is {next(iter(skipped))}. Mend them, or train with a larger "
+            "max_skipped.",
+            skipped,
         )
     usable = splits.keep(extraction.digests)
-    shown = count_classes(usable.train.targets, len(usable.class_names)) > 0
-    if shown.sum() < (1 if usable.multi_label else 2):
+    has_images = count_classes(usable.train.targets, len(usable.class_names)) > 0
+    if has_images.sum() < (1 if usable.multi_label else 2):
         raise KerasTransferError(
             "Too few classes have a usable training image. Received: "
             f"{len(usable.train)} usable training images."
@@ -33,20 +44,24 @@ def usable_splits(config: Config, splits: Splits, extraction: Extraction) -> Spl
     return usable
 
 
-def doubts(splits: Splits, usable: Splits, extraction: Extraction) -> list[str]:
-    """What the images' bytes show that makes figures look better than they are.
+def data_warnings(splits: Splits, usable: Splits, extraction: Extraction) -> list[str]:
+    """Finds problems in the images' content that bias metrics.
 
     Args:
-        splits: All images, whose own warnings were given already.
-        usable: Those that have features.
-        extraction: Where their digests are.
+        splits: All images; their own warnings are not repeated.
+        usable: The images that have features.
+        extraction: Digests and quality measures of the images.
+
+    Returns:
+        One line per problem: nearly black images, classes without usable images,
+        duplicates across splits, and duplicates with different labels.
     """
     digests = extraction.digests
     lines = []
-    black = sum(digest in extraction.nearly_black for digest in digests.values())
+    black = extraction.quality(list(digests))["is_nearly_black"].sum()
     if black:
         lines.append(
-            f"{black} images are PNGs of 16 bits that use 12 or fewer, and so nearly "
+            f"{black:,} images are PNGs of 16 bits that use 12 or fewer, and so nearly "
             "black. Multiply their pixels by 16, or save them in 8 bits."
         )
     known = splits.absent_classes()

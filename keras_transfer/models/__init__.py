@@ -1,4 +1,4 @@
-"""Pretrained bases, their weights, and the classifiers made from them.
+"""Pretrained bases, their weights, and the classifiers built from them.
 
 Reading order: bases, efficientnet_lite, alexnet, torch_checkpoint, weights, classifier,
 fold, layer_groups.

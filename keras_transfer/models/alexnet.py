@@ -1,37 +1,42 @@
-"""AlexNet: the network that began it, in its single-column form.
+"""AlexNet in its single-column form.
 
-Krizhevsky 2014, arXiv:1404.5997; layer sizes as in torchvision, whose weights it takes.
+Source: Krizhevsky 2014, arXiv:1404.5997. The layer sizes are those of torchvision,
+whose weights it uses.
 """
 
+from collections.abc import Mapping
+
 import keras
+import numpy as np
 
 
 def alexnet(input_tensor: keras.KerasTensor) -> keras.Model:
-    """AlexNet up to its last convolution, randomly initialized.
+    """Builds AlexNet up to the pooling after its last convolution, with random weights.
 
     Args:
-        input_tensor: float32 `[N, H, W, 3]`, pixels normalized by ImageNet's mean and
-            standard deviation.
+        input_tensor: float32 `[N, H, W, 3]` RGB pixels normalized by ImageNet's mean
+            and standard deviation.
 
     Returns:
-        The model from `input_tensor`'s source to float32 `[N, h, w, 256]`, 6 x 6 at
-        224 pixels.
+        A model from the source of `input_tensor` to float32 `[N, h, w, 256]`; h and w
+        are 6 for images of 224 pixels.
     """
     inputs = keras.utils.get_source_inputs(input_tensor)
     return keras.Model(inputs, _convolutions(input_tensor), name="alexnet")
 
 
 def alexnet_fc7(input_tensor: keras.KerasTensor) -> keras.Model:
-    """AlexNet up to its second fully connected layer, randomly initialized.
+    """Builds AlexNet up to its second fully connected layer, with random weights.
 
-    The layers are convolutions, so that larger images are a map of features.
+    The fully connected layers are built as convolutions, so that larger images result
+    in a map of features.
 
     Args:
-        input_tensor: As of `alexnet`, at least 223 pixels a side.
+        input_tensor: As for `alexnet`, with H and W at least 223.
 
     Returns:
-        The model from `input_tensor`'s source to float32 `[N, h, w, 4096]`, 1 x 1 at
-        224 pixels.
+        A model from the source of `input_tensor` to float32 `[N, h, w, 4096]`; h and w
+        are 1 for images of 224 pixels.
     """
     x = _convolutions(input_tensor)
     for name, kernel in (("fc6", 6), ("fc7", 1)):
@@ -41,16 +46,16 @@ def alexnet_fc7(input_tensor: keras.KerasTensor) -> keras.Model:
     return keras.Model(inputs, x, name="alexnet_fc7")
 
 
-def from_torch(model: keras.Model, arrays: dict) -> None:
-    """Sets the weights from torchvision's state dict.
+def from_torch(model: keras.Model, arrays: Mapping[str, np.ndarray]) -> None:
+    """Sets the weights of a model from torchvision's state dict.
 
     Args:
-        model: What `alexnet` or `alexnet_fc7` returned.
-        arrays: Names such as `features.0.weight` to numpy arrays.
+        model: A model built by `alexnet` or `alexnet_fc7`.
+        arrays: Arrays by name, such as `features.0.weight`.
 
     Raises:
         KeyError: If an array is missing.
-        ValueError: If one has another shape.
+        ValueError: If an array has the wrong shape.
     """
     for layer in model.layers:
         if layer.name not in _TORCH_NAMES:
@@ -58,7 +63,7 @@ def from_torch(model: keras.Model, arrays: dict) -> None:
         torch_name = _TORCH_NAMES[layer.name]
         kernel, bias = (arrays[f"{torch_name}.{field}"] for field in ("weight", "bias"))
         height, width, channels, filters = layer.kernel.shape
-        # torch [out, in, kh, kw], or flat [out, in * kh * kw]
+        # torch [out, in, kh, kw] or flattened [out, in * kh * kw]
         # -> Keras [kh, kw, in, out]
         kernel = kernel.reshape(filters, channels, height, width).transpose(2, 3, 1, 0)
         layer.set_weights([kernel, bias])

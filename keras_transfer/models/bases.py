@@ -1,6 +1,6 @@
 """The table of bases: pretrained networks without their classifier.
 
-A base is a row, nothing else: adding a `keras.applications` model means adding a row.
+A base is defined by a row only; to add a `keras.applications` model, add a row.
 Importing this module imports neither TensorFlow nor Keras.
 """
 
@@ -18,9 +18,15 @@ from keras_transfer.errors import UsageError
 
 @dataclass(frozen=True)
 class Scaling:
-    """How [0, 255] RGB pixels become what a base was trained on.
+    """How [0, 255] RGB pixels are converted to a base's input.
 
-    `pixels * scale + offset`, per channel, after reversing the channels for `bgr`.
+    The result is `pixels * scale + offset`, after the channels were reversed if `bgr`.
+
+    Attributes:
+        name: Description for people.
+        scale: Factor, for all channels or for each.
+        offset: Summand, for all channels or for each.
+        bgr: Whether to convert RGB to BGR first.
     """
 
     name: str
@@ -48,25 +54,25 @@ Pooling = Literal["map", "tokens"]
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """A row of the table.
+    """A row of the table of bases.
 
     Attributes:
-        name: As users write it; case, `_` and `-` do not matter.
-        image_size: Side in pixels of the images it was trained on.
-        scaling: From [0, 255] RGB pixels to its own input.
+        name: Name that users specify (case, `_` and `-` do not matter) and name of the
+            constructor in `module`.
+        image_size: Side in pixels of the square images that it was trained on.
+        scaling: Conversion from [0, 255] RGB pixels to its input.
         parameters: Number of weights without the classifier.
-        weights_file: File name of the ImageNet weights at the default image size.
-        stage_ends: The last layer of its stem and of every stage but the last, from
-            the input up: they bound the layer groups, and their outputs may be pooled
-            besides the last one. `before:LAYER` is what that layer reads, where the
-            layer below has no name of its own.
-        pooling: What its output is averaged over: the positions of a `map`
+        weights_file: File name of the ImageNet weights for the default image size.
+        stage_ends: Last layers of the stem and of every stage but the last, from the
+            input up. They delimit the layer groups; their outputs are those that may
+            be pooled besides the last one. `before:LAYER` stands for the input of that
+            layer, if the layer below has no fixed name.
+        pooling: What the output is averaged over: the positions of a `map`
             `[N, H, W, D]`, or the `tokens` of a sequence `[N, T, D]`.
-        module: Where the constructor `name` is, other than `keras.applications`.
-        weights_package: The installed package that holds `weights_file`, or "" for
-            the Keras cache.
-        weights_sha256: Of `weights_file`, where Keras does not check it.
-        weights_url: Where it is downloaded from, where Keras does not know it.
+        module: Module of the constructor.
+        weights_package: Package that contains `weights_file`; "" for the Keras cache.
+        weights_sha256: SHA-256 of `weights_file`; "" if Keras verifies it.
+        weights_url: URL of `weights_file`; "" if Keras knows it or a package has it.
     """
 
     name: str
@@ -82,7 +88,7 @@ class Base:
     weights_url: str = ""
 
 
-# What the bases of a family share.
+# Values that the bases of a family have in common.
 _ALEXNET = partial(
     Base,
     image_size=224,
@@ -448,10 +454,10 @@ DOWNLOAD_FREE = BASES[0].name
 
 
 def get_base(name: str) -> Base:
-    """The row of a base.
+    """Finds a base's row by name; case, `_`, `-` and spaces do not matter.
 
     Raises:
-        UsageError: If the table has no such base; the nearest name is given.
+        UsageError: If the base is unknown; the message suggests the nearest name.
     """
     rows = {_plain(base.name): base for base in BASES}
     try:
@@ -466,7 +472,7 @@ def get_base(name: str) -> Base:
 
 
 def weights_path(base: Base) -> Path:
-    """Where the ImageNet weights of a base are, or would be, on this machine."""
+    """Returns the path on this machine where a base's ImageNet weights belong."""
     if base.weights_package:
         package = importlib.util.find_spec(base.weights_package)
         if package is None or package.origin is None:
@@ -476,7 +482,7 @@ def weights_path(base: Base) -> Path:
 
 
 def keras_cache() -> Path:
-    """The folder in which Keras keeps downloaded weights."""
+    """Returns the folder in which Keras keeps downloaded weights."""
     home = os.environ.get("KERAS_HOME") or Path.home() / ".keras"
     return Path(home).expanduser() / "models"
 

@@ -1,4 +1,4 @@
-"""base + head -> one keras.Model on [0, 255] pixels, and cutting it in two."""
+"""Combines base and head into a `keras.Model` on [0, 255] pixels, and cuts models."""
 
 import difflib
 import hashlib
@@ -27,22 +27,23 @@ _POOLING = {
 
 
 def build_base(base: Base, weights: str, image_size: int, seed: int) -> keras.Model:
-    """A pretrained base with its input scaling and its pooling.
+    """Builds a pretrained base with its input scaling and global average pooling.
 
     Args:
-        base: The row of the table.
-        weights: `imagenet`, `none` or a file's path.
-        image_size: Side of the images in pixels.
-        seed: Of the random weights with `none`.
+        base: The base's row in the table.
+        weights: `imagenet`, `none` (random) or the path of a weights file.
+        image_size: Side of the square images in pixels.
+        seed: Seed of the random weights, used only for `none`.
 
     Returns:
-        A model from float32 `[N, image_size, image_size, 3]` RGB pixels in [0, 255]
-        to float32 `[N, D]` features, not trainable. Its layers carry the names of the
-        base's own layers.
+        A model that is not trainable, from float32 `[N, image_size, image_size, 3]` RGB
+        pixels in [0, 255] to float32 `[N, D]` features. Its layers have the names of
+        the base's own layers.
 
     Raises:
-        UsageError: If the base does not work at this image size.
-        WeightsError: If its weights cannot be loaded.
+        UsageError: If the base cannot be built for this image size, or the weights file
+            does not exist.
+        WeightsError: If the weights cannot be loaded.
     """
     image = keras.Input((image_size, image_size, 3), name="image")
     try:
@@ -59,7 +60,7 @@ def build_base(base: Base, weights: str, image_size: int, seed: int) -> keras.Mo
 
 
 def scale(image: keras.KerasTensor, scaling: Scaling) -> keras.KerasTensor:
-    """Applies a base's input scaling to float32 `[N, H, W, 3]` RGB pixels."""
+    """Applies a base's scaling to float32 `[N, H, W, 3]` RGB pixels in [0, 255]."""
     if scaling.bgr:
         image = keras.ops.flip(image, axis=-1)
     if scaling.scale == 1.0 and scaling.offset == 0.0:
@@ -74,11 +75,18 @@ def build_head(
     multi_label: bool,
     seed: int = 0,
 ) -> keras.Model:
-    """The new classifier, untrained, its random weights drawn from the seed.
+    """Builds the new classifier, untrained.
+
+    Args:
+        config: Kind and sizes of the head.
+        num_features: Number of input features.
+        num_classes: Number of classes.
+        multi_label: Whether an image may show several classes, or none.
+        seed: Seed of the random weights and of dropout.
 
     Returns:
         A model from float32 `[N, num_features]` to float32 `[N, num_classes]`
-        probabilities: a softmax, or of multi-label data a sigmoid per class.
+        probabilities: a softmax, or one sigmoid per class for multi-label data.
     """
     features = keras.Input((num_features,), name="features")
     x = features
@@ -103,24 +111,29 @@ def build_head(
 
 
 def attach_head(base: keras.Model, head: keras.Model) -> keras.Model:
-    """One model from [0, 255] pixels to probabilities, sharing both parts' weights."""
+    """Joins base and head into a model that shares their weights.
+
+    Returns:
+        A model from float32 `[N, image_size, image_size, 3]` RGB pixels in [0, 255] to
+        float32 `[N, num_classes]` probabilities.
+    """
     return keras.Model(base.input, head(base.output), name=base.name)
 
 
 def cut(model: keras.Model, split_point: str) -> tuple[keras.Model, keras.Model]:
-    """Cuts a model in two above a layer.
+    """Cuts a model in two after a layer.
 
     Args:
-        model: What `build_base` or `attach_head` returned.
-        split_point: The layer's name; the input's name for a first part that passes
-            pixels on as they are.
+        model: A model built by `build_base` or `attach_head`.
+        split_point: Name of the layer; the name of the input for a first part that
+            passes pixels on unchanged.
 
     Returns:
-        (extractor, tail): the model below and the model above the cut; the output of
-        the first is the input of the second. They share the model's weights.
+        (extractor, tail): the models below and above the cut. The output of the first
+        is the input of the second. They share the model's weights.
 
     Raises:
-        UsageError: If there is no such layer, or layers above read more than its
+        UsageError: If the layer does not exist, or layers above it read more than its
             output.
     """
     tensor = get_layer(model, split_point).output
@@ -135,10 +148,10 @@ def cut(model: keras.Model, split_point: str) -> tuple[keras.Model, keras.Model]
 
 
 def get_layer(model: keras.Model, name: str) -> keras.layers.Layer:
-    """A layer by its name.
+    """Finds a layer of a model by name.
 
     Raises:
-        UsageError: If there is no such layer; the nearest name is given.
+        UsageError: If the layer does not exist; the message suggests the nearest name.
     """
     layers = {layer.name: layer for layer in model.layers}
     if name not in layers:
@@ -151,9 +164,10 @@ def get_layer(model: keras.Model, name: str) -> keras.layers.Layer:
 
 
 def weights_digest(model: keras.Model) -> str:
-    """SHA-256 over shapes and values of all weights.
+    """Computes the SHA-256 over shapes, dtypes and values of all weights.
 
-    Names do not count: Keras numbers them by what else the process has built.
+    Names are ignored, because Keras numbers them depending on what else the process has
+    built.
     """
     digest = hashlib.sha256()
     for variable in model.weights:
@@ -164,5 +178,5 @@ def weights_digest(model: keras.Model) -> str:
 
 
 def dense_layers(head: keras.Model) -> Sequence[keras.layers.Dense]:
-    """The layers of a head that have weights, from features to probabilities."""
+    """Returns the layers of a head that have weights, from input to output."""
     return [layer for layer in head.layers if isinstance(layer, keras.layers.Dense)]

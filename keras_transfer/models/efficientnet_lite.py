@@ -1,10 +1,14 @@
-"""EfficientNet-Lite0: EfficientNet-B0 for devices, without squeeze-and-excitation.
+"""EfficientNet-Lite0, a variant of EfficientNet-B0 for edge devices.
 
-Tan & Le 2019, arXiv:1905.11946; the Lite variant: TensorFlow TPU repository,
-`efficientnet/lite` (ReLU6 for swish, no squeeze-and-excitation, fixed stem and head).
+Sources: Tan & Le 2019, arXiv:1905.11946; for the Lite variant, the TensorFlow TPU
+repository, `efficientnet/lite` (ReLU6 instead of swish, no squeeze-and-excitation,
+fixed stem and head).
 """
 
+from collections.abc import Mapping
+
 import keras
+import numpy as np
 
 _BN_EPSILON = 1e-3
 
@@ -21,13 +25,13 @@ _STAGES = (
 
 
 def efficientnet_lite0(input_tensor: keras.KerasTensor) -> keras.Model:
-    """EfficientNet-Lite0 without classifier, randomly initialized.
+    """Builds EfficientNet-Lite0 without its classifier, with random weights.
 
     Args:
-        input_tensor: float32 `[N, H, W, 3]`, pixels scaled by (x - 127) / 128.
+        input_tensor: float32 `[N, H, W, 3]` RGB pixels scaled by (x - 127) / 128.
 
     Returns:
-        The model from `input_tensor`'s source to float32 `[N, H/32, W/32, 1280]`.
+        A model from the source of `input_tensor` to float32 `[N, H/32, W/32, 1280]`.
     """
     x = _conv(input_tensor, "stem", filters=32, kernel=3, strides=2)
     for stage, (repeats, kernel, strides, expansion, filters) in enumerate(_STAGES, 1):
@@ -45,16 +49,16 @@ def efficientnet_lite0(input_tensor: keras.KerasTensor) -> keras.Model:
     return keras.Model(inputs, x, name="efficientnet_lite0")
 
 
-def from_torch(model: keras.Model, arrays: dict) -> None:
-    """Sets the weights from a state dict of the PyTorch port of EfficientNet.
+def from_torch(model: keras.Model, arrays: Mapping[str, np.ndarray]) -> None:
+    """Sets the weights of a model from a state dict of EfficientNet's PyTorch port.
 
     Args:
-        model: What `efficientnet_lite0` returned.
-        arrays: Names such as `_blocks.3._bn1.weight` to numpy arrays.
+        model: A model built by `efficientnet_lite0`.
+        arrays: Arrays by name, such as `_blocks.3._bn1.weight`.
 
     Raises:
         KeyError: If an array is missing.
-        ValueError: If one has another shape.
+        ValueError: If an array has the wrong shape.
     """
     for keras_name, torch_name in _layer_names():
         layer = model.get_layer(keras_name)
@@ -114,7 +118,7 @@ def _normalize(
 
 
 def _layer_names() -> list[tuple[str, str]]:
-    """(our layer, its name in the PyTorch port), in the order of the network."""
+    """Returns (layer name, name in the PyTorch port) in the order of the network."""
     names = [("stem_conv", "_conv_stem"), ("stem_bn", "_bn0")]
     block = 0
     for stage, (repeats, _, _, expansion, _) in enumerate(_STAGES, 1):

@@ -1,8 +1,8 @@
-"""BatchNormalization folded into the convolution before it.
+"""Folds BatchNormalization into the preceding convolution.
 
-At inference, and while it is frozen, BatchNormalization multiplies and adds constants;
-a convolution can do that itself. For training the kernel stays the variable it is and
-is multiplied at every step; for serving it is multiplied once.
+At inference, and while it is frozen, BatchNormalization multiplies by and adds
+constants, which a convolution can do itself. For training, the kernel remains the
+original variable and is multiplied at every step; for serving, it is multiplied once.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,25 +15,30 @@ from keras_transfer.models.classifier import HEAD
 
 
 def operations_of_base(model: keras.Model) -> list[keras.Operation]:
-    """In an order in which each comes after those it reads."""
+    """Lists all operations but the head, each after those whose outputs it reads."""
     return [operation for operation in model.operations if operation.name != HEAD]
 
 
 def inputs_of(operation: keras.Operation) -> Sequence[keras.KerasTensor]:
-    """The tensors that an operation reads."""
+    """Returns the tensors that an operation reads."""
     is_input = isinstance(operation, keras.layers.InputLayer)
     return [] if is_input else keras.tree.flatten(operation.input)
 
 
 def outputs_of(operation: keras.Operation) -> Sequence[keras.KerasTensor]:
-    """The tensors that an operation writes."""
+    """Returns the tensors that an operation writes."""
     return keras.tree.flatten(operation.output)
 
 
 def convolutions_to_fold(
     model: keras.Model,
 ) -> dict[keras.layers.Layer, keras.layers.BatchNormalization]:
-    """Convolution to the BatchNormalization that alone reads its output."""
+    """Finds convolutions whose output is read only by a BatchNormalization.
+
+    Returns:
+        The BatchNormalization by convolution. Convolutions with an activation or with
+        several groups are not included.
+    """
     readers: dict[int, list[keras.Operation]] = {}
     for operation in operations_of_base(model):
         for tensor in inputs_of(operation):
@@ -56,16 +61,16 @@ def convolutions_to_fold(
 def copy_layers(
     model: keras.Model, copy_layer: Callable[[keras.layers.Layer], keras.layers.Layer]
 ) -> keras.Model:
-    """A model with the same graph, made of copies of its layers.
+    """Copies a model's graph with copies of its layers.
 
     Args:
-        model: The model; layers that are models themselves are copied layer by layer.
-        copy_layer: From a layer to another with the same inputs and outputs.
+        model: The model; nested models are copied layer by layer.
+        copy_layer: Returns a replacement with the same inputs and outputs for a layer.
     """
 
     def copy(operation: Any) -> Any:
         if not isinstance(operation, keras.layers.Layer):
-            return operation  # without weights
+            return operation  # it has no weights
         if isinstance(operation, keras.Model):
             return keras.models.clone_model(operation, clone_function=copy_layer)
         return copy_layer(operation)
@@ -74,24 +79,24 @@ def copy_layers(
 
 
 def derive_from_weights(layer: keras.layers.Layer) -> None:
-    """Brings up to date what a layer computes from weights that were assigned.
+    """Updates values that a layer derives from its weights after they were assigned.
 
-    Normalization multiplies with constants that it makes of its weights when it is
-    built and when a file is loaded, but not when the weights are assigned.
+    `Normalization` derives constants from its weights when it is built or loaded, but
+    not when the weights are assigned.
     """
     if hasattr(layer, "finalize_state"):
         layer.finalize_state()
 
 
 def folded_copy(model: keras.Model) -> keras.Model:
-    """Copies a model for inference, with normalization folded where it can be."""
+    """Copies a model for inference, folding BatchNormalization where possible."""
     folded = convolutions_to_fold(model)
     absorbed = set(folded.values())
     copies: list[tuple[keras.layers.Layer, keras.layers.Layer]] = []
 
     def copy_layer(layer: keras.layers.Layer) -> keras.layers.Layer:
         if layer in absorbed:
-            return Through(name=layer.name)
+            return Identity(name=layer.name)
         config = layer.get_config()
         if layer in folded:
             config["use_bias"] = True
@@ -115,7 +120,7 @@ def folded_copy(model: keras.Model) -> keras.Model:
 def _scale_and_shift(
     normalization: keras.layers.BatchNormalization,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """float32 `[C]` each: normalization is x * scale + shift."""
+    """Returns float32 `[C]` each, such that normalization is x * scale + shift."""
     scale = 1 / np.sqrt(normalization.moving_variance.numpy() + normalization.epsilon)
     if normalization.gamma is not None:
         scale = scale * normalization.gamma.numpy()
@@ -126,8 +131,8 @@ def _scale_and_shift(
 
 
 def _along_kernel(scale: np.ndarray, convolution: keras.layers.Layer) -> np.ndarray:
-    """The scale in a shape in which it multiplies a convolution's last kernel."""
-    # A depthwise kernel is [h, w, C, multiplier], the others [h, w, C, filters].
+    """Reshapes a scale so that it broadcasts over a convolution's last kernel."""
+    # A depthwise kernel is [h, w, C, multiplier]; the others are [h, w, C, filters].
     if isinstance(convolution, keras.layers.DepthwiseConv2D):
         return scale.reshape(-1, convolution.depth_multiplier)
     return scale
@@ -135,7 +140,7 @@ def _along_kernel(scale: np.ndarray, convolution: keras.layers.Layer) -> np.ndar
 
 def _convolve(layer: "FoldedConvolution", x: Any, kernel: Any) -> Any:
     if layer.kernel_size == (1, 1) and layer.strides == (1, 1):
-        # A matrix product: its gradient is faster than the convolution's.
+        # The gradient of a matrix product is faster than that of a convolution.
         flat = keras.ops.reshape(x, (-1, x.shape[-1]))
         product = keras.ops.matmul(flat, kernel[0, 0])
         return keras.ops.reshape(product, (-1, *x.shape[1:3], kernel.shape[-1]))
@@ -164,7 +169,7 @@ def _convolve_separable(
     )
 
 
-_CONVOLUTIONS: dict[type, Callable] = {
+_CONVOLUTIONS: dict[type, Callable[..., Any]] = {
     keras.layers.Conv2D: _convolve,
     keras.layers.DepthwiseConv2D: _convolve_depthwise,
     keras.layers.SeparableConv2D: _convolve_separable,
@@ -172,12 +177,12 @@ _CONVOLUTIONS: dict[type, Callable] = {
 
 
 class FoldedConvolution(keras.layers.Layer):
-    """A convolution and the frozen BatchNormalization above it, as one convolution.
+    """A convolution and the frozen BatchNormalization after it, as one convolution.
 
-    The weights are the convolution's own; what normalization multiplies its output
-    with is multiplied into the kernel at every step. So gradients, and what an
-    optimizer makes of them, are those of the two layers, and nothing has to be
-    unfolded afterwards.
+    The weights are the convolution's own, and the scale of the normalization is
+    multiplied into the kernel at every step. Gradients and optimizer updates are
+    therefore those of the two separate layers, and nothing has to be unfolded
+    afterwards.
     """
 
     def __init__(
@@ -200,13 +205,13 @@ class FoldedConvolution(keras.layers.Layer):
                 name=variable.name,
                 shape=variable.shape,
                 initializer="zeros",
-                autocast=False,  # the product is rounded once, not its factors
+                autocast=False,  # round the product once, not each of its factors
             )
         self._use_bias = convolution.use_bias
         self.built = True
 
-    def call(self, x):
-        """Float `[N, H, W, C]` in and out."""
+    def call(self, x: Any) -> Any:
+        """Applies the convolution to float `[N, H, W, C]`; returns `[N, h, w, D]`."""
         *kernels, kernel = [
             keras.ops.convert_to_tensor(weight.value)
             for weight in self.weights[: -1 if self._use_bias else None]
@@ -220,14 +225,14 @@ class FoldedConvolution(keras.layers.Layer):
             )
         return self._convolve(self, x, *cast) + keras.ops.cast(shift, x.dtype)
 
-    def compute_output_shape(self, input_shape):
-        """As of the convolution."""
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """Returns the convolution's output shape."""
         return self._output_of(input_shape)
 
 
-class Through(keras.layers.Layer):
-    """In the place of a layer that has nothing left to do."""
+class Identity(keras.layers.Layer):
+    """Replaces a layer that has nothing left to do."""
 
-    def call(self, x, mask=None, training=None):
-        """What came in."""
+    def call(self, x: Any, mask: Any = None, training: Any = None) -> Any:
+        """Returns the input unchanged."""
         return x

@@ -1,7 +1,7 @@
-"""Which layers are trained, where the frozen part ends, and a copy to train them in.
+"""Determines which layers to train and where to cut, and copies a tail for training.
 
-A base's layers form groups, stem, stage_1, stage_2, ..., and the head is a group too.
-What is unfrozen is a run of groups from the head down. Everything below the first
+A base's layers form the groups stem, stage_1, stage_2, ..., and the head is a group
+too. Consecutive groups, from the head down, are unfrozen. Everything below the first
 unfrozen layer can be computed once; `split_point` finds how far up that reaches.
 """
 
@@ -15,7 +15,7 @@ from keras_transfer.models.bases import Base
 from keras_transfer.models.classifier import HEAD, POOL, get_layer
 from keras_transfer.models.fold import (
     FoldedConvolution,
-    Through,
+    Identity,
     convolutions_to_fold,
     copy_layers,
     derive_from_weights,
@@ -25,20 +25,20 @@ from keras_transfer.models.fold import (
 )
 
 LayerGroups = dict[str, list[keras.layers.Layer]]
-"""Group name to layers, from the input up; the last group is the head."""
+"""Layers by group name, from the input up; the last group is the head."""
 
 _POLICIES = {"f32": "float32", "bf16": "mixed_bfloat16", "f16": "mixed_float16"}
 
 
 def layer_groups(model: keras.Model, base: Base) -> LayerGroups:
-    """All layers of a classifier by group: stem, stage_1, ..., head.
+    """Groups all layers of a classifier: stem, stage_1, ..., head.
 
-    A stage holds the layers that its last layer depends on and the stages below do
-    not; every layer, and so every variable, is in exactly one group.
+    A stage consists of the layers that its last layer depends on and that are not part
+    of a lower stage. Every layer, and so every variable, is in exactly one group.
 
     Args:
-        model: What `model.attach_head` returned.
-        base: The row of its base.
+        model: A model built by `classifier.attach_head`.
+        base: The row of its base in the table.
     """
     groups: LayerGroups = {}
     taken: set[keras.layers.Layer] = set()
@@ -55,17 +55,17 @@ def layer_groups(model: keras.Model, base: Base) -> LayerGroups:
 
 
 def unfrozen_groups(model: keras.Model, base: Base, unfreeze: str) -> LayerGroups:
-    """The layers to train, by group.
+    """Selects the layers to train, by group.
 
     Args:
-        model: What `model.attach_head` returned.
-        base: The row of its base.
-        unfreeze: `top` (the last stage), `stages:N` (the last N), `all`, or
-            `from:LAYER` (that layer and all that do not lie below it); the head is
-            always trained.
+        model: A model built by `classifier.attach_head`.
+        base: The row of its base in the table.
+        unfreeze: `top` (the last stage), `stages:N` (the last N stages), `all`, or
+            `from:LAYER` (that layer and all layers that it does not depend on). The
+            head is always included.
 
     Raises:
-        UsageError: If there are fewer stages, or there is no such layer.
+        UsageError: If the base has fewer stages, or the layer does not exist.
     """
     groups = layer_groups(model, base)
     if unfreeze == f"from:{HEAD}":
@@ -85,20 +85,25 @@ def unfrozen_groups(model: keras.Model, base: Base, unfreeze: str) -> LayerGroup
     if count > len(names) - 2:
         raise UsageError(
             f"{base.name} has {len(names) - 2} stages above its stem. Received: "
-            f"--unfreeze {unfreeze}. Use at most stages:{len(names) - 2}, or all."
+            f"unfreeze={unfreeze}. Use at most stages:{len(names) - 2}, or all."
         )
     return {name: groups[name] for name in names[-1 - count :]}
 
 
 def split_point(model: keras.Model, unfrozen: Collection[keras.layers.Layer]) -> str:
-    """The highest layer at which a model can be cut with all these layers above.
+    """Finds the highest layer after which a model can be cut below the given layers.
 
-    A model can be cut above a layer if no layer above the cut reads what a layer
-    below it wrote, other than that layer's output: in an order in which every layer
-    comes after those it reads, nothing written before it is read after it.
+    A model can be cut after a layer if, of all outputs below the cut, only that layer's
+    output is read above the cut. In other words, in topological order, no tensor that
+    was written before the layer is read after it.
+
+    Args:
+        model: The classifier.
+        unfrozen: Layers that must be above the cut.
 
     Returns:
-        The layer's name; the input's, where nothing that has weights can be cut off.
+        The layer's name; the name of the input if no layers with weights can be cut
+        off.
     """
     operations = operations_of_base(model)
     written = {
@@ -118,7 +123,7 @@ def split_point(model: keras.Model, unfrozen: Collection[keras.layers.Layer]) ->
         if reach <= index and is_layer:
             best = index
         reach = max(reach, last_read[index])
-    # With nothing but scaling below, pixels are smaller to keep than scaled ones.
+    # If only input scaling is below the cut, uint8 pixels take less space.
     below = keras.Model(model.input, operations[best].output).layers
     is_worth_it = any(_can_change(layer) for layer in below if layer.weights)
     return operations[best if is_worth_it else 0].name
@@ -126,11 +131,11 @@ def split_point(model: keras.Model, unfrozen: Collection[keras.layers.Layer]) ->
 
 @dataclass(frozen=True)
 class TrainingCopy:
-    """A copy of a tail made to be trained fast.
+    """A copy of a tail that can be trained fast.
 
     Attributes:
-        model: From what the tail reads to float32 `[N, num_classes]` logits.
-        changed: Its variables that training changes, in the order of
+        model: Model from the tail's input to float32 `[N, num_classes]` logits.
+        changed: The model's variables that training changes, in the order of
             `changed_variables`.
     """
 
@@ -145,21 +150,22 @@ def training_copy(
     precision: str,
     seed: int = 0,
 ) -> TrainingCopy:
-    """Copies a tail for training; the tail itself stays as it is.
+    """Copies a tail for training; the tail itself is not changed.
 
-    In the copy only the unfrozen layers are trainable. BatchNormalization is not
-    (unless `train_bn`): with `trainable=False` on each such layer, and nothing less,
-    Keras 3 leaves its statistics alone. Where it normalizes a convolution's output
-    it is folded into the convolution. Random layers that are frozen are left out.
-    The head gives logits, so that a confident mistake still has a gradient.
+    In the copy, only the unfrozen layers are trainable. BatchNormalization is not,
+    unless `train_bn` is set: Keras 3 leaves its statistics unchanged only if
+    `trainable=False` is set on each such layer. Unless it is trained,
+    BatchNormalization is folded into the convolution that precedes it, if any. Random
+    layers that are frozen are replaced by identities. The head returns logits, so that
+    a confident mistake still has a gradient.
 
     Args:
-        tail: The upper part that `model.cut` returned.
+        tail: The upper part returned by `classifier.cut`.
         unfrozen: The layers to train.
-        train_bn: Whether BatchNormalization is trained, statistics and all.
-        precision: `f32`, `bf16` or `f16`: of the base's layers, the weights and the
-            head staying float32.
-        seed: Of random layers that have no seed of their own.
+        train_bn: Whether to train BatchNormalization, including its statistics.
+        precision: Arithmetic of the base's layers: `f32`, `bf16` or `f16`. The weights
+            and the head remain float32.
+        seed: Seed of random layers that do not have their own.
     """
     folded = {} if train_bn else convolutions_to_fold(tail)
     absorbed = set(folded.values())
@@ -172,45 +178,60 @@ def training_copy(
         stays_float32 = in_head or layer.name == POOL or not _can_change(layer)
         policy = "float32" if stays_float32 else _POLICIES[precision]
         if layer in absorbed or (not trained and _is_random(layer)):
-            return Through(name=layer.name, dtype=policy)
+            return Identity(name=layer.name, dtype=policy)
         if layer in folded:
             copy = FoldedConvolution(layer, folded[layer], policy)
-        elif hasattr(layer, "drop_path_rate"):
-            # The same as a Dropout, but it draws from a generator of the whole process,
-            # which has no seed and is in no checkpoint.
-            copy = keras.layers.Dropout(
-                layer.drop_path_rate,
-                (None, *[1] * (len(layer.output.shape) - 1)),
-                seed + len(copies),
-                name=layer.name,
-                dtype=policy,
-            )
         else:
-            config = {**layer.get_config(), "dtype": policy}
-            if config.get("seed", seed) is None:
-                config["seed"] = seed + len(copies)
-            if in_head and config.get("activation") in ("softmax", "sigmoid"):
-                config["activation"] = "linear"
-            copy = layer.__class__.from_config(config)
+            copy = _same_layer(layer, policy, in_head, seed + len(copies))
         copy.trainable = trained and _can_change(layer, train_bn)
         copies.append((layer, copy))
         return copy
 
     model = copy_layers(tail, copy_layer)
+    twins = _take_weights(copies)
+    changed = changed_variables(tail, unfrozen, train_bn)
+    return TrainingCopy(model, [twins[id(variable)] for variable in changed])
+
+
+def _same_layer(
+    layer: keras.layers.Layer, policy: str, gives_logits: bool, seed: int
+) -> keras.layers.Layer:
+    """Builds a layer again in another precision, without its weights."""
+    if hasattr(layer, "drop_path_rate"):
+        # Stochastic depth is equivalent to this Dropout, but draws from a global
+        # generator that is neither seeded nor part of a checkpoint.
+        return keras.layers.Dropout(
+            layer.drop_path_rate,
+            (None, *[1] * (len(layer.output.shape) - 1)),
+            seed,
+            name=layer.name,
+            dtype=policy,
+        )
+    config = {**layer.get_config(), "dtype": policy}
+    if config.get("seed", seed) is None:
+        config["seed"] = seed
+    if gives_logits and config.get("activation") in ("softmax", "sigmoid"):
+        config["activation"] = "linear"
+    return layer.__class__.from_config(config)
+
+
+def _take_weights(
+    copies: Sequence[tuple[keras.layers.Layer, keras.layers.Layer]],
+) -> dict[int, keras.Variable]:
+    """Copies weights; returns a mapping from the id of each to its copy."""
     twins: dict[int, keras.Variable] = {}
     for layer, copy in copies:
         for variable, twin in zip(layer.weights, copy.weights, strict=True):
             twin.assign(variable)
             twins[id(variable)] = twin
         derive_from_weights(copy)
-    changed = changed_variables(tail, unfrozen, train_bn)
-    return TrainingCopy(model, [twins[id(variable)] for variable in changed])
+    return twins
 
 
 def changed_variables(
     tail: keras.Model, unfrozen: Collection[keras.layers.Layer], train_bn: bool
 ) -> list[keras.Variable]:
-    """The variables of a tail that training changes; see `training_copy`."""
+    """Lists the variables of a tail that training changes; see `training_copy`."""
     return [
         variable
         for layer in tail.layers
@@ -222,7 +243,7 @@ def changed_variables(
 
 
 def trained_layers(groups: LayerGroups, train_bn: bool) -> dict[str, list[str]]:
-    """Group to the names of the layers in it that have weights to train."""
+    """Lists the names of the layers that have weights to train, by group."""
     return {
         group: [
             leaf.name
@@ -235,7 +256,7 @@ def trained_layers(groups: LayerGroups, train_bn: bool) -> dict[str, list[str]]:
 
 
 def _leaves(layer: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
-    """The layers in a layer that is a model itself, or else the layer."""
+    """Yields the layers inside a nested model, or else the layer itself."""
     if isinstance(layer, keras.Model):
         for inner in layer.layers:
             yield from _leaves(inner)
@@ -244,7 +265,7 @@ def _leaves(layer: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
 
 
 def _can_change(layer: keras.layers.Layer, train_bn: bool = True) -> bool:
-    """Whether training can change a layer's weights, if it has any."""
+    """Returns whether training can change a layer's weights, if it has any."""
     if isinstance(layer, (keras.layers.Rescaling, keras.layers.Normalization)):
         return False  # the base's input scaling
     return train_bn or not _is_bn(layer)

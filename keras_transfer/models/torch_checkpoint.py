@@ -1,8 +1,9 @@
 """Reads the tensors of a torch checkpoint without torch and without running its code.
 
-A checkpoint is a pickle, and a pickle is a program. Here the program may only name the
-few things that a state dict is made of; anything else ends the reading. Both formats
-are read: the zip archive (torch >= 1.6) and the older sequence of pickles.
+A checkpoint is a pickle, and a pickle is a program. This reader allows the program to
+refer only to the few types that a state dict consists of and refuses everything else.
+Both formats are supported: the zip archive (torch >= 1.6) and the older sequence of
+pickles.
 """
 
 import io
@@ -19,9 +20,11 @@ import numpy as np
 
 from keras_transfer.errors import WeightsError
 
-# The largest networks have some thousand tensors, of 150 bytes each in the pickle.
+# The largest networks have a few thousand tensors, each taking 150 bytes of the pickle.
 _MOST_MEMOS, _MOST_PICKLE = 2**20, 2**22
-_MOST_SHARING = 8  # of data by tensors; tied weights are in two or three
+# Limit on the total size of all tensors over that of the file. Tied weights share their
+# data between two or three tensors.
+_MOST_SHARING = 8
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 _DTYPES = {
@@ -38,16 +41,17 @@ _DTYPES = {
 
 
 def read_torch_checkpoint(path: Path) -> dict[str, np.ndarray]:
-    """The named tensors of a checkpoint file.
+    """Reads the named tensors of a checkpoint file.
 
-    A `state_dict` key at the top, as training scripts add it, is looked into.
+    If the checkpoint has a top-level `state_dict` key, as training scripts often write
+    it, its value is read.
 
     Returns:
-        Names such as `features.0.weight` to arrays in the dtype they are stored in.
+        Arrays in their stored dtype by name, such as `features.0.weight`.
 
     Raises:
-        WeightsError: If the file is damaged, holds something other than tensors, or
-            its pickle asks for anything but tensors.
+        WeightsError: If the file cannot be read, is damaged, contains no named tensors,
+            or its pickle refers to anything that tensors do not need.
     """
     try:
         with path.open("rb") as file:
@@ -72,7 +76,7 @@ def read_torch_checkpoint(path: Path) -> dict[str, np.ndarray]:
         raise WeightsError(f"{path}: {error}") from None
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror}.") from None
-    except Exception as error:  # whatever a damaged pickle or archive makes fail
+    except Exception as error:  # a damaged pickle or archive can cause any exception
         raise WeightsError(
             f"{path} is no torch checkpoint, or a damaged one "
             f"({type(error).__name__}: {error})."
@@ -84,7 +88,7 @@ class _StorageType(NamedTuple):
 
 
 class _Storage:
-    """A flat buffer; in the legacy format it is filled after the pickle is read."""
+    """A flat buffer, which is filled after the pickle has been read."""
 
     def __init__(self, dtype: str, size: int):
         self.dtype = np.dtype(dtype)
@@ -103,7 +107,7 @@ class _Tensor(NamedTuple):
     strides: tuple[int, ...]
 
     def view(self) -> np.ndarray:
-        """What it shows of its storage, not copied."""
+        """Returns the tensor as an array that shares the storage's data."""
         flat = np.frombuffer(self.storage.data, self.storage.dtype)
         if not all(n > 0 for n in self.shape):
             return np.zeros(self.shape, flat.dtype)
@@ -121,7 +125,11 @@ class _Tensor(NamedTuple):
 
 
 def _rebuild_tensor(
-    storage: _Storage, offset: int, shape: tuple, strides: tuple, *_: Any
+    storage: _Storage,
+    offset: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    *_: Any,
 ) -> _Tensor:
     if not isinstance(storage, _Storage):
         raise WeightsError("A tensor of the checkpoint has no storage.")
@@ -142,9 +150,9 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 
 
 def _load(file: io.BytesIO, storages: dict[str, _Storage]) -> Any:
-    """Unpickles, after a look at what the pickle would have allocated."""
+    """Unpickles an object after checking that it cannot allocate excessive memory."""
     start = file.tell()
-    for opcode, argument, at in pickletools.genops(file):  # fails where data are short
+    for opcode, argument, at in pickletools.genops(file):  # fails if truncated
         if (at or 0) - start > _MOST_PICKLE:
             raise WeightsError("The checkpoint's pickle is too long for tensors.")
         if "PUT" in opcode.name and int(argument or 0) > _MOST_MEMOS:
@@ -197,10 +205,18 @@ def _read_zip(file: BinaryIO) -> Any:
 
 
 def _plain_members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
-    """What is in an archive of a size, where reading it cannot take more than that.
+    """Lists an archive's members, after checking that they fit into its size.
 
-    torch stores tensors as they are; compressed or overlapping ones, or several of one
-    name, could be any size together.
+    torch stores tensors uncompressed. Members that are compressed, overlapping or have
+    the same name could add up to any size.
+
+    Args:
+        archive: The archive.
+        size: Size of the archive's file in bytes.
+
+    Raises:
+        WeightsError: If a member is compressed, a name is repeated, or the members
+            together are larger than the file.
     """
     members = {member.filename: member for member in archive.infolist()}
     if any(member.compress_type != zipfile.ZIP_STORED for member in members.values()):
@@ -213,7 +229,11 @@ def _plain_members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.Zip
 
 
 def _read_legacy(file: io.BytesIO) -> Any:
-    """Magic number, protocol, system, the object, storage keys, then raw storages."""
+    """Reads the legacy format.
+
+    It consists of the magic number, the protocol, system information, the object and
+    the storage keys, each pickled, followed by the raw storages.
+    """
     storages: dict[str, _Storage] = {}
     if _load(file, {}) != _LEGACY_MAGIC:
         raise WeightsError(

@@ -1,4 +1,4 @@
-"""Where a base's weights come from: Keras, an installed package, or a file."""
+"""Loads a base's weights from Keras, an installed package, a URL or a file."""
 
 import contextlib
 import hashlib
@@ -20,17 +20,22 @@ _TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 def pretrained_network(
     base: Base, scaled_image: keras.KerasTensor, weights: str, seed: int
 ) -> keras.Model:
-    """Builds a base's network on scaled pixels and gives it its weights.
+    """Builds a base's network on scaled pixels and loads its weights.
 
     Args:
-        base: The row of the table.
-        scaled_image: float32 `[N, image_size, image_size, 3]`, as the base wants it.
-        weights: `imagenet`, `none` (random, from the seed) or a file's path.
-        seed: Used by `none` only.
+        base: The base's row in the table.
+        scaled_image: float32 `[N, image_size, image_size, 3]`, scaled as the base
+            expects.
+        weights: `imagenet`, `none` (random) or the path of a weights file.
+        seed: Seed of the random weights, used only for `none`.
+
+    Returns:
+        The network without its classifier.
 
     Raises:
-        UsageError: If the file does not exist.
-        WeightsError: If the weights cannot be had, are damaged or do not fit.
+        UsageError: If the file does not exist, or contains Keras's own ImageNet
+            weights.
+        WeightsError: If the weights are not available, damaged or do not match.
     """
     if weights == "none":
         keras.utils.set_random_seed(seed)
@@ -57,7 +62,7 @@ def _construct(
     if base.module != "keras.applications":
         return constructor(scaled_image)
     with warnings.catch_warnings():
-        # MobileNets say that the 224 weights are used at other sizes, as intended.
+        # MobileNets warn if the 224 weights are used at other sizes, as intended here.
         warnings.filterwarnings("ignore", message="`input_shape` is undefined")
         return constructor(
             include_top=False,
@@ -90,7 +95,7 @@ def _from_url(base: Base, scaled_image: keras.KerasTensor) -> keras.Model:
             file_hash=base.weights_sha256,
             cache_subdir=str(path.parent),
         )
-    except ValueError as error:  # the hash is another one
+    except ValueError as error:  # the hash does not match
         raise WeightsError(
             f"{path} is not the file that {base.name} needs: {error} Delete it and try "
             "again."
@@ -103,7 +108,7 @@ def _from_url(base: Base, scaled_image: keras.KerasTensor) -> keras.Model:
 def _not_downloaded(base: Base, file_name: str) -> WeightsError:
     return WeightsError(
         f"The ImageNet weights of {base.name} could not be downloaded. Put "
-        f"{file_name} into {keras_cache()}, or use --base {DOWNLOAD_FREE}, which needs "
+        f"{file_name} into {keras_cache()}, or use base={DOWNLOAD_FREE}, which needs "
         "no download."
     )
 
@@ -129,7 +134,7 @@ def _from_file(base: Base, scaled_image: keras.KerasTensor, path: Path) -> keras
         # Keras builds some networks differently around its own ImageNet weights.
         raise UsageError(
             f"{path.name} holds Keras's ImageNet weights. Put it into {keras_cache()} "
-            "and use --weights imagenet."
+            "and use weights=imagenet."
         )
     network = _construct(base, scaled_image)
     if path.suffix in _TORCH_SUFFIXES:
@@ -149,7 +154,7 @@ def _from_file(base: Base, scaled_image: keras.KerasTensor, path: Path) -> keras
 
 @contextlib.contextmanager
 def _explained(base: Base, path: Path) -> Iterator[None]:
-    """Turns whatever a loader raises into one line that names the file."""
+    """Converts any exception of a loader to a `WeightsError` that names the file."""
     try:
         yield
     except WeightsError:

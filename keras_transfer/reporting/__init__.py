@@ -1,4 +1,4 @@
-"""What people look at.
+"""Charts for people to look at.
 
 Reading order: charts.
 """

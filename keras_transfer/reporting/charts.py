@@ -7,7 +7,12 @@ from keras_transfer.advice.ranking import Ranked
 
 
 def draw_chart(ranked: Sequence[Ranked], path: Path) -> None:
-    """Draws accuracy against speed as a PNG, the Pareto front as a line."""
+    """Draws accuracy against speed, with the Pareto front as a line.
+
+    Args:
+        ranked: The measured bases.
+        path: The PNG file to write.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")

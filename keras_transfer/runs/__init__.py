@@ -1,4 +1,4 @@
-"""The run directory: its files are there whole or not at all, and it is found again.
+"""The run directory, whose files are written atomically.
 
 Reading order: files, manifest, run.
 """

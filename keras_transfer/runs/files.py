@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whoever is killed meanwhile."""
+"""Files that exist completely or not at all, even if a process is killed."""
 
 import contextlib
 import csv
@@ -20,24 +20,28 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 UNFINISHED = ".kt-unfinished."
-"""How the names begin of hidden files and folders that a process is making."""
+"""Name prefix of hidden files and folders that a process is still writing."""
 _NO_LOCKS = {errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 def numbered(path: Path) -> Iterator[Path]:
-    """PATH, PATH-2, PATH-3 and so on."""
+    """Yields PATH, PATH-2, PATH-3 and so on."""
     yield path
     for number in itertools.count(2):
         yield path.with_name(f"{path.name}-{number}")
 
 
 def rename_to_first_free(directory: Path, paths: Iterable[Path]) -> Path:
-    """Gives a directory the first of these names that nothing has.
+    """Renames a directory to the first path that is not taken.
 
-    Two processes never get the same.
+    Two processes never get the same path.
+
+    Args:
+        directory: The directory to rename.
+        paths: Candidates in order; one of them must be free.
 
     Returns:
-        The name.
+        The new path.
     """
     for path in paths:
         try:
@@ -53,9 +57,9 @@ def rename_to_first_free(directory: Path, paths: Iterable[Path]) -> Path:
 
 @contextlib.contextmanager
 def temporary_directory(parent: Path) -> Iterator[Path]:
-    """A hidden directory to build something in, which is renamed when it is complete.
+    """Yields a hidden directory to build something in and rename when complete.
 
-    What has not been renamed by the end of the block is removed.
+    If it has not been renamed by the end of the block, it is removed.
     """
     with _unfinished(
         parent, lambda: tempfile.mkdtemp(dir=parent, prefix=UNFINISHED)
@@ -65,7 +69,7 @@ def temporary_directory(parent: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _unfinished(parent: Path, make: Callable[[], str]) -> Iterator[Path]:
-    """A file or directory that is locked while its process lives, then removed."""
+    """Yields a file or directory that is locked during the block and then removed."""
     remove_left_overs(parent)
     with explaining_full_disk(parent), contextlib.ExitStack() as stack:
         while True:
@@ -80,9 +84,9 @@ def _unfinished(parent: Path, make: Callable[[], str]) -> Iterator[Path]:
 
 
 def remove_left_overs(parent: Path) -> None:
-    """Removes what killed processes left unfinished in a directory.
+    """Removes unfinished files and folders that killed processes left in a directory.
 
-    What a process still works on it has locked.
+    Those of running processes are locked and are left alone.
     """
     for left_over in parent.glob(f"{UNFINISHED}*"):
         with contextlib.suppress(OSError), locked(left_over) as is_held:
@@ -91,16 +95,16 @@ def remove_left_overs(parent: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Deletes a file or a directory, as far as it is there and can be deleted."""
+    """Deletes a file or a directory if it exists, ignoring errors."""
     shutil.rmtree(path, ignore_errors=True)
     with contextlib.suppress(OSError):
         path.unlink()
 
 
 def settle(directory: Path) -> None:
-    """Lets everyone read what is in a directory, and waits until it is on the disk.
+    """Makes a directory and its contents readable by everyone and syncs them to disk.
 
-    Servers run as other users, and umask may be anything.
+    Servers run as other users, and the umask may be anything.
     """
     for path in (*directory.rglob("*"), directory):
         path.chmod(0o755 if path.is_dir() else 0o644)
@@ -109,7 +113,7 @@ def settle(directory: Path) -> None:
 
 @contextlib.contextmanager
 def only_process(run_dir: Path) -> Iterator[None]:
-    """Keeps a second process from changing the run meanwhile.
+    """Keeps other processes from changing a run during the block.
 
     Raises:
         KerasTransferError: If another process is changing it.
@@ -127,17 +131,18 @@ def only_process(run_dir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = False) -> Iterator[bool]:
-    """Holds a lock on a file or directory, which a killed process gives back.
+    """Locks a file or directory for the block; the lock is released if killed.
 
     Args:
         path: The file or directory.
-        wait: Whether to wait for a process that holds it.
+        wait: Whether to wait while another process holds the lock.
 
     Yields:
-        Whether it does: NFS among others, and Windows, lock no directories.
+        Whether the lock is held. It is not on Windows, nor on file systems that cannot
+        lock the path, such as directories on NFS.
 
     Raises:
-        BlockingIOError: If another process holds it.
+        BlockingIOError: If another process holds the lock and `wait` is False.
     """
     if fcntl is None:
         yield False
@@ -153,21 +158,22 @@ def locked(path: Path, wait: bool = False) -> Iterator[bool]:
             is_held = False
         yield is_held
     finally:
-        os.close(descriptor)  # and with it the lock
+        os.close(descriptor)  # releases the lock
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Writes a file so that it is there whole or not at all."""
+    """Writes a file atomically; text is encoded as UTF-8."""
     data = content
     if isinstance(data, str):
-        data = data.encode(errors="surrogateescape")  # names need not be UTF-8
+        # The text may contain file names that are not valid UTF-8.
+        data = data.encode(errors="surrogateescape")
     with replacing(path) as file:
         file.write(data)
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes its place whole, when the block ends well."""
+    """Yields a file to write that replaces `path` atomically if the block succeeds."""
 
     def make() -> str:
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=UNFINISHED)
@@ -185,17 +191,17 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """The text of a CSV file."""
+    """Formats a header and rows as the text of a CSV file."""
     return "".join(f"{csv_line(cells)}\n" for cells in (header, *rows))
 
 
 def csv_line(cells: Sequence[object]) -> str:
-    """A line of a CSV file, without its end.
+    """Formats cells as a line of a CSV file, without the line terminator.
 
-    It reads back to the same cells, whatever they hold.
+    It reads back as the same cells, whatever they contain.
     """
-    # Where lines end in a line feed, csv does not quote a carriage return by itself,
-    # and takes it for the end of a line when it reads it.
+    # With "\n" as the line terminator, csv does not quote a lone carriage return, but
+    # when reading it treats one as the end of a line.
     has_return = any("\r" in str(cell) for cell in cells)
     quoting: Literal[0, 1] = csv.QUOTE_ALL if has_return else csv.QUOTE_MINIMAL
     text = io.StringIO()
@@ -204,19 +210,19 @@ def csv_line(cells: Sequence[object]) -> str:
 
 
 def nearest_directory(path: Path) -> Path:
-    """A path, or the nearest of its parents that exists."""
+    """Returns the path if it exists, else its nearest parent that does."""
     return next(x for x in (path, *path.absolute().parents) if x.exists())
 
 
 def is_writable(directory: Path) -> bool:
-    """Whether a directory can be written, or made where it is not there yet."""
+    """Returns whether a directory can be written to, or created if it is missing."""
     existing = nearest_directory(directory)
     return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
 
 
 def sync(path: Path) -> None:
-    """Waits until a file or a directory is on the disk."""
-    if os.name == "nt":  # where a directory cannot be opened
+    """Flushes a file or a directory to disk; does nothing on Windows."""
+    if os.name == "nt":  # a directory cannot be opened there
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""What manifest.json says: where a model came from."""
+"""The schema of manifest.json, which records where a model came from."""
 
 import contextlib
 import json
@@ -26,130 +26,157 @@ _PACKAGES = (
 
 
 class Estimate(BaseModel):
-    """A figure that was measured several times, on parts of the same images."""
+    """Repeated measurements of a metric on parts of the same images."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     mean: float
+    """Mean of the measurements."""
     low: float
-    """Of the 95% confidence interval of the mean."""
+    """Lower end of the mean's 95% confidence interval."""
     high: float
+    """Upper end of the mean's 95% confidence interval."""
     values: tuple[float, ...]
+    """The individual measurements."""
 
     def __str__(self) -> str:
         return f"{self.mean:.4f} ({self.low:.4f} to {self.high:.4f})"
 
 
 class FinetuneReport(BaseModel):
-    """What `manifest.json` says of `kt unfreeze-and-finetune`."""
+    """The record of `kt unfreeze-and-finetune` in `manifest.json`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     created: str
+    """UTC time at which fine-tuning was completed, ISO 8601."""
     config: FinetuneConfig
-    """What the user chose, resolved."""
+    """The resolved options."""
     kept: bool
     """Whether the fine-tuned model became the run's model."""
     reason: str
-    """Why, in words."""
+    """Why it was kept or not, as a sentence."""
     metric: str
-    """What decided: `accuracy`, or of multi-label data `mean_average_precision`."""
+    """The metric that decided: `accuracy`, or `mean_average_precision` for multi-label
+    data."""
     before: float | None
-    """The metric of the run's model so far, on the validation images, if any."""
+    """That metric of the run's previous model on the validation images, from 0 to 1;
+    None without validation images."""
     after: float | None
-    """The metric of the fine-tuned model, on the same images."""
+    """That metric of the fine-tuned model on the same images, from 0 to 1; None without
+    validation images."""
     p_value: float | None
-    """How likely a gain like this is if the new model is not better."""
+    """Probability of a gain like this if the new model is not better (0 to 1); None
+    without validation images."""
     alpha: float
-    """Share of the fine-tuned weights in the mix with those before; 1 is all."""
+    """Fraction of the fine-tuned weights in the final mix with the weights before
+    training, from 0 to 1."""
     alphas: dict[str, float]
-    """alpha -> the metric on the validation images."""
+    """The metric on the validation images for each alpha that was tried."""
     groups: dict[str, float]
-    """Trained layer group -> its highest learning rate."""
+    """Peak learning rate of each trained layer group."""
     trained_parameters: int
+    """Number of weights that training could change."""
     split_point: str
-    """The layer up to which activations were computed once; `image`: pixels."""
+    """Last layer of the frozen part; `image` if the tail reads pixels."""
     activation_bytes: int
-    """Size on disk of an image's cached activation."""
+    """Bytes on disk of one image's cached activation."""
     best_epoch: int
+    """Epoch whose weights were used, starting at 1."""
     epochs: int
-    """Epochs trained, those before a `--resume` included."""
+    """Number of epochs trained, including those before a `--resume`."""
     engine: str
-    """What ran the frozen part: `openvino` or `keras`; `cache` if it did not run."""
+    """Engine that ran the frozen part: `openvino` or `keras`; `cache` if none had to
+    run."""
     precision: str
-    """Arithmetic of training."""
+    """Arithmetic of training: `f32`, `bf16` or `f16`."""
     parity: dict[str, float]
-    """The model on pixels against the cached activations; as in the manifest."""
+    """Agreement of the model on pixels with its tail on cached activations; keys as in
+    `Manifest.parity`."""
     images_per_second: float
-    """Of training, the median epoch."""
+    """Training throughput in the median epoch."""
     timings: dict[str, float]
-    """Wall seconds: `features`, `training`, `comparison`, `total`; of the last
-    process that worked on it."""
+    """Wall-clock seconds of the last process that worked on it: `features`, `training`,
+    `comparison` and `total`."""
     notes: list[str]
+    """Decisions made along the way, each with its measurement."""
 
 
 class Manifest(BaseModel):
-    """What `manifest.json` says: where a run's model came from, to the byte."""
+    """The content of `manifest.json`: the exact provenance of a run's model."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     schema_version: int = 1
+    """Changes when a key changes its meaning."""
     created: str
     """UTC time at which the run was completed, ISO 8601."""
     data: str
     """The DATA argument; folders and files as absolute paths."""
     data_fingerprint: str
-    """SHA-256 over every usable image's split, name, bytes and labels."""
+    """SHA-256 over the split, name, bytes and labels of every usable image."""
     class_counts: dict[str, dict[str, int]]
-    """split -> class name -> number of usable images."""
+    """Number of usable images by split and class name."""
     skipped: int
-    """Images that could not be read or decoded; `skipped.csv` lists them."""
+    """Number of images that could not be read or decoded, listed in `skipped.csv`."""
     multi_label: bool
+    """Whether an image may show several classes, or none."""
     base: str
+    """Name of the base."""
     weights: str
+    """`imagenet`, `none`, or the absolute path of a weights file."""
     weights_digest: str
     """SHA-256 over the shapes and values of the frozen base's weights."""
     image_size: int
-    """Side of the square images that the model takes, in pixels."""
+    """Side in pixels of the square images that the model takes."""
     decoder_version: int
+    """`decode.DECODER_VERSION`; changes when the same file decodes to other pixels."""
     engine: str
-    """What ran the frozen base: `openvino` or `keras`; `cache` if it did not run."""
+    """Engine that ran the frozen base: `openvino` or `keras`; `cache` if none had to
+    run."""
     precision: str
     """Arithmetic of the features the head was trained on: `f32` or `bf16`."""
     notes: list[str]
-    """What was decided on the way, each with its measurement."""
+    """Decisions made along the way, each with its measurement."""
     folds: Estimate | None = None
-    """With `--folds`, the accuracy (of multi-label data the mean average precision)
-    of each fold, their mean and its 95% interval."""
+    """If the head was cross-validated, the accuracy of each fold (for multi-label data,
+    the mean average precision), with mean and 95% interval."""
     l2: float
-    """The head's L2 strength, chosen on the validation split."""
+    """The head's L2 strength, chosen on the validation split if there is one."""
     parity: dict[str, float]
-    """model.keras against the cached features: `images`, `top1_agreement` (0 to 1),
-    `max_probability_difference`, `tolerance`."""
+    """Agreement of `model.keras` with the head on cached features: `images`,
+    `top1_agreement` (0 to 1), `max_probability_difference` and `tolerance`."""
     seed: int
+    """Seed of all random choices."""
     versions: dict[str, str]
+    """Installed versions of Python and of the main packages, by name."""
     host: dict[str, str | int]
+    """The machine: `system`, `machine` (architecture) and `cpu_cores`."""
     timings: dict[str, float]
-    """Wall seconds: `features`, and of these the `decode` and `forward` ones during
-    which it waited for images and for the base; then `head`, `model`, `total`."""
+    """Wall-clock seconds: `features`, including `decode` (waiting for images) and
+    `forward` (waiting for the base); `head`, `model` and `total`."""
     images_decoded: int
+    """Number of images decoded for their features."""
     images_forwarded: int
+    """Number of images that went through the base, including augmented views."""
     phase: Phase = "fit"
-    """Whose model `model.keras` is; the other phase's is `model.PHASE.keras`."""
+    """Phase that produced `model.keras`; the model of the other phase, if any, is
+    `model.PHASE.keras`."""
     finetune: FinetuneReport | None = None
+    """Record of the last fine-tuning that is stored in the run, if any."""
 
     def to_json(self) -> str:
-        """The text of manifest.json, escaped: not every path can be text in UTF-8."""
+        """Formats the manifest as ASCII JSON, since not every path is valid UTF-8."""
         return json.dumps(self.model_dump(mode="json"), indent=1)
 
 
 def now() -> str:
-    """The time now in UTC, ISO 8601 to the second."""
+    """Returns the current UTC time in ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of what a result depends on."""
+    """Returns installed versions of Python and of the packages that affect results."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -158,7 +185,7 @@ def versions() -> dict[str, str]:
 
 
 def host() -> dict[str, str | int]:
-    """The machine: system, processor architecture and usable CPU cores."""
+    """Describes the machine: system, processor architecture and usable CPU cores."""
     return {
         "system": platform.system(),
         "machine": platform.machine(),

@@ -1,11 +1,12 @@
-"""The run directory: its file names, how they are written, how it is found again.
+"""The run directory: its file names, how it is written, and how it is opened.
 
 `saved_models/<run>/` is also a TensorFlow Serving model base path: `kt export` adds
-integer-named version directories, and Serving ignores every other file. A run is
-built in a hidden sibling directory and renamed when it is complete, so whoever lists
-`saved_models/` sees a whole run or none. Changes of a run, up to its replacement, are
-prepared in a hidden directory too: renaming that to `.committed` decides, and whoever
-opens the run next finishes what a killed process had decided.
+integer-named version directories, and TensorFlow Serving ignores every other file. A
+run is built in a hidden sibling directory and renamed when it is complete, so a
+listing of `saved_models/` contains complete runs only. Changes to a run, including its
+replacement, are prepared in a hidden directory too. Renaming that to `.committed`
+commits the change; if the process is then killed, the next one that opens the run
+completes it.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from keras_transfer.config import Config, load_config
 from keras_transfer.errors import KerasTransferError, UsageError
@@ -36,6 +37,7 @@ from keras_transfer.runs.manifest import Manifest, Phase
 
 CONFIG = "config.yaml"
 HISTORY = "history.csv"
+IMAGES = "images.parquet"
 LABELS = "labels.txt"
 MANIFEST = "manifest.json"
 METRICS = "metrics.json"
@@ -44,21 +46,21 @@ SKIPPED = "skipped.csv"
 SPLITS = "splits.csv"
 
 OUT_OF_FOLD = "out_of_fold.csv"
-"""What the heads of a cross-validation say of the images they were not trained on."""
+"""Out-of-fold predictions from cross-validating the head on the training images."""
 
 CHECKPOINT = "checkpoint"
-"""The folder of a phase that is not finished."""
+"""Folder with the state of an unfinished phase."""
 
 SERVING = "serving"
-"""The folder with TensorFlow Serving's configuration."""
+"""Folder with TensorFlow Serving's configuration files."""
 
 _COMMITTED = ".committed"
-"""The folder of a run with what is decided to be in it, but not in its place yet."""
+"""Folder in a run with files that are committed but not moved into place yet."""
 
 _REMOVED = ".removed"
-"""A file in that folder: the names, as JSON, of what has to go first."""
+"""File in that folder: a JSON list of names to delete before files are moved."""
 
-_READS = 5
+_READS = 5  # attempts to read files of one consistent run
 
 _T = TypeVar("_T")
 
@@ -67,7 +69,7 @@ class Run:
     """A finished run on disk.
 
     Attributes:
-        run_dir: The directory, `saved_models/<run>`.
+        run_dir: The run's directory, such as `saved_models/<run>`.
     """
 
     def __init__(self, run_dir: Path):
@@ -78,14 +80,14 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The directory's name."""
+        """Name of the run's directory."""
         return self.run_dir.name
 
     @property
     def identity(self) -> bytes:
-        """manifest.json as it is: a run that is changed or replaced gets another.
+        """The bytes of manifest.json, which differ after every change or replacement.
 
-        Nothing, if there is no run.
+        Empty if there is no run.
         """
         try:
             return (self.run_dir / MANIFEST).read_bytes()
@@ -94,18 +96,22 @@ class Run:
 
     @property
     def config(self) -> Config:
-        """What the user chose, resolved."""
+        """The resolved config that the run was made with."""
         return load_config(self.run_dir / CONFIG)
 
     @property
     def class_names(self) -> list[str]:
-        """The classes, in the order of the model's outputs."""
+        """Class names in the order of the model's outputs."""
         text = (self.run_dir / LABELS).read_text(encoding="utf-8")
         return text.removesuffix("\n").split("\n")
 
     @property
     def manifest(self) -> Manifest:
-        """Where the model came from."""
+        """The content of manifest.json.
+
+        Raises:
+            KerasTransferError: If the file is missing or damaged.
+        """
         try:
             values = json.loads((self.run_dir / MANIFEST).read_bytes())
             return Manifest.model_validate(values)
@@ -116,10 +122,16 @@ class Run:
             ) from None
 
     @property
-    def metrics(self) -> dict[str, dict]:
-        """For each phase and split, what `evaluation.Evaluation` documents."""
+    def metrics(self) -> dict[str, dict[str, Any]]:
+        """The fields of `metrics.Evaluation` by phase and split.
+
+        Raises:
+            KerasTransferError: If the file is damaged.
+        """
         try:
-            return json.loads((self.run_dir / METRICS).read_text(encoding="utf-8"))
+            text = (self.run_dir / METRICS).read_text(encoding="utf-8")
+            values: dict[str, dict[str, Any]] = json.loads(text)
+            return values
         except ValueError as error:
             raise KerasTransferError(
                 f"{self.run_dir / METRICS} is damaged: {error}. Train the run again."
@@ -127,14 +139,14 @@ class Run:
 
     @property
     def model_path(self) -> Path:
-        """The Keras model, from [0, 255] RGB pixels to probabilities."""
+        """Path of the run's Keras model, from [0, 255] RGB pixels to probabilities."""
         return self.run_dir / MODEL
 
     def phase_model_path(self, phase: Phase) -> Path:
-        """The Keras model of a phase.
+        """Returns the path of the Keras model of a phase.
 
         Raises:
-            UsageError: If the run has no such phase.
+            UsageError: If the run was not fine-tuned and `phase` is `finetune`.
         """
         manifest = self.manifest
         if phase == manifest.phase:
@@ -148,22 +160,28 @@ class Run:
 
     @property
     def checkpoint(self) -> Path:
-        """The folder of a phase that is not finished."""
+        """Folder with the state of an unfinished phase."""
         return self.run_dir / CHECKPOINT
 
     @property
+    def images_path(self) -> Path:
+        """Path of the image table; `features.image_table` documents its columns."""
+        return self.run_dir / IMAGES
+
+    @property
     def splits_path(self) -> Path:
-        """Which image was used for what: path,label,split,group."""
+        """Path of splits.csv, with columns path,label,split,group."""
         return self.run_dir / SPLITS
 
 
 def open_run(run: str | Path | Run) -> Run:
-    """Opens a run by its directory, or by its name under `saved_models/`.
+    """Opens a run by its directory or by its name under `saved_models/`.
 
-    What a killed process had decided is finished first, and what it had not is removed.
+    If a process was killed while changing the run, a change that it had committed is
+    completed first, and leftovers of any other change are removed.
 
     Raises:
-        UsageError: If there is no run.
+        UsageError: If no such run exists.
     """
     if isinstance(run, Run):
         return run
@@ -180,17 +198,24 @@ def open_run(run: str | Path | Run) -> Run:
 
 
 def read_together(run: Run, read: Callable[[], _T]) -> _T:
-    """What `read` reads in a run's files, all of them of one and the same run.
+    """Reads several files of a run in one consistent state.
 
-    A run may be replaced, or fine-tuned, between one file and the next. Then they are
-    read again.
+    A run may be replaced or fine-tuned between reading one file and the next. If that
+    happens, `read` is called again.
+
+    Args:
+        run: The run.
+        read: Reads files of the run.
+
+    Returns:
+        The result of `read`.
 
     Raises:
-        KerasTransferError: If it is changed again and again.
+        KerasTransferError: If the run keeps changing.
     """
 
     def is_unchanged() -> bool:
-        # In this order, for the manifest is what a commit moves last.
+        # The order matters because a commit moves the manifest last.
         return not (run.run_dir / _COMMITTED).exists() and run.identity == before
 
     for _ in range(_READS):
@@ -198,7 +223,7 @@ def read_together(run: Run, read: Callable[[], _T]) -> _T:
         before = run.identity
         try:
             result = read()
-        except Exception:  # what was read may be half of one run, half of another
+        except Exception:  # the files may have belonged to two different runs
             if is_unchanged():
                 raise
         else:
@@ -216,11 +241,11 @@ def _changed(run_dir: Path) -> KerasTransferError:
 
 @dataclass
 class NewRun:
-    """A run that is about to be made.
+    """A run that is about to be created.
 
     Attributes:
-        run_dir: Where it is to be; after `building`, where it is.
-        replaces: The `identity` of the run there that it replaces, if any.
+        run_dir: The intended directory; after `building`, the actual one.
+        replaces: The `identity` of the existing run that it replaces, if any.
     """
 
     run_dir: Path
@@ -228,17 +253,22 @@ class NewRun:
 
 
 def new_run(runs_dir: Path, name: str, overwrite: bool) -> NewRun:
-    """Where a new run will be, checked before any work is done.
+    """Checks where a new run will be created, before any work is done.
+
+    Args:
+        runs_dir: Directory that contains the runs.
+        name: Name of the new run.
+        overwrite: Whether an existing run of this name may be replaced.
 
     Raises:
-        UsageError: If the name is not usable, or taken and not to be overwritten.
+        UsageError: If the name is not valid, or is taken and cannot be overwritten.
         KerasTransferError: If another process is changing the run to be overwritten.
     """
     if not re.fullmatch(r"[\w][\w.+-]*", name) or name.isdigit():
         raise UsageError(
             "A run's name is made of letters, digits and _.+-, starts with a letter, "
-            f"digit or _ and is not only digits. Received: {name!r}. Choose one with "
-            "--name."
+            f"digit or _ and is not only digits. Received: name={name!r}. Choose "
+            "another."
         )
     run_dir = runs_dir / name
     remove_left_overs(runs_dir)
@@ -247,32 +277,32 @@ def new_run(runs_dir: Path, name: str, overwrite: bool) -> NewRun:
         return NewRun(run_dir)
     if not overwrite:
         raise UsageError(
-            f"The run exists already. Received: {run_dir}. Choose another name with "
-            "--name, or replace it with --overwrite."
+            f"The run exists already. Received: {run_dir}. Choose another with "
+            "name=NEW, or replace it with overwrite=True."
         )
     if not (run_dir / MANIFEST).is_file():
         raise UsageError(
-            f"--overwrite replaces only runs of kt, and this is something else. "
-            f"Received: {run_dir}. Choose another name with --name."
+            f"Only a run can be overwritten, and this is something else. Received: "
+            f"{run_dir}. Choose another name with name=NEW."
         )
-    with only_process(run_dir):  # which would put its results into the new run
+    with only_process(run_dir):  # another one would write its results into the new run
         return NewRun(run_dir, Run(run_dir).identity)
 
 
 def version_dirs(run_dir: Path) -> list[Path]:
-    """What TensorFlow Serving takes for a version, oldest first; even files."""
+    """Lists what TensorFlow Serving takes for versions, oldest first, even files."""
     found = [p for p in run_dir.iterdir() if p.name.isascii() and p.name.isdecimal()]
     return sorted(found, key=lambda path: int(path.name))
 
 
 @contextlib.contextmanager
 def building(new: NewRun) -> Iterator[Path]:
-    """A hidden directory to build a run in; it becomes `new.run_dir` on success only.
+    """Yields a hidden directory to build a run in; on success it becomes the run.
 
-    A run replaces only the one that was to be replaced, as that was when the work
-    began. Where something else is by then, or another process is changing it, the new
-    run gets the next free name, which `new.run_dir` says afterwards. Versions that were
-    exported stay where they are, so that a server has one at any moment.
+    An existing run is replaced only if it is still the one in `new.replaces`. If it has
+    changed or another process is changing it, the new run gets the next free name and
+    `new.run_dir` is updated. Exported versions stay in place, so that a server always
+    finds one.
     """
     parent = new.run_dir.resolve().parent
     parent.mkdir(parents=True, exist_ok=True)
@@ -284,7 +314,7 @@ def building(new: NewRun) -> Iterator[Path]:
 
 
 def _replace(staging: Path, run_dir: Path, replaced: bytes) -> bool:
-    """Whether a run could be put in the place of the one with this identity."""
+    """Replaces the run with this identity; returns False if that is not possible."""
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(locked(run_dir))
@@ -298,15 +328,15 @@ def _replace(staging: Path, run_dir: Path, replaced: bytes) -> bool:
 
 
 def _outdated(run_dir: Path, staging: Path) -> list[str]:
-    """What of a run has to go when another takes its place."""
+    """Lists the entries of a run to delete when another run replaces it."""
     published = {SERVING, *(path.name for path in version_dirs(run_dir))}
-    # What is a file in both is replaced by one rename.
+    # Files that exist in both runs are replaced by a single rename.
     renewed = {path.name for path in staging.iterdir() if path.is_file()}
     return [
         path.name
         for path in run_dir.iterdir()
         if path.name not in published
-        and not path.name.startswith(UNFINISHED)  # another process's
+        and not path.name.startswith(UNFINISHED)  # may belong to another process
         and not (path.name in renewed and path.is_file())
     ]
 
@@ -315,19 +345,19 @@ def _outdated(run_dir: Path, staging: Path) -> list[str]:
 def updating(
     run_dir: Path, made_from: bytes | None = None, removed: Sequence[str] = ()
 ) -> Iterator[Path]:
-    """A hidden directory for new files of a run, which replace the old ones together.
+    """Yields a hidden directory for new files that replace a run's files together.
 
-    When the block ends well the directory is renamed, and with that the update is
-    decided; a process killed while it moves the files leaves the rest to whoever opens
-    the run.
+    If the block succeeds, the directory is renamed, which commits the update. If the
+    process is killed while moving the files into place, the next process that opens the
+    run completes the update.
 
     Args:
-        run_dir: The run.
-        made_from: The `identity` of the run, if only that one may be updated.
-        removed: What has to go, relative to the run.
+        run_dir: The run's directory.
+        made_from: The `identity` that the run must have; None for any.
+        removed: Names in the run to delete.
 
     Raises:
-        KerasTransferError: If the run is not the one that `made_from` says.
+        KerasTransferError: If the run's identity is not `made_from`.
     """
     with temporary_directory(run_dir) as staging:
         yield staging
@@ -338,16 +368,16 @@ def updating(
 
 @contextlib.contextmanager
 def committing(run_dir: Path, made_from: bytes | None = None) -> Iterator[None]:
-    """Keeps other processes from changing which files a run has, for a moment.
+    """Keeps other processes from adding or replacing files of a run during the block.
 
     Args:
-        run_dir: The run.
-        made_from: The `identity` it must have.
+        run_dir: The run's directory.
+        made_from: The `identity` that the run must have; None for any.
 
     Raises:
-        KerasTransferError: If it has another.
+        KerasTransferError: If the run's identity is not `made_from`.
     """
-    # A run's own lock may be held for hours, by a process that trains.
+    # Lock the parent: a training process may hold the run's own lock for hours.
     with locked(run_dir.resolve().parent, wait=True):
         _finish(run_dir)
         if made_from is not None and Run(run_dir).identity != made_from:
@@ -357,26 +387,26 @@ def committing(run_dir: Path, made_from: bytes | None = None) -> Iterator[None]:
 
 def _commit(staging: Path, run_dir: Path, removed: Sequence[str]) -> None:
     write_atomic(staging / _REMOVED, json.dumps(removed))
-    staging.rename(run_dir / _COMMITTED)  # from here on nobody can undo it
+    staging.rename(run_dir / _COMMITTED)  # the point of no return
     sync(run_dir)
     _finish(run_dir)
 
 
 def _finish(run_dir: Path) -> None:
-    """Does what a commit decided; again, from anywhere, if it was killed meanwhile."""
+    """Completes a commit; can be repeated from any state that a killed process left."""
     committed = run_dir / _COMMITTED
     if not committed.is_dir():
         return
     removed = committed / _REMOVED
-    # Where directories are not locked another process may do the same.
+    # If directories cannot be locked, another process may be doing the same.
     with contextlib.suppress(FileNotFoundError):
         if removed.exists():
             for name in json.loads(removed.read_text()):
                 remove(run_dir / name)
             sync(run_dir)
             removed.unlink()
-            sync(committed)  # before anything is moved, which must not be removed
-        # The manifest last: until then a reader can tell that its files change.
+            sync(committed)  # or a repeat could delete files that were already moved
+        # Move the manifest last: until then, readers can tell that files are changing.
         for path in sorted(committed.iterdir(), key=lambda path: path.name == MANIFEST):
             _move(path, run_dir / path.name)
         committed.rmdir()
@@ -384,7 +414,7 @@ def _finish(run_dir: Path) -> None:
 
 
 def _move(source: Path, target: Path) -> None:
-    """Moves a file, or a folder into what there is of it."""
+    """Moves a file or folder; a folder is merged into an existing one."""
     if source.is_dir() and target.is_dir():
         for path in source.iterdir():
             _move(path, target / path.name)
@@ -394,11 +424,11 @@ def _move(source: Path, target: Path) -> None:
 
 
 def _recover(run_dir: Path) -> None:
-    """Finishes, or undoes, what a killed process was doing to a run."""
+    """Completes or undoes the change that a killed process was making to a run."""
     if (run_dir / _COMMITTED).is_dir():
         with committing(run_dir):
             pass
-    if not run_dir.exists():  # which version 0.1.0 moved away before it replaced it
+    if not run_dir.exists():  # version 0.1.0 moved a run away before replacing it
         pattern = f".replaced.????????/{glob.escape(run_dir.name)}"
         for moved in run_dir.parent.glob(pattern):
             moved.rename(run_dir)
@@ -407,5 +437,5 @@ def _recover(run_dir: Path) -> None:
 
 
 def phase_model(phase: Phase) -> str:
-    """File name of the model of a phase that is not the run's."""
+    """Returns the file name of a phase's model if it is not the run's current model."""
     return f"model.{phase}.keras"

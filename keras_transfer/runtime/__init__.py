@@ -1,4 +1,4 @@
-"""Libraries below the data: TensorFlow's C API and OpenVINO.
+"""Wrappers of runtime libraries: TensorFlow's C API and OpenVINO.
 
 Reading order: openvino, c_api.
 """

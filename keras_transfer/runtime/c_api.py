@@ -1,8 +1,8 @@
-"""A SavedModel as TensorFlow Serving sees it: loaded and run by TensorFlow's C API.
+"""Loads and runs a SavedModel with TensorFlow's C API, as TensorFlow Serving does.
 
-The C++ loader and session are those of TensorFlow Serving, and none of TensorFlow's
-Python is imported: nothing of it can help a bundle that is not whole, and starting
-takes a fraction of the time.
+The C++ loader and session are the ones TensorFlow Serving uses. TensorFlow's Python
+package is not imported, so it cannot mask an incomplete bundle, and startup takes a
+fraction of the time.
 """
 
 import ctypes
@@ -16,16 +16,17 @@ from collections.abc import Sequence
 from ctypes import POINTER, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from keras_transfer.errors import KerasTransferError, UsageError
 
 ABOUT = Path("assets.extra") / "keras_transfer.json"
-"""Where a version directory says what it is, its signatures' tensors among it."""
+"""File in a version directory that describes it, including its signatures' tensors."""
 
 Arrays = dict[str, np.ndarray]
-"""Name to array; strings are arrays of objects, and those are bytes."""
+"""Arrays by name; a string tensor is an object array of `bytes`."""
 
 _STRING = 7  # TF_STRING
 _DTYPES = {
@@ -42,7 +43,7 @@ _STRING_BYTES = 24  # sizeof(TF_TString)
 
 
 class _Output(ctypes.Structure):
-    """TF_Output: an operation and the number of its output."""
+    """TF_Output: an operation and the index of one of its outputs."""
 
     _fields_ = [("operation", c_void_p), ("index", c_int)]
 
@@ -103,11 +104,11 @@ _FUNCTIONS = {
 
 @dataclass(frozen=True)
 class Request:
-    """What a signature is asked.
+    """A request to a signature.
 
     Attributes:
-        signature: Its name, such as `serving_default`.
-        inputs: Input name to array.
+        signature: Name of the signature, such as `serving_default`.
+        inputs: Arrays by input name.
     """
 
     signature: str
@@ -115,18 +116,21 @@ class Request:
 
 
 class Session:
-    """A loaded SavedModel of `kt export`; close it, or use it in a `with` statement.
+    """A loaded SavedModel from `kt export`; close it, or use it in a `with` statement.
 
     Attributes:
-        about: What `assets.extra/keras_transfer.json` says.
+        about: Content of `assets.extra/keras_transfer.json`.
     """
 
     def __init__(self, saved_model: Path):
-        """Loads it.
+        """Loads a SavedModel.
+
+        Args:
+            saved_model: A version directory made by `kt export`.
 
         Raises:
-            UsageError: If the directory is no version directory of `kt export`.
-            KerasTransferError: If TensorFlow's loader refuses it.
+            UsageError: If the directory was not made by `kt export`.
+            KerasTransferError: If TensorFlow cannot load it.
         """
         self.about = read_about(saved_model)
         self._tf = tf = _library()
@@ -153,21 +157,21 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        """Frees the graph and its weights."""
+        """Frees the graph and its weights. Call it only once."""
         if self._session:
             self._tf.TF_DeleteSession(self._session, self._status)
         self._tf.TF_DeleteGraph(self._graph)
         self._tf.TF_DeleteStatus(self._status)
 
     def run(self, request: Request) -> Arrays:
-        """Asks a signature.
+        """Runs a signature.
 
         Returns:
-            Output name to array.
+            Arrays by output name.
 
         Raises:
-            UsageError: If there is no such signature.
-            KerasTransferError: With what TensorFlow says, if it refuses.
+            UsageError: If the signature does not exist.
+            KerasTransferError: If TensorFlow reports an error, with its message.
         """
         tf, signatures = self._tf, self.about["signatures"]
         if request.signature not in signatures:
@@ -221,14 +225,17 @@ class Session:
             raise KerasTransferError(message.strip())
 
 
-def read_about(saved_model: Path) -> dict:
-    """What a version directory of `kt export` says of itself.
+def read_about(saved_model: Path) -> dict[str, Any]:
+    """Reads the description of a version directory made by `kt export`.
 
     Raises:
-        UsageError: If the directory is none.
+        UsageError: If the directory was not made by `kt export`.
     """
     try:
-        return json.loads((saved_model / ABOUT).read_text(encoding="utf-8"))
+        about: dict[str, Any] = json.loads(
+            (saved_model / ABOUT).read_text(encoding="utf-8")
+        )
+        return about
     except (OSError, ValueError) as error:
         raise UsageError(
             f"This is no version directory of kt export. Received: {saved_model} "
@@ -240,17 +247,21 @@ def read_about(saved_model: Path) -> dict:
 def answer_elsewhere(
     saved_model: Path, requests: Sequence[Request]
 ) -> list[Arrays | str]:
-    """Answers requests in a process of its own, where an abort does no harm.
+    """Runs requests in a separate process, where an abort does no harm.
+
+    Args:
+        saved_model: A version directory made by `kt export`.
+        requests: The requests to run, in order.
 
     Returns:
-        Of each request the outputs, or what TensorFlow says if it refuses.
+        For each request, the outputs by name, or TensorFlow's error message.
 
     Raises:
         KerasTransferError: If the SavedModel cannot be loaded, or the process dies.
     """
-    # -P: nothing in the working directory is imported. Where the package is not
-    # installed it is found beside this one.
-    package = str(Path(__file__).parents[1])
+    # -P keeps the working directory off sys.path. If the package is not installed,
+    # the appended path makes it importable.
+    package = str(Path(__file__).parents[2])
     code = (
         f"import sys; sys.path.append({package!r})\n"
         f"from {__name__} import answer; answer()"
@@ -259,7 +270,7 @@ def answer_elsewhere(
         [sys.executable, "-P", "-c", code],
         input=pickle.dumps((saved_model, requests)),
         capture_output=True,
-        # Verification needs no GPU, and must not take the memory of one.
+        # Verification does not need a GPU and must not reserve its memory.
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1"},
     )
     if process.returncode:
@@ -268,13 +279,14 @@ def answer_elsewhere(
             f"{saved_model} cannot be served: exit status {process.returncode}, "
             f"{said[-1] if said else 'and nothing was said'}"
         )
-    return pickle.loads(process.stdout)
+    answers: list[Arrays | str] = pickle.loads(process.stdout)
+    return answers
 
 
 def answer() -> None:
-    """Answers the requests that `answer_elsewhere` sends to standard input."""
+    """Runs the requests that `answer_elsewhere` sends to standard input."""
     answers_file = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever else is printed is no answer
+    os.dup2(2, 1)  # stray prints must not mix with the pickled answers
     saved_model, requests = pickle.load(sys.stdin.buffer)
     answers: list[Arrays | str] = []
     try:
@@ -291,17 +303,17 @@ def answer() -> None:
 
 
 def _library() -> ctypes.CDLL:
-    """TensorFlow's shared library, found without importing TensorFlow."""
+    """Loads TensorFlow's shared library without importing the Python package."""
     spec = importlib.util.find_spec("tensorflow")
     if spec is None or spec.origin is None:
         raise KerasTransferError("TensorFlow is not installed.")
     folder = Path(spec.origin).parent
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read when it is loaded
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read when the library loads
     is_mac = sys.platform == "darwin"
     path = folder / f"libtensorflow_cc.{'2.dylib' if is_mac else 'so.2'}"
     try:
-        # Its symbols stay its own: it has an OpenSSL inside, which would replace the
-        # one that Python's ssl and hashlib use.
+        # RTLD_LOCAL keeps the OpenSSL that is linked into the library from replacing
+        # the one that Python's ssl and hashlib use.
         library = ctypes.CDLL(str(path), ctypes.RTLD_LOCAL)
     except OSError as error:
         raise KerasTransferError(

@@ -1,4 +1,4 @@
-"""A model -> what other programs serve, verified on real images.
+"""Exports of a model for other programs, verified on real images.
 
 Reading order: signatures, sample, warmup, savedmodel, formats, server.
 """

@@ -1,9 +1,8 @@
 """A run's model in the formats of other runtimes, each verified on real images.
 
-Each file is a function of float32 `[N, image_size, image_size, 3]` RGB pixels in
-[0, 255] to float32 `[N, C]` probabilities; input scaling is inside. Decoding is left
-to the caller: as near as it comes to `decode.decode_image` it gives what the model
-gives.
+Each file takes float32 `[N, image_size, image_size, 3]` RGB pixels in [0, 255] and
+returns float32 `[N, C]` probabilities; input scaling is included. Decoding is left to
+the caller, and should be as close as possible to `decode.decode_image`.
 """
 
 import contextlib
@@ -24,40 +23,50 @@ from keras_transfer.errors import KerasTransferError
 from keras_transfer.evaluation.of_run import run_splits
 from keras_transfer.runs.run import Run
 from keras_transfer.runtime.openvino import import_openvino
+from keras_transfer.serving.sample import Sample
+from keras_transfer.serving.signatures import frozen_network
 
 EXPORTED = "exported"
-"""The folder of a run with a folder for each of these formats."""
+"""Folder in a run that contains a folder for each exported format."""
 
 TOLERANCE = 1e-4
-"""How far a probability may be from the model's: runtimes round differently."""
+"""Maximum absolute difference of a probability from the model's, without quantization.
+It is not 0, because runtimes round differently."""
 
 _CALIBRATION_IMAGES = 100
 _OPSET = 18  # of ONNX
 
 Predict = Callable[[np.ndarray], np.ndarray]
-"""From float32 pixels to probabilities."""
+"""Takes float32 `[N, image_size, image_size, 3]` pixels; returns probabilities."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be written.
+    """An export to write.
 
     Attributes:
-        model: The model.
-        make_function: Makes the same a `tf.function`, its weights constants.
-        quantize: How its weights are to be kept.
-        calibration: Gives training images, to quantize by.
+        model: Keras model from [0, 255] RGB pixels to probabilities.
+        sample: Images with the model's outputs.
+        quantize: Kind of quantization; None for none.
+        calibration: Yields training images to calibrate quantization with.
     """
 
     model: keras.Model
-    make_function: Callable[[], Any]
+    sample: Sample
     quantize: Quantization | None
     calibration: Callable[[], Iterator[list[np.ndarray]]]
 
 
 @dataclass(frozen=True)
-class _Runtime:
-    """A format: its file, the modules it needs, how it is written and run."""
+class Runtime:
+    """A format's file name, required modules, writer and loader.
+
+    Attributes:
+        file: Name of the model's file.
+        modules: Modules that must be installed.
+        write: Writes a job's model to a path.
+        load: Loads the model at a path in the format's own runtime.
+    """
 
     file: str
     modules: Sequence[str]
@@ -65,23 +74,55 @@ class _Runtime:
     load: Callable[[Path], Predict]
 
 
-def check_installed(form: Format, runtime: _Runtime) -> None:
-    """Refuses a format whose packages are missing.
+def check_installed(form: Format) -> None:
+    """Checks that the packages of a format are installed.
 
     Raises:
-        KerasTransferError: With what to install.
+        KerasTransferError: If one is missing; the message says what to install.
     """
-    for module in runtime.modules:
+    for module in RUNTIMES[form].modules:
         if importlib.util.find_spec(module) is None:
             raise KerasTransferError(
-                f"--format {form} needs packages that are not installed. Received: no "
+                f"Format {form} needs packages that are not installed. Received: no "
                 f"{module}. Install them: pip install 'keras-transfer[{form}]'."
             )
 
 
+def write_format(form: Format, job: Job, folder: Path) -> Predict:
+    """Writes a model's file to a folder and loads it in the format's own runtime.
+
+    Returns:
+        A function that runs the loaded model.
+    """
+    runtime = RUNTIMES[form]
+    path = folder / runtime.file
+    runtime.write(job, path)
+    return runtime.load(path)
+
+
+def check_agreement(form: Format, predict: Predict, job: Job) -> float:
+    """Compares an exported model with the original.
+
+    Returns:
+        The largest absolute difference of their probabilities on the sample.
+
+    Raises:
+        KerasTransferError: If a probability is not finite, or the difference exceeds
+            `TOLERANCE` without quantization.
+    """
+    actual = predict(job.sample.pixels.astype(np.float32))
+    difference = float(np.abs(actual - job.sample.expected["probabilities"]).max())
+    if not np.isfinite(actual).all() or (not job.quantize and difference > TOLERANCE):
+        raise KerasTransferError(
+            f"The {form} model does not agree with the model: probabilities differ by "
+            f"{difference:.2g}, at most {TOLERANCE} is allowed. Nothing was exported."
+        )
+    return difference
+
+
 @contextlib.contextmanager
 def explaining_refusals(form: Format) -> Iterator[None]:
-    """Says what a converter or a runtime refuses; each raises its own types."""
+    """Converts any exception of a converter or runtime to a `KerasTransferError`."""
     try:
         yield
     except (KerasTransferError, OSError):
@@ -89,15 +130,28 @@ def explaining_refusals(form: Format) -> Iterator[None]:
     except Exception as error:
         cause = (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")
         raise KerasTransferError(
-            f"--format {form} cannot express this model: {cause}. Nothing was exported."
+            f"Format {form} cannot express this model: {cause}. Nothing was exported."
         ) from error
 
 
 def calibration_images(run: Run, model: keras.Model) -> Iterator[list[np.ndarray]]:
-    """Some training images, as the LiteRT converter wants them."""
+    """Yields up to 100 training images in the form that the LiteRT converter expects.
+
+    Each is a list with one float32 `[1, image_size, image_size, 3]` array.
+    """
     sample = sample_images(run_splits(run), model.input_shape[1], _CALIBRATION_IMAGES)
     for _, _, pixels in sample:
         yield [pixels[None].astype(np.float32)]
+
+
+def _constant_function(job: Job) -> Any:
+    """Converts the model to a `tf.function` with constant weights."""
+    network, _ = frozen_network(job.model, job.sample.pixels, job.sample.expected)
+    return tf.function(
+        lambda pixels: {"probabilities": network(pixels)["probabilities"]},
+        [tf.TensorSpec((None, *job.model.input_shape[1:]), tf.float32, "pixels")],
+        autograph=False,
+    )
 
 
 def _write_keras(job: Job, path: Path) -> None:
@@ -111,7 +165,7 @@ def _load_keras(path: Path) -> Predict:
 
 def _write_openvino(job: Job, path: Path) -> None:
     openvino = import_openvino()
-    converted = openvino.convert_model(job.make_function().get_concrete_function())
+    converted = openvino.convert_model(_constant_function(job).get_concrete_function())
     openvino.save_model(converted, path, compress_to_fp16=False)
 
 
@@ -124,7 +178,7 @@ def _load_openvino(path: Path) -> Predict:
 def _write_onnx(job: Job, path: Path) -> None:
     import tf2onnx
 
-    function = job.make_function()
+    function = _constant_function(job)
     tf2onnx.convert.from_function(
         function, function.input_signature, opset=_OPSET, output_path=str(path)
     )
@@ -140,7 +194,7 @@ def _load_onnx(path: Path) -> Predict:
 
 def _write_litert(job: Job, path: Path) -> None:
     converter = tf.lite.TFLiteConverter.from_concrete_functions(
-        [job.make_function().get_concrete_function()], tf.Module()
+        [_constant_function(job).get_concrete_function()], tf.Module()
     )
     if job.quantize:
         converter.optimizations = [tf.lite.Optimize.DEFAULT]
@@ -148,7 +202,7 @@ def _write_litert(job: Job, path: Path) -> None:
         converter.representative_dataset = job.calibration
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
     with warnings.catch_warnings():
-        # Statistics of quantized inputs are asked for even where inputs stay float32.
+        # The converter asks for statistics of inputs even though they stay float32.
         warnings.filterwarnings("ignore", message="Statistics for quantized inputs")
         path.write_bytes(converter.convert())
 
@@ -174,11 +228,10 @@ def _load_litert(path: Path) -> Predict:
     return predict
 
 
-RUNTIMES: dict[Format, _Runtime] = {
-    "keras": _Runtime("model.keras", (), _write_keras, _load_keras),
-    "openvino": _Runtime("model.xml", ("openvino",), _write_openvino, _load_openvino),
-    "onnx": _Runtime("model.onnx", ("tf2onnx", "onnxruntime"), _write_onnx, _load_onnx),
-    "litert": _Runtime(
-        "model.tflite", ("ai_edge_litert",), _write_litert, _load_litert
-    ),
+RUNTIMES: dict[Format, Runtime] = {
+    "keras": Runtime("model.keras", (), _write_keras, _load_keras),
+    "openvino": Runtime("model.xml", ("openvino",), _write_openvino, _load_openvino),
+    "onnx": Runtime("model.onnx", ("tf2onnx", "onnxruntime"), _write_onnx, _load_onnx),
+    "litert": Runtime("model.tflite", ("ai_edge_litert",), _write_litert, _load_litert),
 }
+"""The formats."""

@@ -1,7 +1,9 @@
-"""What is exported, and the images that an export is verified with."""
+"""Loads the model to export and the images that the export is verified on."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import keras
 import numpy as np
@@ -10,24 +12,26 @@ import tensorflow as tf
 from keras_transfer.data.samples import sample_images
 from keras_transfer.errors import KerasTransferError, UsageError
 from keras_transfer.evaluation.of_run import load_model, run_splits
-from keras_transfer.events import OnNote
+from keras_transfer.events import Listener
+from keras_transfer.features.image_table import changed_images, known_images
 from keras_transfer.runs.manifest import Manifest
 from keras_transfer.runs.run import Run, read_together
 from keras_transfer.runtime.c_api import Arrays
 from keras_transfer.serving.signatures import with_features
 
-BATCHES = (1, 8)  # images in the requests of verification and of warm-up
+BATCHES = (1, 8)
+"""Numbers of images in the requests for verification and warm-up."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Images of a run, and what its model says of them.
+    """Images of a run with the expected outputs of its model.
 
     Attributes:
-        files: Encoded images, n of them.
-        pixels: uint8 `[n, image_size, image_size, 3]`: the same, decoded.
-        expected: `probabilities` float32 `[n, C]`, and what the head reads, `features`
-            float32 `[n, D]`.
+        files: The n encoded images.
+        pixels: uint8 `[n, image_size, image_size, 3]` decoded images.
+        expected: The model's outputs: `probabilities` float32 `[n, C]` and `features`
+            (the head's input) float32 `[n, D]`.
     """
 
     files: Sequence[bytes]
@@ -37,33 +41,35 @@ class Sample:
 
 @dataclass(frozen=True)
 class Trained:
-    """A run's model, and what the run says of it.
+    """A run's model with its metadata, all in one consistent state.
 
     Attributes:
-        model: From [0, 255] RGB pixels to probabilities.
-        class_names: The classes, in the order of its outputs.
-        manifest: Where it came from.
-        metrics: Split to what `evaluation.Evaluation` documents.
-        identity: `Run.identity` of the run that all of these are of.
+        model: Keras model from [0, 255] RGB pixels to probabilities.
+        class_names: Class names in the order of its outputs.
+        manifest: The run's manifest.
+        metrics: The fields of `metrics.Evaluation` by split.
+        identity: `Run.identity` when the files were read.
     """
 
     model: keras.Model
     class_names: list[str]
     manifest: Manifest
-    metrics: dict[str, dict]
+    metrics: dict[str, dict[str, Any]]
     identity: bytes
 
 
 def load_trained(run: Run, min_accuracy: float | None) -> Trained:
-    """Loads what is exported.
+    """Loads the model to export.
 
     Args:
         run: The run.
-        min_accuracy: Refuses a model whose accuracy on the test images is lower.
+        min_accuracy: Minimum accuracy on the test images, from 0 to 1; None for no
+            limit.
 
     Raises:
-        UsageError: If the run has no test images to judge by.
-        KerasTransferError: If the model's accuracy is lower.
+        UsageError: If `min_accuracy` is given but the run has no test images.
+        KerasTransferError: If the accuracy is too low, or the run's files cannot be
+            read.
     """
 
     def read() -> Trained:
@@ -81,7 +87,7 @@ def load_trained(run: Run, min_accuracy: float | None) -> Trained:
         test = trained.metrics.get("test")
         if not test:
             raise UsageError(
-                f"--min-accuracy needs a test split. Received: {run.run_dir}, which "
+                f"min_accuracy needs a test split. Received: {run.run_dir}, which "
                 "has none. Train it again with one, or export without."
             )
         check_accuracy(test["accuracy"], test["images"], min_accuracy)
@@ -89,27 +95,41 @@ def load_trained(run: Run, min_accuracy: float | None) -> Trained:
 
 
 def check_accuracy(accuracy: float, images: int, min_accuracy: float) -> None:
-    """Refuses a model that is wrong too often.
+    """Rejects a model whose accuracy is too low.
+
+    Args:
+        accuracy: Accuracy on the test images, from 0 to 1.
+        images: Number of test images, for the message.
+        min_accuracy: Minimum accuracy.
 
     Raises:
-        KerasTransferError: If its accuracy on the test images is too low.
+        KerasTransferError: If the accuracy is lower.
     """
     if accuracy < min_accuracy:
         raise KerasTransferError(
             f"The model is not good enough: its accuracy on the {images:,} test images "
-            f"is {accuracy:.4f}. Received: --min-accuracy {min_accuracy}. Nothing was "
+            f"is {accuracy:.4f}. Received: min_accuracy={min_accuracy}. Nothing was "
             "exported."
         )
 
 
-def sample_of_run(run: Run, model: keras.Model, on_note: OnNote) -> Sample:
-    """Some of a run's training images; noise, where they cannot be read."""
+def sample_of_run(run: Run, model: keras.Model, listener: Listener) -> Sample:
+    """Samples up to 9 of a run's training images, or noise if none can be read."""
     image_size, count = model.input_shape[1], sum(BATCHES)
     try:
         images = sample_images(run_splits(run), image_size, count)
     except KerasTransferError as error:
-        on_note(f"Verified on noise, for the run's images cannot be read: {error}")
+        listener.note(
+            f"Verified on noise, for the run's images cannot be read: {error}"
+        )
         images = []
+    digests = {name: hashlib.sha256(encoded).digest() for name, encoded, _ in images}
+    known = known_images(run.images_path, listener)
+    if changed := changed_images(known, digests):
+        listener.note(
+            f"{len(changed)} of the {len(digests)} images that the export is verified "
+            f"on have changed since the run was made, such as {changed[0]}"
+        )
     if images:
         files = [encoded for _, encoded, _ in images]
         pixels = np.stack([decoded for _, _, decoded in images])

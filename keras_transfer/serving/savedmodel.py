@@ -1,7 +1,8 @@
-"""A run's model -> a SavedModel version directory for TensorFlow Serving, verified.
+"""A run's model -> a verified SavedModel version directory for TensorFlow Serving.
 
-What is published was loaded before by TensorFlow's own C++ loader, in a process
-without Python's TensorFlow, and said of real images what the model says.
+Before it is published, the SavedModel is loaded by TensorFlow's C++ loader in a process
+that does not import TensorFlow's Python package, and its outputs for real images are
+compared with the model's.
 """
 
 import contextlib
@@ -26,18 +27,36 @@ from keras_transfer.runs.manifest import now, versions
 from keras_transfer.runs.run import Run, committing, version_dirs
 from keras_transfer.runtime.c_api import Arrays, Request, answer_elsewhere
 from keras_transfer.serving.sample import BATCHES, Sample, Trained
-from keras_transfer.serving.signatures import EXAMPLE_KEY, TOLERANCE, disagreement
-from keras_transfer.serving.warmup import RECORDS, read_records
+from keras_transfer.serving.signatures import (
+    EXAMPLE_KEY,
+    TOLERANCE,
+    ServingBundle,
+    disagreement,
+)
+from keras_transfer.serving.warmup import RECORDS, read_records, write_records
 
-# What is served is never trained, and TensorFlow cannot save the gradient of its swish.
-SAVING = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
+# A served model is not trained, and TensorFlow cannot save the gradient of swish.
+_SAVING = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
 _FORBIDDEN_OPS = re.compile(
     "Random|Multinomial|PyFunc|XlaCallModule|^(Read|Write)File$|MatchingFiles"
 )
 
 
+def write_savedmodel(saved: Path, bundle: ServingBundle, sample: Sample) -> None:
+    """Writes a bundle's graph and warm-up requests to a directory.
+
+    Raises:
+        KerasTransferError: If the graph contains operations that must not be served.
+    """
+    tf.saved_model.save(tf.Module(), str(saved), bundle.signatures, _SAVING)
+    (saved / "assets").rmdir()  # empty
+    _finish_graph(saved)
+    (saved / RECORDS).parent.mkdir()
+    write_records(saved / RECORDS, _warmup_requests(sample))
+
+
 def read_signatures(saved: Path) -> dict[str, dict[str, dict[str, str]]]:
-    """Signature -> `inputs`, `outputs` -> name -> name of the tensor."""
+    """Reads tensor names by signature, `inputs` or `outputs`, and argument name."""
     proto = SavedModel.FromString((saved / "saved_model.pb").read_bytes())
     return {
         name: {
@@ -45,15 +64,15 @@ def read_signatures(saved: Path) -> dict[str, dict[str, dict[str, str]]]:
             "outputs": {key: info.name for key, info in signature.outputs.items()},
         }
         for name, signature in proto.meta_graphs[0].signature_def.items()
-        if not name.startswith("__")  # which initialize
+        if not name.startswith("__")  # these are initializers
     }
 
 
-def finish_graph(saved: Path) -> None:
-    """Makes `classify` one of TensorFlow Serving's classification signatures.
+def _finish_graph(saved: Path) -> None:
+    """Checks the graph and marks `classify` as a Classification API signature.
 
     Raises:
-        KerasTransferError: If the graph holds what must not be served.
+        KerasTransferError: If the graph contains operations that must not be served.
     """
     path = saved / "saved_model.pb"
     proto = SavedModel.FromString(path.read_bytes())
@@ -75,7 +94,14 @@ def finish_graph(saved: Path) -> None:
 def describe(
     run: Run, trained: Trained, is_folded: bool, saved: Path
 ) -> dict[str, Any]:
-    """What `assets.extra/keras_transfer.json` says."""
+    """Builds the content of `assets.extra/keras_transfer.json`.
+
+    Args:
+        run: The run.
+        trained: Its model and metadata.
+        is_folded: Whether BatchNormalization is folded.
+        saved: Directory of the SavedModel.
+    """
     manifest = trained.manifest
     graph = (saved / "saved_model.pb").read_bytes()
     return {
@@ -98,7 +124,7 @@ def describe(
 
 
 def _requests(files: Sequence[bytes], pixels: np.ndarray) -> list[Request]:
-    """A request to each signature with these images."""
+    """Builds one request per signature for the given images."""
     image_bytes = np.array(files, object)
     return [
         Request("serving_default", {"image_bytes": image_bytes}),
@@ -116,13 +142,13 @@ def _example(encoded: bytes) -> bytes:
 
 
 def _batches(sample: Sample) -> list[np.ndarray]:
-    """Which images are asked for together."""
+    """Returns the indices of the images in each batch of requests."""
     everything = np.arange(sum(BATCHES)) % len(sample.files)
     return np.split(everything, np.cumsum(BATCHES)[:-1])
 
 
-def warmup_requests(sample: Sample) -> list[Request]:
-    """Requests with small copies of the images, to the signatures asked most."""
+def _warmup_requests(sample: Sample) -> list[Request]:
+    """Builds requests to the most-used signatures, with small copies of the images."""
     files = [tf.io.encode_jpeg(x, quality=75).numpy() for x in sample.pixels]
     return [
         request
@@ -133,10 +159,11 @@ def warmup_requests(sample: Sample) -> list[Request]:
 
 
 def verify(saved: Path, sample: Sample, class_names: Sequence[str]) -> None:
-    """Asks every signature, as TensorFlow Serving would, and compares.
+    """Runs every signature as TensorFlow Serving would and compares the outputs.
 
     Raises:
-        KerasTransferError: If an answer is not what the model says.
+        KerasTransferError: If an output differs from the model's, a request or a
+            warm-up record fails, or the SavedModel cannot be loaded.
     """
     asked = [
         (rows, request)
@@ -149,7 +176,7 @@ def verify(saved: Path, sample: Sample, class_names: Sequence[str]) -> None:
         wrong = (
             answer
             if isinstance(answer, str)
-            else _difference(answer, sample, rows, class_names)
+            else difference(answer, sample, rows, class_names)
         )
         if wrong:
             raise KerasTransferError(
@@ -163,10 +190,17 @@ def verify(saved: Path, sample: Sample, class_names: Sequence[str]) -> None:
             )
 
 
-def _difference(
+def difference(
     answer: Arrays, sample: Sample, rows: np.ndarray, class_names: Sequence[str]
 ) -> str:
-    """How an answer differs from what the model says of the images; "" if it agrees."""
+    """Describes how an answer differs from the model's outputs; "" if it agrees.
+
+    Args:
+        answer: Outputs of a signature by name.
+        sample: The images.
+        rows: Indices of the images in the request.
+        class_names: Class names in the order of the outputs.
+    """
     expected = {name: values[rows] for name, values in sample.expected.items()}
     wrong = disagreement(answer, expected)
     if wrong or "scores" not in answer:
@@ -189,7 +223,19 @@ def _difference(
 
 
 def publish(staging: Path, run_dir: Path, made_from: bytes) -> Path:
-    """Gives a directory the next number; it is on the disk before it has it."""
+    """Syncs a directory to disk and renames it to the run's next version number.
+
+    Args:
+        staging: The complete version directory.
+        run_dir: The run's directory.
+        made_from: The `identity` that the run must have.
+
+    Returns:
+        The version directory.
+
+    Raises:
+        KerasTransferError: If the run's identity is not `made_from`.
+    """
     settle(staging)
     with committing(run_dir, made_from):
         last = max((int(path.name) for path in version_dirs(run_dir)), default=0)
@@ -198,11 +244,11 @@ def publish(staging: Path, run_dir: Path, made_from: bytes) -> Path:
 
 
 def prune_versions(run_dir: Path, keep: int) -> None:
-    """Deletes all but the newest versions, each at once as far as a server sees."""
+    """Deletes all but the newest `keep` versions, each atomically for a server."""
     versions = [path for path in version_dirs(run_dir) if path.is_dir()]
     for version in versions[:-keep]:
         with (
             temporary_directory(run_dir) as pruned,
-            contextlib.suppress(FileNotFoundError),  # pruned by another process
+            contextlib.suppress(FileNotFoundError),  # another process pruned it
         ):
             os.rename(version, pruned)

@@ -1,6 +1,6 @@
-"""What is done with a published bundle: predicting, and starting TensorFlow Serving.
+"""Uses exported versions: predicts with them and starts TensorFlow Serving.
 
-Nothing here imports TensorFlow's Python.
+This module does not import TensorFlow's Python package.
 """
 
 import shutil
@@ -20,10 +20,12 @@ from keras_transfer.runs.run import SERVING, Run, open_run, version_dirs
 from keras_transfer.runtime.c_api import Request, Session
 
 IMAGE = "tensorflow/serving:2.20.0"
-"""The container that serves: the first version that decodes WebP."""
+"""Container image of TensorFlow Serving; the first version that decodes WebP."""
+
+DAEMON_SECONDS = 10.0
+"""Seconds to wait for an answer of docker's daemon."""
 
 _BATCH = 16
-_TIMEOUT = 10  # seconds that docker's daemon has to answer
 
 _MODELS = """\
 # tensorflow_model_server --model_config_file=THIS_FILE
@@ -59,19 +61,21 @@ def predict_bundle(
     paths: str | Path | Iterable[str | Path],
     recursive: bool = False,
 ) -> tuple[list[str], Iterator[Prediction]]:
-    """Predicts images with what `kt export` published, by TensorFlow's C++ runtime.
+    """Classifies images with an exported SavedModel and TensorFlow's C++ runtime.
 
     Args:
         bundle: A version directory, such as `saved_models/RUN/1`.
-        paths: Image files, and folders of them; or one.
-        recursive: Whether folders inside folders are searched too.
+        paths: An image file or a folder of images, or several of them.
+        recursive: Whether to search subfolders too.
 
     Returns:
-        (class names, a prediction an image, in order).
+        (class names in the order of the probabilities, one prediction per image in
+        order).
 
     Raises:
-        UsageError: If there is no such bundle or path.
-        KerasTransferError: If it cannot be loaded.
+        UsageError: If the directory was not made by `kt export`, or a folder contains
+            no images.
+        KerasTransferError: If the SavedModel cannot be loaded.
     """
     sources = list(image_files(paths, recursive))
     session = Session(Path(bundle))
@@ -100,7 +104,7 @@ def _predict_batch(
     try:
         rows: Iterator[np.ndarray] | None = iter(probabilities(files) if files else ())
     except KerasTransferError:
-        rows = None  # an image is unusable: one by one it turns out which
+        rows = None  # an image is unusable; predict one by one to find out which
     for source, encoded in batch:
         if isinstance(encoded, OSError):
             yield Prediction(source, None, f"cannot be read: {encoded.strerror}")
@@ -120,19 +124,24 @@ def server_command(
     host: str = "127.0.0.1",
     flags: Sequence[str] = (),
 ) -> list[str]:
-    """The command that serves a run: TensorFlow Serving's binary, or its container.
+    """Builds the command that serves a run with TensorFlow Serving.
 
     Args:
-        run: A run or its directory.
-        port: Of gRPC.
-        rest_port: Of HTTP.
-        host: The IPv4 address that both are at. The binary listens at all of the
-            machine's and takes no option for it: it is used for 0.0.0.0 alone.
-        flags: More of tensorflow_model_server's.
+        run: A run, or its directory or name.
+        port: Port for gRPC.
+        rest_port: Port for REST.
+        host: IPv4 address to listen on. The binary tensorflow_model_server always
+            listens on all addresses, so it is used only for 0.0.0.0; the container is
+            used otherwise, or if there is no binary.
+        flags: Additional flags of tensorflow_model_server.
+
+    Returns:
+        The command and its arguments.
 
     Raises:
-        UsageError: If nothing was exported, or the host is no such address.
-        KerasTransferError: If there is nothing to serve with at that address.
+        UsageError: If the run does not exist or has no exported version, or the host is
+            not an IPv4 address.
+        KerasTransferError: If neither the binary nor docker can be used.
     """
     run = open_run(run)
     if not version_dirs(run.run_dir):
@@ -150,7 +159,7 @@ def server_command(
         base_path = f"/models/{name}"
         return [
             *(docker, "run", "--rm"),
-            # The image's own entry point is a script that lets no Ctrl-C through.
+            # The image's own entry point is a script that does not pass on Ctrl-C.
             *("--init", "--entrypoint", "tensorflow_model_server"),
             *("-p", f"{host}:{port}:8500", "-p", f"{host}:{rest_port}:8501"),
             *("--mount", f"type=bind,source={run_dir},target={base_path},readonly"),
@@ -161,8 +170,8 @@ def server_command(
     if server:
         raise KerasTransferError(
             "tensorflow_model_server listens at every address of this machine and has "
-            f"no option for one. Received: --host {host}. {trouble} Start docker, or "
-            "give --host 0.0.0.0 if whoever reaches this machine may ask."
+            f"no option for one. Received: host={host}. {trouble} Start docker, or "
+            "give host=0.0.0.0 if whoever reaches this machine may ask."
         )
     raise KerasTransferError(
         "TensorFlow Serving cannot be started. Received: no tensorflow_model_server on "
@@ -173,7 +182,11 @@ def server_command(
 
 
 def _is_everywhere(host: str) -> bool:
-    """Whether an IPv4 address stands for all of the machine's."""
+    """Returns whether an IPv4 address stands for all addresses of the machine.
+
+    Raises:
+        UsageError: If the host is not an IPv4 address.
+    """
     try:
         return IPv4Address(host).is_unspecified
     except AddressValueError:
@@ -184,13 +197,16 @@ def _is_everywhere(host: str) -> bool:
 
 
 def _docker_trouble(docker: str) -> str:
-    """Why docker cannot run a container: its client says so too, but later; or ""."""
+    """Returns why docker cannot run a container, or "".
+
+    Docker's client would report it too, but only later.
+    """
     try:
         asked = subprocess.run(
-            [docker, "version"], capture_output=True, text=True, timeout=_TIMEOUT
+            [docker, "version"], capture_output=True, text=True, timeout=DAEMON_SECONDS
         )
     except subprocess.TimeoutExpired:
-        return f"Docker has no daemon that answers (in {_TIMEOUT} s)."
+        return f"Docker has no daemon that answers (in {DAEMON_SECONDS:g} s)."
     if asked.returncode:
         said = (asked.stderr.strip() or "it says nothing").splitlines()[-1]
         return f"Docker has no daemon that answers ({said.rstrip('.')})."
@@ -210,12 +226,12 @@ def write_serving_config(run: str | Path | Run) -> tuple[Path, Path]:
     """Writes a run's `serving/models.config` and `serving/batching.config`.
 
     Returns:
-        Their paths.
+        (path of models.config, path of batching.config).
     """
     run = open_run(run)
     folder, run_dir = run.run_dir / SERVING, run.run_dir.resolve()
     folder.mkdir(exist_ok=True)
-    folder.chmod(0o755)  # whatever the umask, for the server reads it
+    folder.chmod(0o755)  # the server must be able to read it, whatever the umask
     models, batching = folder / "models.config", folder / "batching.config"
     name, base_path = (
         text.replace("\\", "\\\\").replace('"', '\\"')

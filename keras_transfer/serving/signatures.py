@@ -1,8 +1,8 @@
-"""A classifier -> the TensorFlow functions that are served, with their decoder.
+"""A classifier -> the TensorFlow functions that are served, including the decoder.
 
-All signatures call one function of pixels, in which normalization is folded into
-convolutions and weights are constants: half the latency of variables, and nothing
-is stored twice.
+All signatures call one function of pixels, in which BatchNormalization is folded into
+convolutions and weights are constants. This halves the latency compared with variables,
+and weights are stored only once.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,27 +20,30 @@ from keras_transfer.models.classifier import POOL
 from keras_transfer.models.fold import folded_copy
 
 TOLERANCE = 1e-5
-"""How far a served probability may be from the model's."""
+"""Maximum absolute difference of a served probability from the model's."""
 
 FEATURES_TOLERANCE = 1e-4
-"""How far served features may be from the model's, over the largest of them."""
+"""Maximum difference of served features from the model's, relative to the largest
+feature of the model."""
 
 TOP = 5
-"""How many of the likeliest classes are named."""
+"""Maximum number of most likely classes that are returned."""
 
 EXAMPLE_KEY = "image/encoded"
+"""Feature of a tf.Example that contains the encoded image."""
 
-# Images of a request that are decoded at a time. TensorFlow's 10 would take 5 GB where
-# each is just below the limit of pixels; a busy server has other requests to work on.
+# Number of images in a request to decode in parallel. TensorFlow's default of 10 would
+# take 5 GB if all images are just below the pixel limit, and a busy server has other
+# requests to process in parallel.
 _PARALLEL = 2
 
 Network = Callable[[tf.Tensor], dict[str, tf.Tensor]]
-"""From float32 `[N, image_size, image_size, 3]` pixels in [0, 255] to `probabilities`
-float32 `[N, C]` and `features` float32 `[N, D]`."""
+"""Takes float32 `[N, image_size, image_size, 3]` pixels in [0, 255]; returns
+`probabilities` float32 `[N, C]` and `features` float32 `[N, D]`."""
 
 
 def with_features(model: keras.Model) -> keras.Model:
-    """A classifier that also says what its head reads, by the names of `Network`."""
+    """Extends a classifier to also return its head's input; outputs as in `Network`."""
     features = model.get_layer(POOL).output
     outputs = {"probabilities": model.output, "features": features}
     return keras.Model(model.input, outputs)
@@ -49,11 +52,15 @@ def with_features(model: keras.Model) -> keras.Model:
 def disagreement(
     actual: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]
 ) -> str:
-    """How what is served differs from what the model says; "" if it agrees.
+    """Compares served outputs with the model's.
 
     Args:
-        actual: `probabilities` or `features` or both, and others, which do not count.
-        expected: Both.
+        actual: Served outputs; only `probabilities` and `features` are compared, if
+            present.
+        expected: The model's `probabilities` and `features`.
+
+    Returns:
+        A description of the first difference that is too large; "" if there is none.
     """
     largest = np.abs(expected["features"]).max()
     allowed = {"probabilities": TOLERANCE, "features": FEATURES_TOLERANCE * largest}
@@ -66,23 +73,28 @@ def disagreement(
 
 
 def frozen_network(
-    model: keras.Model, pixels: np.ndarray, expected: Mapping[str, np.ndarray]
+    model: keras.Model,
+    pixels: np.ndarray,
+    expected: Mapping[str, np.ndarray],
+    fold: Callable[[keras.Model], keras.Model] = folded_copy,
 ) -> tuple[Network, bool]:
-    """A model as a function without variables.
+    """Converts a model to a function without variables.
+
+    BatchNormalization is folded if the function then still agrees with the model.
 
     Args:
-        model: From [0, 255] pixels to probabilities.
-        pixels: uint8 `[n, image_size, image_size, 3]`, to compare on.
-        expected: What the model, `with_features`, says of them.
+        model: Keras model from [0, 255] RGB pixels to probabilities.
+        pixels: uint8 `[n, image_size, image_size, 3]` images to compare outputs on.
+        expected: The model's `probabilities` and `features` for them.
+        fold: Folds the normalization of a copy of the model.
 
     Returns:
-        (network, whether normalization is folded): it is where the network then still
-        agrees with the model.
+        (network, whether BatchNormalization is folded).
 
     Raises:
         KerasTransferError: If the function does not agree with the model.
     """
-    for is_folded, make in ((True, folded_copy), (False, lambda model: model)):
+    for is_folded, make in ((True, fold), (False, lambda model: model)):
         network = _constants(make(model))
         wrong = disagreement(network(tf.constant(pixels, tf.float32)), expected)
         if not wrong:
@@ -104,15 +116,15 @@ def _constants(model: keras.Model) -> Network:
 
 
 class ServingBundle:
-    """A network with its decoder, as the signatures of a SavedModel.
+    """A network and the image decoder, as the signatures of a SavedModel.
 
-    Of N encoded images, `image_bytes` is string `[N]`, files as `decode.decode_image`
-    takes them. A classification is `probabilities` float32 `[N, C]`, and of the
-    k = min(5, C) likeliest classes `classes` string `[N, k]`, `scores` float32
+    `image_bytes` is string `[N]`, the content of files that `decode.decode_image`
+    accepts. A classification consists of `probabilities` float32 `[N, C]` and, for the
+    k = min(5, C) most likely classes, `classes` string `[N, k]`, `scores` float32
     `[N, k]` and `indices` int32 `[N, k]`.
 
     Attributes:
-        signatures: Name to function, each of one tensor.
+        signatures: Functions of one tensor by signature name.
     """
 
     def __init__(self, network: Network, image_size: int, class_names: Sequence[str]):
@@ -198,10 +210,10 @@ class ServingBundle:
 def _function(
     method: Callable[[tf.Tensor], dict[str, tf.Tensor]], spec: tf.TensorSpec
 ) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
-    """Compiles a signature.
+    """Compiles a signature that verifies the shape of its input.
 
-    It first makes sure of the shape: a session does not, and TensorFlow aborts where
-    a tensor of another rank reaches some kernels.
+    A session does not check shapes, and some kernels abort the process if they receive
+    a tensor of the wrong rank.
     """
 
     def signature(tensor: tf.Tensor) -> dict[str, tf.Tensor]:

@@ -1,9 +1,10 @@
-"""Requests that TensorFlow Serving replays before it takes real ones.
+"""Warm-up requests, which TensorFlow Serving replays before it accepts real ones.
 
-`assets.extra/tf_serving_warmup_requests` holds TFRecords of PredictionLog messages.
-Their few fields are declared here, so that bundles have warm-up records without
-tensorflow-serving-api and its gRPC; what TensorFlow defines (tensors, examples) is
-written by TensorFlow. Source: tensorflow_serving/apis/*.proto.
+`assets.extra/tf_serving_warmup_requests` contains TFRecords of PredictionLog messages.
+The few fields needed are declared here, so that warm-up records can be written without
+installing tensorflow-serving-api and gRPC. Messages that TensorFlow defines itself
+(tensors, examples) are serialized by TensorFlow. Source:
+tensorflow_serving/apis/*.proto.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,21 +35,21 @@ _MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
     "InputsEntry": {"key": (1, "string"), "value": (2, "bytes")},  # a map's entry
     "ModelSpec": {"signature_name": (3, "string")},
 }
-"""Message -> field -> (number, type). Tensors and examples are bytes: on the wire an
-embedded message and its bytes are the same."""
+"""(number, type) by message and field. Tensors and examples are declared as bytes: the
+wire formats of an embedded message and of its serialized bytes are the same."""
 
 _SCALARS = {"string": _FIELD.TYPE_STRING, "bytes": _FIELD.TYPE_BYTES}
 
 
 def write_records(path: Path, requests: Sequence[Request]) -> None:
-    """Writes the requests; those of `classify` by the Classification API."""
+    """Writes requests as TFRecords; `classify` uses the Classification API."""
     with tf.io.TFRecordWriter(str(path)) as writer:
         for request in requests:
             writer.write(_to_log(request).SerializeToString(deterministic=True))
 
 
 def read_records(path: Path) -> Iterator[Request]:
-    """The requests of a file, as a server reads them."""
+    """Reads the requests in a file of TFRecords."""
     for record in tf.data.TFRecordDataset(str(path)):
         log = _prediction_log()
         log.ParseFromString(record.numpy())

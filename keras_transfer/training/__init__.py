@@ -1,4 +1,4 @@
-"""What is trained: a head on cached features, or the tail of a network.
+"""Training of a head on cached features, or of the tail of a network.
 
 Reading order: head, optim, tail.
 """

@@ -1,9 +1,10 @@
 """Cached features -> a trained head.
 
-A linear head is a convex problem: L-BFGS on all features takes it to its optimum, with
-no learning rate to choose, and gives the same bits every time. Its L2 strength is
-chosen on the validation split along a path from strong to weak, each solution starting
-the next (Friedman et al. 2010, glmnet). An mlp is trained with Adam by Keras's `fit`.
+Training a linear head is a convex problem. L-BFGS on all features finds its optimum
+without a learning rate, and gives bit-identical results every time. Its L2 strength is
+chosen on the validation split along a path from strong to weak, where each solution is
+the starting point of the next (Friedman et al. 2010, glmnet). An mlp is trained with
+Adam by Keras's `fit`.
 """
 
 import itertools
@@ -11,42 +12,55 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import keras
 import numpy as np
-import scipy.special
+import scipy.optimize
 import tensorflow as tf
 import threadpoolctl
 
 from keras_transfer.config import HeadConfig
 from keras_transfer.data.reading import map_ahead
 from keras_transfer.data.tables import count_classes, one_hot
+from keras_transfer.events import SILENT, Listener
 from keras_transfer.features.cache import Features
 from keras_transfer.models.classifier import build_head, dense_layers
+from keras_transfer.training.losses import keras_loss, logit_losses
 
 LINEAR_L2 = tuple(10.0**exponent for exponent in np.arange(1, -5.5, -0.5).tolist())
-"""Strengths tried for a linear head, on features scaled to unit variance overall."""
+"""L2 strengths tried for a linear head, on features scaled to unit overall variance."""
 
 MLP_L2 = (1e-3, 1e-4, 1e-5)
+"""L2 strengths tried for an mlp, on features scaled in the same way."""
 
-_PATIENCE = 3  # weaker strengths tried after the best so far
-_CHUNK = 4096  # rows of features in memory at once, where they do not all fit
-_IN_MEMORY_BYTES = 2**30
+_Chunk = TypeVar("_Chunk")
+_Part = TypeVar("_Part")
+
+CHUNK_ROWS = 4096
+"""Rows of features to process at once."""
+
+IN_MEMORY_BYTES = 2**30
+"""Features up to this size in bytes are read into memory."""
+
+MIN_DELTA = 1e-3
+"""Minimum improvement of the loss in nats, for early stopping of an MLP."""
+
+_PATIENCE = 3  # weaker strengths to try after the best one
 _MLP_BATCH = 256
-_MIN_DELTA = 1e-3  # nats of validation loss that count as better
-_EPSILON = 1e-7
 
 
 @dataclass
 class TrainedHead:
-    """A head and how it came about.
+    """A trained head and its training history.
 
     Attributes:
-        model: From float32 `[N, D]` features to float32 `[N, num_classes]`
+        model: Model from float32 `[N, D]` features to float32 `[N, num_classes]`
             probabilities.
-        l2: The strength that was chosen.
-        history: A dict a row of `history.csv`: l2, epoch, loss and val_loss (mean
-            cross-entropies without the L2 term, in nats; NaN without validation).
+        l2: The L2 strength that was chosen.
+        history: One dict per row of `history.csv`: l2, epoch, loss and val_loss. The
+            losses are mean cross-entropies in nats without the L2 term; val_loss is NaN
+            without validation images.
     """
 
     model: keras.Model
@@ -56,20 +70,22 @@ class TrainedHead:
 
 @dataclass(frozen=True)
 class LabelledFeatures:
-    """Features of the images of one split, in one or more views.
+    """Features and targets of the images of one split, in one or more views.
 
     Attributes:
-        views: Each `[N, D]`, the plain images first.
-        targets: As in `data.Table`.
+        views: Features `[N, D]` (or rows `[N, ...]`) of each view, plain images first.
+        targets: Targets of the N images, as in `tables.Table`.
         num_classes: Number of classes.
-        class_weights: float32 `[2, num_classes]`: what an absent and a present class
-            count in the loss.
+        class_weights: float32 `[2, num_classes]` weights in the loss: of an absent and
+            of a present class.
+        chunk_rows: Number of rows per chunk.
     """
 
     views: Sequence[Features | np.ndarray]
     targets: np.ndarray
     num_classes: int
     class_weights: np.ndarray
+    chunk_rows: int = CHUNK_ROWS
 
     def __len__(self) -> int:
         return len(self.views) * len(self.targets)
@@ -80,14 +96,14 @@ class LabelledFeatures:
         return self.targets.ndim == 2
 
     def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """(features, targets, loss weights), each float32 with a row an image."""
+        """Yields (features, targets, loss weights), each with one row per image."""
         for view in self.views:
-            for start in range(0, len(self.targets), _CHUNK):
-                rows = slice(start, start + _CHUNK)
+            for start in range(0, len(self.targets), self.chunk_rows):
+                rows = slice(start, start + self.chunk_rows)
                 yield (view[rows], *self.labels(rows))
 
     def labels(self, rows: slice | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """float32 (targets, loss weights), both `[n, num_classes]`."""
+        """Returns float32 (targets, loss weights), both `[n, num_classes]`."""
         targets = one_hot(self.targets[rows], self.num_classes)
         absent, present = self.class_weights
         if self.multi_label:
@@ -101,20 +117,33 @@ def label_features(
     targets: np.ndarray,
     num_classes: int,
     class_weights: np.ndarray,
+    in_memory_bytes: int = IN_MEMORY_BYTES,
 ) -> LabelledFeatures:
-    """Brings features and targets together; small ones are read into memory."""
-    fits = sum(view.nbytes for view in views) <= _IN_MEMORY_BYTES
+    """Combines features and targets; small features are read into memory.
+
+    The arguments are the attributes of `LabelledFeatures`; views of up to
+    `in_memory_bytes` are read.
+    """
+    fits = sum(view.nbytes for view in views) <= in_memory_bytes
     arrays = [view[:] if fits else view for view in views]
     return LabelledFeatures(arrays, targets, num_classes, class_weights)
 
 
 def class_weights(targets: np.ndarray, num_classes: int, balanced: bool) -> np.ndarray:
-    """float32 `[2, num_classes]` weights of an absent and of a present class.
+    """Computes weights in the loss of absent and of present classes.
 
-    Balanced: every class has the same total weight, and the mean weight is 1 (King &
-    Zeng 2001, as in scikit-learn). Of multi-label data that holds for presence and
-    absence of each class. A class that no image shows has the weight 0, and does not
-    count among the classes.
+    Balanced weights give each class the same total weight, with a mean weight of 1
+    (King & Zeng 2001, as in scikit-learn). For multi-label data, this applies to the
+    presence and absence of each class. A class that no image shows gets the weight 0
+    and is not counted as a class.
+
+    Args:
+        targets: Targets of the training images, as in `tables.Table`.
+        num_classes: Number of classes.
+        balanced: Whether to balance the weights; otherwise all of them are 1.
+
+    Returns:
+        float32 `[2, num_classes]`: weights of an absent and of a present class.
     """
     if not balanced:
         return np.ones((2, num_classes), np.float32)
@@ -134,32 +163,36 @@ def train_head(
     train: LabelledFeatures,
     val: LabelledFeatures,
     seed: int,
-    on_strength: Callable[[], object] = lambda: None,
+    listener: Listener = SILENT,
 ) -> TrainedHead:
-    """Trains a head to convergence with the L2 strength that suits validation best.
+    """Trains a head to convergence with the L2 strength of lowest validation loss.
 
-    Without validation images the middle of the grid is taken.
+    Without validation images, only the middle of the grid is tried.
 
     Args:
-        config: Kind, sizes, and the most epochs.
-        train: What is learned from.
-        val: What chooses the strength, and stops an mlp.
-        seed: Of an mlp's first weights and its order of images.
-        on_strength: Called once an L2 strength, as work goes on.
+        config: Options of the head.
+        train: Features to train on.
+        val: Features to choose the L2 strength with, and to stop an mlp; may be empty.
+        seed: Seed of an mlp's initial weights, dropout and order of images.
+        listener: Receives progress after each L2 strength, and its epochs.
     """
     grid = config.l2 or (LINEAR_L2 if config.kind == "linear" else MLP_L2)
     if not len(val):
         grid = (sorted(grid)[len(grid) // 2],)
-    train_one = (_linear_trainer if config.kind == "linear" else _mlp_trainer)(
-        config, train, val, seed
-    )
+    train_one: _TrainOne
+    if config.kind == "linear":
+        train_one = _LinearTrainer(config, train, val)
+    else:
+        train_one = _mlp_trainer(config, train, val, seed)
     best_weights: list[np.ndarray] = []
     best_l2, best_loss, since_best = 0.0, math.inf, 0
     history: list[dict[str, float]] = []
-    for l2 in sorted(grid, reverse=True):
+    for number, l2 in enumerate(sorted(grid, reverse=True), start=1):
         weights, rows = train_one(l2)
         history += [{"l2": l2, **row} for row in rows]
-        on_strength()
+        for row in history[-len(rows) :]:
+            listener.epoch("fit", int(row["epoch"]), row)
+        listener.progress("head", number, len(grid))
         loss = min(row["val_loss"] if len(val) else row["loss"] for row in rows)
         if loss < best_loss:
             best_weights, best_l2, best_loss, since_best = weights, l2, loss, 0
@@ -172,16 +205,19 @@ def train_head(
     return TrainedHead(head, best_l2, history)
 
 
-def predict_head(head: keras.Model, features: Features | np.ndarray) -> np.ndarray:
-    """float32 `[N, num_classes]` probabilities of `[N, D]` features."""
+def predict_head(
+    head: keras.Model, features: Features | np.ndarray, chunk_rows: int = CHUNK_ROWS
+) -> np.ndarray:
+    """Computes float32 `[N, num_classes]` probabilities from `[N, D]` features."""
     parts = [np.zeros((0, head.output_shape[-1]), np.float32)]
-    for start in range(0, len(features), _CHUNK):
-        parts.append(np.asarray(head(features[start : start + _CHUNK], training=False)))
+    for start in range(0, len(features), chunk_rows):
+        chunk = features[start : start + chunk_rows]
+        parts.append(np.asarray(head(chunk, training=False)))
     return np.concatenate(parts)
 
 
 _TrainOne = Callable[[float], tuple[list[np.ndarray], list[dict[str, float]]]]
-"""From an L2 strength to the head's weights and the rows of the history."""
+"""Takes an L2 strength; returns the head's weights and rows of the history."""
 
 
 def _new_head(config: HeadConfig, train: LabelledFeatures, seed: int) -> keras.Model:
@@ -189,47 +225,72 @@ def _new_head(config: HeadConfig, train: LabelledFeatures, seed: int) -> keras.M
     return build_head(config, num_features, train.num_classes, train.multi_label, seed)
 
 
-def _linear_trainer(
-    config: HeadConfig, train: LabelledFeatures, val: LabelledFeatures, seed: int
-) -> _TrainOne:
-    """Solves for one strength, starting at the solution of the last."""
-    del seed  # nothing is random
-    mean, scale = _mean_and_scale(train)
-    shape = (len(mean), train.num_classes)
-    solution = np.zeros((shape[0] + 1, shape[1]))
+class _LinearTrainer:
+    """Solves for one L2 strength at a time, starting from the previous solution."""
 
-    def raw(parameters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Kernel and bias on features as they are, from those on scaled features."""
-        parameters = parameters.reshape(shape[0] + 1, shape[1])
-        kernel = parameters[:-1] / scale
-        return kernel.astype(np.float32), (parameters[-1] - mean @ kernel).astype(
-            np.float32
-        )
+    def __init__(
+        self, config: HeadConfig, train: LabelledFeatures, val: LabelledFeatures
+    ):
+        self._epochs = config.epochs
+        self._train = train
+        self._val = val
+        self._mean, self._scale = _mean_and_scale(train)
+        self._shape = (len(self._mean), train.num_classes)
+        self._solution = np.zeros((self._shape[0] + 1) * self._shape[1])
 
-    def cross_entropy(
-        parameters: np.ndarray, data: LabelledFeatures
+    def __call__(self, l2: float) -> tuple[list[np.ndarray], list[dict[str, float]]]:
+        # With such thin matrices, BLAS threads mostly wait for each other.
+        with threadpoolctl.threadpool_limits(1, user_api="blas"):
+            result = scipy.optimize.minimize(
+                self._objective,
+                self._solution,
+                args=(l2,),
+                jac=True,
+                method="L-BFGS-B",
+                options={"maxiter": self._epochs, "gtol": 1e-5, "ftol": 1e-8},
+            )
+            self._solution = result.x
+            loss, _, _ = self._cross_entropy(result.x, self._train)
+            val_loss = math.nan
+            if len(self._val):
+                val_loss, _, _ = self._cross_entropy(result.x, self._val)
+        row = {"epoch": result.nit, "loss": loss, "val_loss": val_loss}
+        return list(self._raw(result.x)), [row]
+
+    def _objective(self, flat: np.ndarray, l2: float) -> tuple[float, np.ndarray]:
+        """Computes the loss with the L2 term and its gradient, on scaled features."""
+        loss, gradient, gradient_bias = self._cross_entropy(flat, self._train)
+        gradient = (gradient - np.outer(self._mean, gradient_bias)) / self._scale
+        kernel = flat.reshape(-1, self._shape[1])[:-1]
+        loss += l2 / 2 * float((kernel**2).sum())
+        return loss, np.vstack([gradient + l2 * kernel, gradient_bias]).ravel()
+
+    def _raw(self, flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Converts parameters for scaled features to a kernel and bias for raw ones."""
+        parameters = flat.reshape(-1, self._shape[1])
+        kernel = parameters[:-1] / self._scale
+        bias = parameters[-1] - self._mean @ kernel
+        return kernel.astype(np.float32), bias.astype(np.float32)
+
+    def _cross_entropy(
+        self, flat: np.ndarray, data: LabelledFeatures
     ) -> tuple[float, np.ndarray, np.ndarray]:
-        """Mean loss, and its gradients by the raw kernel and bias."""
-        kernel, bias = raw(parameters)
+        """Computes the mean loss and its gradients for the raw kernel and bias."""
+        kernel, bias = self._raw(flat)
 
         def part(
             chunk: tuple[np.ndarray, np.ndarray, np.ndarray],
         ) -> tuple[float, np.ndarray, np.ndarray]:
             features, targets, weights = chunk
-            logits = features @ kernel + bias
-            if data.multi_label:
-                # log(1 + exp(x)) - t x, and its derivative
-                losses = np.logaddexp(0, logits) - targets * logits
-                residual = weights * (scipy.special.expit(logits) - targets)
-            else:
-                log_probability = scipy.special.log_softmax(logits, axis=1)
-                losses = -targets * log_probability
-                residual = weights * (np.exp(log_probability) - targets)
-            loss = float((weights * losses).sum(dtype=np.float64))
+            losses, residual = logit_losses(
+                features @ kernel + bias, targets, weights, data.multi_label
+            )
+            loss = float(losses.sum(dtype=np.float64))
             return loss, features.T @ residual, residual.sum(0, dtype=np.float64)
 
-        loss, gradient, gradient_bias = 0.0, np.zeros(shape), np.zeros(shape[1])
-        # Summed in the order of the chunks, so that threads change no bit.
+        loss, gradient = 0.0, np.zeros(self._shape)
+        gradient_bias = np.zeros(self._shape[1])
+        # Sum in the order of the chunks, so that threading does not affect the result.
         for part_loss, part_gradient, part_bias in _in_threads(part, data.chunks()):
             loss += part_loss
             gradient += part_gradient
@@ -237,49 +298,15 @@ def _linear_trainer(
         count = max(len(data), 1)
         return loss / count, gradient / count, gradient_bias / count
 
-    def objective(flat: np.ndarray, l2: float) -> tuple[float, np.ndarray]:
-        loss, gradient, gradient_bias = cross_entropy(flat, train)
-        gradient = (gradient - np.outer(mean, gradient_bias)) / scale
-        kernel = flat.reshape(-1, shape[1])[:-1]
-        loss += l2 / 2 * float((kernel**2).sum())
-        return loss, np.vstack([gradient + l2 * kernel, gradient_bias]).ravel()
-
-    def train_one(l2: float) -> tuple[list[np.ndarray], list[dict[str, float]]]:
-        nonlocal solution
-        # On matrices this thin, BLAS threads wait for each other most of the time.
-        with threadpoolctl.threadpool_limits(1, user_api="blas"):
-            result = scipy.optimize.minimize(
-                objective,
-                solution.ravel(),
-                args=(l2,),
-                jac=True,
-                method="L-BFGS-B",
-                options={"maxiter": config.epochs, "gtol": 1e-5, "ftol": 1e-8},
-            )
-            solution = result.x
-            loss, _, _ = cross_entropy(solution, train)
-            val_loss = cross_entropy(solution, val)[0] if len(val) else math.nan
-        row = {"epoch": result.nit, "loss": loss, "val_loss": val_loss}
-        return list(raw(solution)), [row]
-
-    return train_one
-
 
 def _mlp_trainer(
     config: HeadConfig, train: LabelledFeatures, val: LabelledFeatures, seed: int
 ) -> _TrainOne:
-    """Adam with early stopping; the epoch with the lowest validation loss is kept."""
+    """Creates a trainer that uses Adam with early stopping and keeps the best epoch."""
     mean, scale = _mean_and_scale(train)
 
-    def cross_entropy(targets_and_weights, probabilities):
-        targets, weights = keras.ops.split(targets_and_weights, 2, axis=-1)
-        clipped = keras.ops.clip(probabilities, _EPSILON, 1 - _EPSILON)
-        log_likelihood = targets * keras.ops.log(clipped)
-        if train.multi_label:
-            log_likelihood += (1 - targets) * keras.ops.log(1 - clipped)
-        return -keras.ops.sum(weights * log_likelihood, axis=-1)
-
-    # One model for all strengths: to trace its training takes longer than to train it.
+    cross_entropy = keras_loss(train.multi_label, from_logits=False)
+    # Use one model for all strengths, as tracing takes longer than training.
     strength = keras.Variable(0.0, trainable=False, name="l2")
     head = _new_head(config, train, seed)
     for layer in dense_layers(head):
@@ -300,7 +327,7 @@ def _mlp_trainer(
         stop = keras.callbacks.EarlyStopping(
             "val_cross_entropy" if len(val) else "cross_entropy",
             mode="min",
-            min_delta=_MIN_DELTA,
+            min_delta=MIN_DELTA,
             patience=config.patience,
             restore_best_weights=True,
         )
@@ -312,7 +339,7 @@ def _mlp_trainer(
             callbacks=[stop],
             verbose=0,
         )
-        # The first layer takes over the scaling: the head is used on plain features.
+        # Fold the scaling into the first layer, since the head is used on raw features.
         kernel, bias, *others = head.get_weights()
         weights = [kernel / scale, bias - mean @ kernel / scale, *others]
         losses = log.history["cross_entropy"]
@@ -330,7 +357,7 @@ def _mlp_trainer(
 def _batches(
     data: LabelledFeatures, mean: np.ndarray, scale: float, seed: int | None
 ) -> tf.data.Dataset:
-    """Batches of scaled features for Keras's `fit`; a seed shuffles each epoch anew."""
+    """Creates batches of scaled features for `fit`; a seed reshuffles every epoch."""
     rng = None if seed is None else np.random.default_rng(seed)
     single_mean, single_scale = mean.astype(np.float32), np.float32(scale)
 
@@ -354,8 +381,10 @@ def _batches(
     return dataset.apply(tf.data.experimental.assert_cardinality(count))
 
 
-def _in_threads(function: Callable, chunks: Iterable) -> Iterator:
-    """`map` in order; a single chunk stays in this thread."""
+def _in_threads(
+    function: Callable[[_Chunk], _Part], chunks: Iterable[_Chunk]
+) -> Iterator[_Part]:
+    """Maps a function over chunks in order; a single chunk runs in this thread."""
     iterator = iter(chunks)
     first = list(itertools.islice(iterator, 2))
     if len(first) < 2:
@@ -365,10 +394,11 @@ def _in_threads(function: Callable, chunks: Iterable) -> Iterator:
 
 
 def _mean_and_scale(data: LabelledFeatures) -> tuple[np.ndarray, float]:
-    """float64 `[D]` mean of each feature, and one standard deviation for all.
+    """Computes the float64 `[D]` mean of each feature and one overall deviation.
 
-    One for all, because to divide each feature by its own would blow up those that
-    hardly vary, and with them the rounding differences between engines.
+    There is one standard deviation for all features, because dividing each feature by
+    its own would amplify those that hardly vary, and with them the rounding differences
+    between engines.
     """
     mean = sum(chunk.sum(0, dtype=np.float64) for chunk, _, _ in data.chunks())
     mean = np.asarray(mean) / len(data)

@@ -1,4 +1,4 @@
-"""Learning rates: lower for layers that know more already, and a schedule for all."""
+"""Layer-wise learning rates, lower toward the input, and the learning rate schedule."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -7,17 +7,17 @@ from typing import Any
 import keras
 
 LrMultipliers = Sequence[tuple[str, float]]
-"""(regular expression, multiplier): a variable whose path starts with a match of the
-expression is trained with the learning rate times the multiplier."""
+"""Pairs of a regular expression and a multiplier: a variable whose path starts with a
+match of the expression is trained with the learning rate times the multiplier."""
 
 
 @keras.saving.register_keras_serializable("keras_transfer")
 class LayerwiseAdamW(keras.optimizers.AdamW):
-    """AdamW (Loshchilov & Hutter 2019) with a learning rate of its own per variable.
+    """AdamW (Loshchilov & Hutter 2019) with a separate learning rate per variable.
 
-    `learning_rate` is the rate of variables with the multiplier 1, a number or a
-    schedule, and reads and sets as of every Keras optimizer. Scaling gradients would
-    do nothing here: Adam's step does not depend on their size.
+    `learning_rate` applies to variables with the multiplier 1 and can be read and set
+    as in every Keras optimizer. Scaling the gradients instead would have no effect,
+    because Adam's step does not depend on their magnitude.
     """
 
     def __init__(
@@ -26,14 +26,14 @@ class LayerwiseAdamW(keras.optimizers.AdamW):
         lr_multipliers: LrMultipliers = (("", 1.0),),
         **options: Any,
     ):
-        """Sets rates.
+        """Creates the optimizer.
 
         Args:
             learning_rate: A number, a `LearningRateSchedule` or a callable.
-            lr_multipliers: Ordered patterns; every trainable variable must be matched
-                by exactly one, and every pattern must match something.
-            **options: As of `keras.optimizers.AdamW`. Weight decay is multiplied
-                like the learning rate.
+            lr_multipliers: Patterns and multipliers. Each trainable variable must match
+                exactly one pattern, and each pattern must match a variable.
+            **options: Options of `keras.optimizers.AdamW`. The multipliers apply to
+                weight decay too.
         """
         super().__init__(learning_rate, **options)
         self._lr_multipliers = [(str(p), float(m)) for p, m in lr_multipliers]
@@ -43,18 +43,19 @@ class LayerwiseAdamW(keras.optimizers.AdamW):
         """Creates the optimizer's variables.
 
         Raises:
-            ValueError: If patterns do not match every variable exactly once.
+            ValueError: If a variable does not match exactly one pattern, or a pattern
+                matches no variable.
         """
         if not self.built:
             paths = [variable.path for variable in variables]
             self._multipliers = match_once(paths, self._lr_multipliers)
         super().build(variables)
 
-    def update_step(self, gradient, variable, learning_rate):
-        """One step of one variable."""
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        """Updates one variable, with its own learning rate."""
         super().update_step(gradient, variable, learning_rate * self._of(variable))
 
-    def _apply_weight_decay(self, variables):
+    def _apply_weight_decay(self, variables: Any) -> None:
         for variable in variables:
             if self._use_weight_decay(variable):
                 rate = keras.ops.cast(self.learning_rate, variable.dtype)
@@ -65,16 +66,20 @@ class LayerwiseAdamW(keras.optimizers.AdamW):
         return self._multipliers[self._get_variable_index(variable)]
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments of the constructor."""
+        """Returns the arguments of the constructor."""
         return {**super().get_config(), "lr_multipliers": self._lr_multipliers}
 
 
 def match_once(paths: Sequence[str], lr_multipliers: LrMultipliers) -> list[float]:
-    """The multiplier of each variable.
+    """Returns the multiplier of each variable.
+
+    Args:
+        paths: Paths of the variables.
+        lr_multipliers: Patterns and multipliers.
 
     Raises:
-        ValueError: If a path is matched by no pattern or by several, or a pattern
-            matches nothing.
+        ValueError: If a path matches no pattern or several, or a pattern matches no
+            path.
     """
     found = []
     unused = [pattern for pattern, _ in lr_multipliers]
@@ -101,13 +106,13 @@ def match_once(paths: Sequence[str], lr_multipliers: LrMultipliers) -> list[floa
 def group_multipliers(
     groups: Sequence[str], layer_decay: float, base_rate: float | None = None
 ) -> dict[str, float]:
-    """The multiplier of each layer group, from the input up, the head's being 1.
+    """Returns the learning rate multiplier of each layer group; the head's is 1.
 
     Args:
-        groups: Names of the groups; the last is the head.
-        layer_decay: Each group's rate over that of the group above it (Howard & Ruder
-            2018).
-        base_rate: The rate of the base's last group, over the head's; None for
+        groups: Names of the groups from the input up; the last is the head.
+        layer_decay: Ratio of each group's rate to that of the group above it (Howard &
+            Ruder 2018).
+        base_rate: Ratio of the rate of the base's last group to the head's; None for
             `layer_decay`.
     """
     top = layer_decay if base_rate is None else base_rate
@@ -122,11 +127,11 @@ def group_multipliers(
 def layer_patterns(
     layer_names: Mapping[str, Sequence[str]], multipliers: Mapping[str, float]
 ) -> list[tuple[str, float]]:
-    """Patterns for `LayerwiseAdamW` that match the variables of layers by group.
+    """Builds patterns for `LayerwiseAdamW` that match the variables of each group.
 
     Args:
-        layer_names: Group to the names of its layers that have trainable variables.
-        multipliers: Group to multiplier.
+        layer_names: Names of the layers with trainable variables, by group.
+        multipliers: Multipliers by group.
     """
     return [
         (
@@ -141,7 +146,13 @@ def layer_patterns(
 def warmup_cosine(
     learning_rate: float, steps: int, warmup: float
 ) -> keras.optimizers.schedules.LearningRateSchedule:
-    """Up from 0 in a share of the steps, then down to 0 along a cosine."""
+    """Creates a schedule with a linear warm-up from 0 and cosine decay to 0.
+
+    Args:
+        learning_rate: Peak learning rate.
+        steps: Total number of steps.
+        warmup: Fraction of the steps used for the warm-up, from 0 to 1.
+    """
     warmup_steps = round(warmup * steps)
     if not warmup_steps:
         return keras.optimizers.schedules.CosineDecay(learning_rate, steps)

@@ -1,8 +1,9 @@
 """Rows at the split point -> a trained tail.
 
-Keras's `fit` trains, an epoch a call. After each epoch everything that the next one
-depends on is written to a checkpoint, so that a process killed at any moment can be
-continued, and ends with the same bits as if it had not been killed.
+Training uses Keras's `fit`, called once per epoch. After each epoch, everything that
+the next one depends on is written to a checkpoint. So training can be resumed after the
+process was killed at any moment, with the same result, bit for bit, as without the
+interruption.
 """
 
 import itertools
@@ -11,9 +12,9 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import keras
 import numpy as np
@@ -21,37 +22,40 @@ import tensorflow as tf
 
 from keras_transfer.config import FinetuneConfig
 from keras_transfer.errors import DivergenceError, UsageError
-from keras_transfer.evaluation.metrics import evaluate, score
-from keras_transfer.events import duration
+from keras_transfer.evaluation.metrics import evaluate, selection_key
+from keras_transfer.events import Listener, duration
 from keras_transfer.features.activations import Transform
 from keras_transfer.features.cache import Features
 from keras_transfer.models.layer_groups import TrainingCopy
 from keras_transfer.runs.files import replacing
 from keras_transfer.training.head import LabelledFeatures
+from keras_transfer.training.losses import keras_loss, mean_loss
 from keras_transfer.training.optim import LayerwiseAdamW, LrMultipliers, warmup_cosine
 
 _STATE = "state.npz"
-_MEASURED_STEPS = 4  # after one that traces
-_A_MOMENT = 10.0  # seconds of training, in which measuring would not pay
-_WORTH_IT = 1.05  # how much faster less precise arithmetic has to be
-_SAME_LOSS = 0.05  # and how near its first loss to that of float32, in relation to it
+_MEASURED_STEPS = 4  # in addition to a first one that traces
+_A_MOMENT = 10.0  # seconds of training below which measuring does not pay off
+_WORTH_IT = 1.05  # minimum speedup for less precise arithmetic
+_SAME_LOSS = 0.05  # maximum relative difference of its first loss from that of float32
 _PREDICTION_BATCH = 64
 _FIX = (
-    "Training diverged; the run is as it was. Use a lower learning rate (--lr, "
-    "--base-lr), or --precision f32."
+    "Training diverged; the run is as it was. Use a lower learning_rate or base_lr, or "
+    "precision f32."
 )
 
 
 @dataclass
 class TrainedTail:
-    """A tail after its best epoch.
+    """A trained tail at its best epoch.
 
     Attributes:
-        weights: Of `unfreeze.changed_variables`, in order.
-        history: A dict an epoch: epoch (from 1), loss (mean weighted cross-entropy in
-            nats), val_loss (the same), val_metric, learning_rate (at the end), seconds.
-        best_epoch: The epoch, from 1, that the weights are of.
-        precision: `f32`, `bf16` or `f16`.
+        weights: Values of `layer_groups.changed_variables`, in order.
+        history: One dict per epoch: epoch (starting at 1), loss and val_loss (mean
+            weighted cross-entropies in nats), val_metric (0 to 1; missing without
+            validation images), learning_rate (of the head, at the end of the epoch)
+            and seconds.
+        best_epoch: The epoch that the weights are from, starting at 1.
+        precision: Arithmetic of training: `f32`, `bf16` or `f16`.
     """
 
     weights: list[np.ndarray] = field(default_factory=list)
@@ -60,134 +64,214 @@ class TrainedTail:
     precision: str = ""
 
 
+@dataclass(frozen=True)
+class TailRecipe:
+    """How a tail is trained.
+
+    Attributes:
+        config: Options of fine-tuning.
+        make_copy: Creates a copy of the tail to train in a given precision.
+        lr_multipliers: Multipliers of the learning rate, by patterns of variable paths.
+        precisions: Precisions to choose from by timing a few steps, `f32` first.
+        seed: Seed of the order of images and of the choice of views.
+    """
+
+    config: FinetuneConfig
+    make_copy: Callable[[str], TrainingCopy]
+    lr_multipliers: LrMultipliers
+    precisions: Sequence[str] = ("f32",)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TailData:
+    """Data that a tail is trained on.
+
+    Attributes:
+        train: Training rows; each epoch uses one random view of every image.
+        val: Validation rows, to choose the best epoch; if empty, the last epoch is
+            used.
+        class_names: Class names in the order of the outputs.
+        transform: Applied to training rows in every epoch; None for no change.
+    """
+
+    train: LabelledFeatures
+    val: LabelledFeatures
+    class_names: Sequence[str]
+    transform: Transform | None = None
+
+    def batches(
+        self, batch_size: int, seed: int, epoch: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields the batches of an epoch, determined by the seed.
+
+        Args:
+            batch_size: Maximum number of images per batch.
+            seed: Seed of the order of images and of the choice of views.
+            epoch: Number of the epoch, starting at 0.
+
+        Yields:
+            (rows `[n, ...]`, targets and weights concatenated to `[n, 2 C]`).
+        """
+        rng = np.random.default_rng([seed, epoch])
+        order = rng.permutation(len(self.train.targets))
+        view_of = rng.integers(0, len(self.train.views), len(order))
+        for start in range(0, len(order), batch_size):
+            picked = order[start : start + batch_size]
+            rows = self._rows(picked, view_of[picked])
+            if self.transform:
+                rows = self.transform(rows, picked, epoch)
+            yield rows, np.concatenate(self.train.labels(picked), axis=1)
+
+    def _rows(self, picked: np.ndarray, views: np.ndarray) -> np.ndarray:
+        """Reads the rows of images `[n]`, each in the view `[n]` drawn for it."""
+        plain = self.train.views[0]
+        rows = np.empty((len(picked), *plain.shape[1:]), plain.dtype)
+        for number in np.unique(views):
+            rows[views == number] = self.train.views[number][picked[views == number]]
+        return rows
+
+
 def train_tail(
-    config: FinetuneConfig,
-    make_copy: Callable[[str], TrainingCopy],
-    lr_multipliers: LrMultipliers,
-    train: LabelledFeatures,
-    val: LabelledFeatures,
-    class_names: Sequence[str],
-    seed: int,
-    checkpoint: Path,
-    transform: Transform | None = None,
-    precisions: Sequence[str] = ("f32",),
-    on_note: Callable[[str], object] = lambda _: None,
-    on_batch: Callable[[int], object] = lambda _: None,
+    recipe: TailRecipe, data: TailData, checkpoint: Path, listener: Listener
 ) -> TrainedTail:
-    """Trains until validation gets no better, and returns the best epoch's weights.
+    """Trains a tail until the validation metric stops improving.
 
     Args:
-        config: Rates, epochs, batch size.
-        make_copy: From a precision to a copy of the tail to train.
-        lr_multipliers: Of the learning rate, by the path of a variable.
-        train: Rows to learn from; each epoch takes one view of every image.
-        val: Rows that tell the best epoch; of no image, the last epoch is taken.
-        class_names: In the order of the outputs.
-        seed: Of the order of images and the choice of views.
-        checkpoint: A folder. If it holds the state of an earlier process, training
-            goes on from there.
-        transform: What is done to training rows in every epoch.
-        precisions: What to choose from by measuring some steps, float32 first; with
-            one there is nothing to measure.
-        on_note: Told what was decided.
-        on_batch: Called once a batch, with how many are done, those of an earlier
-            process included.
+        recipe: How to train.
+        data: Data to train on.
+        checkpoint: Folder for the state after each epoch. If it contains the state of
+            an earlier process, training continues from there.
+        listener: Receives notes, and progress after every batch and epoch.
+
+    Returns:
+        The tail at its best epoch.
 
     Raises:
-        DivergenceError: If a loss is not finite.
+        DivergenceError: If a loss, a weight or a probability is not finite.
+        UsageError: If the checkpoint is damaged.
     """
-    steps = math.ceil(len(train.targets) / config.batch_size)
-
-    def batches(epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        return _batches(train, config.batch_size, seed, epoch, transform)
-
-    tail, kept = TrainedTail(), None
+    config = recipe.config
+    steps = math.ceil(len(data.train.targets) / config.batch_size)
+    tail, state = TrainedTail(), None
     if has_state(checkpoint):
-        tail, kept = _load(checkpoint / _STATE)
-        precisions = [tail.precision]
-    for _ in range(2):  # the first is slower
-        started = time.perf_counter()
-        batch = next(batches(0))
-        batch_seconds = time.perf_counter() - started
-    learner = _fastest(
-        lambda name: _Learner(make_copy, lr_multipliers, name, config, steps, train),
-        precisions,
-        batch,
-        steps * config.epochs,
-        on_note,
-    )
+        tail, state = _load(checkpoint / _STATE)
+        recipe = replace(recipe, precisions=[tail.precision])
+    learner = _prepare(recipe, data, steps, listener)
     tail.precision = learner.precision
-    if kept is not None:
-        learner.set_state(kept)
-    seconds = (learner.seconds_a_step + batch_seconds) * steps
-    on_note(
-        f"an epoch of {len(train.targets):,} images takes about {duration(seconds)}, "
-        f"{config.epochs} epochs {duration(seconds * config.epochs)}"
-    )
+    if state is not None:
+        learner.set_state(state)
 
     done = itertools.count(len(tail.history) * steps + 1)
+
+    def on_batch() -> None:
+        listener.progress("training", next(done), steps * config.epochs)
+
     while (
         len(tail.history) < config.epochs
         and len(tail.history) - tail.best_epoch < config.patience
     ):
         epoch = len(tail.history)
         started = time.perf_counter()
-        loss = learner.train(batches(epoch), steps, lambda: on_batch(next(done)))
-        trained = time.perf_counter()
-        row = {"epoch": epoch + 1, "loss": loss, "val_loss": math.nan}
-        if len(val):
-            probabilities = learner.predict(val.views[0])
-            evaluation = evaluate(val.targets, probabilities, class_names)
-            row |= {
-                "val_loss": _mean_loss(val, probabilities),
-                "val_metric": score(evaluation)[0],
-            }
-        row |= {"learning_rate": learner.rate(), "seconds": trained - started}
+        batches = data.batches(config.batch_size, recipe.seed, epoch)
+        loss = learner.train(batches, steps, on_batch)
+        seconds = time.perf_counter() - started
+        row = {"epoch": epoch + 1, "loss": loss, **_validate(learner, data)}
+        row |= {"learning_rate": learner.rate(), "seconds": seconds}
         tail.history.append(row)
-        if not epoch or _score(row) > _score(tail.history[tail.best_epoch - 1]):
+        if not epoch or _epoch_key(row) > _epoch_key(tail.history[tail.best_epoch - 1]):
             tail.best_epoch, tail.weights = epoch + 1, learner.weights()
         _save(checkpoint / _STATE, tail, learner.state())
+        listener.epoch("finetune", epoch + 1, row)
     return tail
 
 
-def measure_training(
-    config: FinetuneConfig,
-    make_copy: Callable[[str], TrainingCopy],
-    lr_multipliers: LrMultipliers,
-    batch: LabelledFeatures,
-) -> float:
-    """Seconds that a training step on a batch takes, in float32; nothing is kept.
+def _prepare(
+    recipe: TailRecipe, data: TailData, steps: int, listener: Listener
+) -> "_Learner":
+    """Chooses the precision and sends a note on how long training will take."""
+    config = recipe.config
+    for _ in range(2):  # the first batch is slower
+        started = time.perf_counter()
+        batch = next(data.batches(config.batch_size, recipe.seed, 0))
+        batch_seconds = time.perf_counter() - started
+    learner = fastest(
+        lambda precision: _Learner(recipe, precision, steps, data.train),
+        recipe.precisions,
+        batch,
+        steps * config.epochs,
+        listener,
+    )
+    seconds = (learner.seconds_a_step + batch_seconds) * steps
+    listener.note(
+        f"an epoch of {len(data.train.targets):,} images takes about "
+        f"{duration(seconds)}, {config.epochs} epochs "
+        f"{duration(seconds * config.epochs)}"
+    )
+    return learner
+
+
+def _validate(learner: "_Learner", data: TailData) -> dict[str, float]:
+    """Computes the validation columns of an epoch's history."""
+    val = data.val
+    if not len(val):
+        return {"val_loss": math.nan}
+    probabilities = learner.predict(val.views[0])
+    evaluation = evaluate(val.targets, probabilities, data.class_names)
+    targets, weights = val.labels(slice(None))
+    return {
+        "val_loss": mean_loss(probabilities, targets, weights, val.multi_label),
+        "val_metric": selection_key(evaluation)[0],
+    }
+
+
+def measure_training(recipe: TailRecipe, batch: LabelledFeatures) -> float:
+    """Measures the seconds per training step in float32; the result is discarded.
 
     Args:
-        config: Rates.
-        make_copy: From a precision to a copy of the tail to train.
-        lr_multipliers: Of the learning rate, by the path of a variable.
-        batch: Rows and their targets.
+        recipe: How to train.
+        batch: Rows and targets of one batch.
     """
-    learner = _Learner(make_copy, lr_multipliers, "f32", config, 1, batch)
-    learner.measure(next(_batches(batch, len(batch), 0, 0, None)), _MEASURED_STEPS)
+    learner = _Learner(recipe, "f32", 1, batch)
+    rows = next(TailData(batch, batch, ()).batches(len(batch), 0, 0))
+    learner.measure(rows, _MEASURED_STEPS)
     return learner.seconds_a_step
 
 
 def has_state(checkpoint: Path) -> bool:
-    """Whether a checkpoint holds a finished epoch."""
+    """Returns whether a checkpoint contains a finished epoch."""
     return (checkpoint / _STATE).exists()
 
 
-def _score(row: dict[str, float]) -> tuple[float, float]:
-    """Larger is better; without validation images, later is better."""
+def _epoch_key(row: dict[str, float]) -> tuple[float, float]:
+    """Returns a sort key for epochs; larger is better.
+
+    Without validation images, later epochs are better.
+    """
     return row.get("val_metric", row["epoch"]), -row["val_loss"]
 
 
 def images_per_second(tail: TrainedTail, images: int) -> float:
-    """Of training, the median epoch."""
+    """Computes the training throughput in the median epoch.
+
+    Args:
+        tail: The trained tail.
+        images: Number of training images.
+    """
     return images / statistics.median(row["seconds"] for row in tail.history)
 
 
 def predict_rows(
     function: Callable[[Any], Any], rows: Features | np.ndarray
 ) -> np.ndarray:
-    """float32 `[N, num_classes]` of rows `[N, ...]`, in batches.
+    """Applies a function to rows in batches.
+
+    Args:
+        function: Returns probabilities of rows; see `probability_function`.
+        rows: `[N, ...]` activations.
+
+    Returns:
+        float32 `[N, num_classes]` probabilities.
 
     Raises:
         DivergenceError: If a probability is not finite.
@@ -200,12 +284,15 @@ def predict_rows(
     return values
 
 
-def probability_function(model: keras.Model, multi_label: bool | None = None):
-    """A compiled function of rows, in inference mode.
+def probability_function(
+    model: keras.Model, multi_label: bool | None = None
+) -> Callable[[Any], Any]:
+    """Compiles a model in inference mode as a function from rows to probabilities.
 
     Args:
-        model: From rows to probabilities; or to logits, if `multi_label` is given.
-        multi_label: Which probabilities logits stand for.
+        model: Model from rows to probabilities, or to logits if `multi_label` is given.
+        multi_label: Whether logits are converted by a sigmoid (True) or a softmax
+            (False); None if the model returns probabilities.
     """
     activation = {
         None: keras.activations.linear,
@@ -221,36 +308,30 @@ def probability_function(model: keras.Model, multi_label: bool | None = None):
 
 
 class _Learner:
-    """A compiled training copy with everything that a step changes."""
+    """A compiled training copy, including all state that a training step changes."""
 
     def __init__(
-        self,
-        make_copy: Callable[[str], TrainingCopy],
-        lr_multipliers: LrMultipliers,
-        precision: str,
-        config: FinetuneConfig,
-        steps: int,
-        train: LabelledFeatures,
+        self, recipe: TailRecipe, precision: str, steps: int, train: LabelledFeatures
     ):
+        config = recipe.config
         self.precision = precision
         self.seconds_a_step = math.inf
-        self._copy = make_copy(precision)
+        self._copy = recipe.make_copy(precision)
         self._model = self._copy.model
         optimizer = LayerwiseAdamW(
             warmup_cosine(config.learning_rate, steps * config.epochs, config.warmup),
-            lr_multipliers,
+            recipe.lr_multipliers,
             weight_decay=config.weight_decay,
         )
-        # Biases and scales are not decayed, as is usual (He et al. 2019, 3.1).
+        # Biases and scales are exempt from weight decay (He et al. 2019, section 3.1).
         flat = [v for v in self._model.trainable_variables if len(v.shape) < 2]
         optimizer.exclude_from_weight_decay(var_list=flat)
         if precision == "f16":
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
         optimizer.build(self._model.trainable_variables)
         self._optimizer = optimizer
-        self._model.compile(
-            optimizer, _cross_entropy(train.multi_label), jit_compile=False
-        )
+        loss = keras_loss(train.multi_label, from_logits=True)
+        self._model.compile(optimizer, loss, jit_compile=False)
         self._predict = probability_function(self._model, train.multi_label)
         rows = train.views[0]
         self._signature = (
@@ -262,7 +343,7 @@ class _Learner:
         return float(keras.ops.convert_to_numpy(self._optimizer.learning_rate))
 
     def measure(self, batch: tuple[np.ndarray, np.ndarray], steps: int) -> float:
-        """Times steps on one batch, forgets them, and returns the first one's loss."""
+        """Times steps on one batch and undoes them; returns the first step's loss."""
         watch, start = _Watch(), self.state()
         self._fit(iter([batch] * (1 + steps)), 1 + steps, watch)
         self.seconds_a_step = min(np.diff(watch.times), default=math.inf)
@@ -275,7 +356,7 @@ class _Learner:
         steps: int,
         on_batch: Callable[[], object],
     ) -> float:
-        """One epoch; returns its mean loss."""
+        """Trains for one epoch; returns its mean loss."""
         watch = _Watch(on_batch)
         loss = self._fit(batches, steps, watch)
         if not math.isfinite(loss):
@@ -313,7 +394,7 @@ class _Learner:
         )
         dataset = dataset.apply(tf.data.experimental.assert_cardinality(steps))
         options = tf.data.Options()
-        # There is nothing to tune, and the end of an epoch may wait for its thread.
+        # There is nothing to tune, and the tuning thread can delay the end of an epoch.
         options.autotune.enabled = False
         dataset = dataset.prefetch(2).with_options(options)
         log = self._model.fit(dataset, shuffle=False, callbacks=[watch], verbose=0)
@@ -321,7 +402,7 @@ class _Learner:
 
 
 class _Watch(keras.callbacks.Callback):
-    """When each batch ended; stops at a loss that is not finite."""
+    """Records when each batch ends; stops training if a loss is not finite."""
 
     def __init__(self, on_batch: Callable[[], object] = lambda: None):
         super().__init__()
@@ -329,7 +410,7 @@ class _Watch(keras.callbacks.Callback):
         self.first_loss = math.nan
         self._on_batch = on_batch
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         loss = float(logs["loss"])
         if not self.times:
             self.first_loss = loss
@@ -339,16 +420,41 @@ class _Watch(keras.callbacks.Callback):
             self.model.stop_training = True
 
 
-def _fastest(
-    make_learner: Callable[[str], _Learner],
+class Measurable(Protocol):
+    """Something that trains in one precision and can be timed.
+
+    Attributes:
+        precision: `f32`, `bf16` or `f16`.
+        seconds_a_step: Measured seconds per step.
+    """
+
+    precision: str
+    seconds_a_step: float
+
+    def measure(self, batch: tuple[np.ndarray, np.ndarray], steps: int) -> float:
+        """Times steps on one batch, undoes them, and returns the loss of the first."""
+
+
+_Measured = TypeVar("_Measured", bound=Measurable)
+
+
+def fastest(
+    make_learner: Callable[[str], _Measured],
     precisions: Sequence[str],
     batch: tuple[np.ndarray, np.ndarray],
     steps: int,
-    on_note: Callable[[str], object],
-) -> _Learner:
-    """Measures some steps with each; a later one is taken if it is worth it.
+    listener: Listener,
+) -> _Measured:
+    """Times steps in each precision and chooses the fastest that trains equally well.
 
-    Where all steps together take a moment only, the first is taken.
+    Once all steps together would take only a moment, no further precision is tried.
+
+    Args:
+        make_learner: Creates a learner for a precision.
+        precisions: Candidates; the first is the reference.
+        batch: The batch to measure on.
+        steps: Total number of training steps.
+        listener: Receives a note on each alternative.
     """
     chosen, first_loss = None, math.nan
     for precision in precisions:
@@ -361,7 +467,7 @@ def _fastest(
             continue
         speed = chosen.seconds_a_step / learner.seconds_a_step
         same = abs(loss - first_loss) <= _SAME_LOSS * abs(first_loss)
-        on_note(
+        listener.note(
             f"precision {learner.precision}: {speed:.2f} times as fast as "
             f"{chosen.precision}, first loss {loss:.4f} instead of {first_loss:.4f}"
         )
@@ -369,53 +475,6 @@ def _fastest(
             chosen = learner
     assert chosen is not None
     return chosen
-
-
-def _cross_entropy(multi_label: bool) -> Callable[[Any, Any], Any]:
-    """Weighted cross-entropy of logits; targets and weights side by side."""
-
-    def loss(targets_and_weights, logits):
-        targets, weights = keras.ops.split(targets_and_weights, 2, axis=-1)
-        if multi_label:
-            losses = keras.ops.softplus(logits) - targets * logits
-        else:
-            losses = -targets * keras.ops.log_softmax(logits)
-        return keras.ops.sum(weights * losses, axis=-1)
-
-    return loss
-
-
-def _mean_loss(data: LabelledFeatures, probabilities: np.ndarray) -> float:
-    """What training makes smaller, of probabilities."""
-    targets, weights = data.labels(slice(None))
-    clipped = np.clip(probabilities.astype(np.float64), 1e-7, 1 - 1e-7)
-    losses = -targets * np.log(clipped)
-    if data.multi_label:
-        losses -= (1 - targets) * np.log(1 - clipped)
-    return float((weights * losses).sum(1).mean())
-
-
-def _batches(
-    data: LabelledFeatures,
-    batch_size: int,
-    seed: int,
-    epoch: int,
-    transform: Transform | None,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(rows, targets and weights) of an epoch; the same for the same seed and epoch."""
-    rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(data.targets))
-    view_of = rng.integers(0, len(data.views), len(order))
-    for start in range(0, len(order), batch_size):
-        picked = order[start : start + batch_size]
-        views = view_of[picked]
-        plain = data.views[0]
-        rows = np.empty((len(picked), *plain.shape[1:]), plain.dtype)
-        for number in np.unique(views):
-            rows[views == number] = data.views[number][picked[views == number]]
-        if transform:
-            rows = transform(rows, picked, epoch)
-        yield rows, np.concatenate(data.labels(picked), axis=1)
 
 
 def _save(path: Path, tail: TrainedTail, state: Sequence[np.ndarray]) -> None:
@@ -446,6 +505,6 @@ def _load(path: Path) -> tuple[TrainedTail, list[np.ndarray]]:
             )
     except Exception as error:  # zip, NumPy and JSON each raise their own types
         raise UsageError(
-            f"{path} is damaged ({type(error).__name__}). Start over with --no-resume."
+            f"{path} is damaged ({type(error).__name__}). Start over with resume=False."
         ) from None
     return TrainedTail(weights=best, **text), state

@@ -1,4 +1,4 @@
-"""One file for each command, which reads like the method section of a paper.
+"""One module per command, each readable like the method section of a paper.
 
 Reading order: inputs, fit, evaluate, predict, finetune, export, advise, rank.
 """

@@ -1,15 +1,14 @@
-"""The workflow of `kt advise`: what the rules of advice.py need is measured.
+"""The workflow of `kt advise`: measures what the rules in advice/ need.
 
-The features are those of `kt fit`, which finds them in the cache afterwards.
+The features are the same as those of `kt fit`, which finds them in the cache later.
 """
 
 import json
 import shlex
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import keras
@@ -36,14 +35,19 @@ from keras_transfer.advice.rules import (
     is_imbalanced,
     recommend,
 )
-from keras_transfer.config import Config, FinetuneConfig, HeadConfig, load_config
+from keras_transfer.config import (
+    FLAGS,
+    Config,
+    FinetuneConfig,
+    HeadConfig,
+)
 from keras_transfer.data.tables import Splits, Table, count_classes
 from keras_transfer.evaluation.crossvalidation import estimate, fold_numbers
-from keras_transfer.events import OnNote, OnProgress
+from keras_transfer.events import Listener
 from keras_transfer.features.base import frozen_base
-from keras_transfer.features.engine import Extractor
-from keras_transfer.features.extraction import frozen_features
-from keras_transfer.features.usable import doubts, usable_splits
+from keras_transfer.features.engine import make_engine, predict, seconds_per_image
+from keras_transfer.features.frozen_part import FrozenPart, Storage, frozen_features
+from keras_transfer.features.usable import data_warnings, usable_splits
 from keras_transfer.models.bases import DOWNLOAD_FREE, get_base, weights_path
 from keras_transfer.models.classifier import attach_head, build_head, cut
 from keras_transfer.models.layer_groups import (
@@ -54,133 +58,148 @@ from keras_transfer.models.layer_groups import (
 )
 from keras_transfer.models.torch_checkpoint import read_torch_checkpoint
 from keras_transfer.runs.files import numbered
+from keras_transfer.runs.manifest import Estimate
 from keras_transfer.training.head import LabelledFeatures
 from keras_transfer.training.optim import group_multipliers, layer_patterns
-from keras_transfer.training.tail import measure_training
-from keras_transfer.workflows.inputs import Inputs, prepare
+from keras_transfer.training.tail import TailRecipe, measure_training
+from keras_transfer.workflows.inputs import Inputs
 
 NEIGHBOURS = 5
 
 _UNFREEZE: dict[Method, str] = {"finetune-top": "top", "finetune-all": "all"}
-_MOST_CLASSIFIED = 500  # training images that an ImageNet classifier is asked about
-_FLAGS = {  # config keys, and the head's class_weight, that `kt fit` has options for
-    *("base", "weights", "image_size", "class_weight", "augment", "folds"),
-    *("precision", "max_skipped", "name", "runs_dir", "seed", "data_dir", "cache_dir"),
-}
+_MOST_CLASSIFIED = 500  # training images to run an ImageNet classifier on
 
 
 class Recommendation(BaseModel):
-    """What `kt advise` says."""
+    """The result of `kt advise`."""
 
     method: Method
+    """The recommended method."""
     advice: list[Advice]
-    """What each rule said, with its evidence."""
+    """The conclusion of each rule, with its evidence."""
     evidence: Evidence
-    """What was measured."""
+    """The measurements."""
     command: str
-    """What to run."""
-
-
-def advise(
-    data: str | Path,
-    *,
-    budget: float | None = None,
-    on_progress: OnProgress = lambda *_: None,
-    on_note: OnNote = lambda _: None,
-    **options: Any,
-) -> Recommendation:
-    """Measures which method suits a task, on its images and on this machine.
-
-    Args:
-        data: As of `fit`.
-        budget: The most minutes that the method may take, features being cached.
-        on_progress: Told how the work goes on.
-        on_note: Told what is being measured, and what is doubtful in the data.
-        **options: Config keys, such as `base="MobileNetV2"`.
-
-    Raises:
-        UsageError: If an option or the data are not usable, or the budget allows
-            nothing.
-        KerasTransferError: If the data or the weights are not good enough.
-    """
-    config = load_config(None, {**options, "data": str(data)})
-    inputs = prepare(config, makes_run=False)
-    return measure(inputs, options, budget, on_progress, on_note)
+    """Shell command to run."""
 
 
 def measure(
     inputs: Inputs,
     options: Mapping[str, Any],
     budget: float | None,
-    on_progress: OnProgress,
-    on_note: OnNote,
+    listener: Listener,
 ) -> Recommendation:
-    """Does what `advise` says, with inputs that were checked.
+    """Implements `api.advise`.
 
-    The options are those that were given, for the command to run.
+    Args:
+        inputs: Checked inputs.
+        options: Config keys that the user gave, to repeat in the recommended command.
+        budget: Maximum number of minutes that the method may take; None for no limit.
+        listener: Receives notes and progress.
+
+    Raises:
+        UsageError: If no method fits the budget, or there are too few images for
+            cross-validation.
+        KerasTransferError: If the data or the weights cannot be used.
     """
+    config = inputs.config
+    for warning in inputs.splits.warnings:
+        listener.note(warning)
+    train, classes = inputs.splits.train, len(inputs.splits.class_names)
+    fold_numbers(train, classes, FOLDS, config.seed)
+
+    # Compute the features that `fit` would train its head on.
     started = time.perf_counter()
-    config, splits = inputs.config, inputs.splits
-    for warning in splits.warnings:
-        on_note(warning)
-    fold_numbers(splits.train, len(splits.class_names), FOLDS, config.seed)
     part = frozen_base(config)
     loading = time.perf_counter() - started
-    features = frozen_features(
-        part, splits, 0, config.precision, on_progress=on_progress
-    )
-    usable = usable_splits(config, splits, features.extraction)
-    for doubt in doubts(splits, usable, features.extraction):
-        on_note(doubt)
-    splits = usable
+    storage = Storage(config.precision, quality=True)
+    features = frozen_features(part, inputs.splits, 0, storage, listener)
+    splits = usable_splits(config, inputs.splits, features.extraction)
+    for text in data_warnings(inputs.splits, splits, features.extraction):
+        listener.note(text)
     probed = probe(config, splits, features)
-    targets, classes = splits.train.targets, len(splits.class_names)
 
-    on_note(f"probing the features of {len(probed.table):,} training images")
+    # Probe the features, and measure what each method costs on this machine.
+    listener.note(f"probing the features of {len(probed.table):,} training images")
     curve, head_seconds = learning_curve(config, splits, probed, features)
-    full = curve[SHARES[-1]]
-    halves = zip(full.values, curve[0.5].values, strict=True)
-    gain = estimate([all_ - half for all_, half in halves], 1 / FOLDS, lowest=-1.0)
-    confidence, entropy = imagenet_certainty(config, splits, probed.table)
+    listener.note("measuring what methods take on this machine")
+    costs = _costs(config, splits, part, loading + head_seconds)
+    speed = images_per_second(part, splits, features)
+    evidence = _evidence(config, splits, probed, curve, costs, speed)
 
-    on_note("measuring what methods take on this machine")
-    seconds: dict[Method, float] = dict.fromkeys(
-        ("extract", "more-data"), loading + head_seconds
+    method, advice = recommend(evidence, budget)
+    return Recommendation(
+        method=method,
+        advice=list(advice),
+        evidence=evidence,
+        command=command_line(
+            inputs, method, options, is_imbalanced(evidence.class_counts)
+        ),
     )
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """Costs of the methods.
+
+    Attributes:
+        seconds: Estimated seconds for each method.
+        nbytes: Bytes of cached activations for each method.
+        disk_gigabytes: Disk space for activations, in units of 10^9 bytes.
+    """
+
+    seconds: Mapping[Method, float]
+    nbytes: Mapping[Method, int]
+    disk_gigabytes: float
+
+
+def _costs(config: Config, splits: Splits, part: FrozenPart, fit: float) -> _Costs:
+    """Estimates the costs of all methods; `fit` is the seconds of fitting a head."""
+    seconds: dict[Method, float] = {"extract": fit, "more-data": fit}
     nbytes: dict[Method, int] = dict.fromkeys(seconds, 0)
     for method, unfreeze in _UNFREEZE.items():
         more, nbytes[method] = _finetuning_costs(config, splits, part.model, unfreeze)
-        seconds[method] = seconds["extract"] + more
+        seconds[method] = fit + more
+    free = min(config.finetune.disk_budget_gb, part.cache.free_bytes() / 1e9)
+    return _Costs(seconds, nbytes, free)
+
+
+def _evidence(
+    config: Config,
+    splits: Splits,
+    probed: Probed,
+    curve: Mapping[float, Estimate],
+    costs: _Costs,
+    speed: float,
+) -> Evidence:
+    targets, classes = splits.train.targets, len(splits.class_names)
     counts = count_classes(targets, classes)
-    evidence = Evidence(
+    full = curve[SHARES[-1]]
+    halves = zip(full.values, curve[0.5].values, strict=True)
+    gains = [all_ - half for all_, half in halves]
+    confidence, entropy = imagenet_certainty(config, splits, probed.table)
+    return Evidence(
         images=len(targets),
         class_counts=dict(zip(splits.class_names, counts.tolist(), strict=True)),
         accuracy=full,
         curve=curve,
-        gain=gain,
-        # What a constant answer scores, in accuracy or in mean average precision.
+        gain=estimate(gains, 1 / FOLDS, lowest=-1.0),
+        # Score of a constant prediction: its accuracy or mean average precision.
         majority=float(counts.mean() if splits.multi_label else counts.max())
         / len(targets),
         neighbours=_neighbours(probed),
         logme=logme(probed.rows, probed.table.targets, classes, config.seed),
         imagenet_confidence=confidence,
         imagenet_entropy=entropy,
-        images_per_second=images_per_second(part, splits, features),
-        minutes={method: value / 60 for method, value in seconds.items()},
-        gigabytes={method: value / 1e9 for method, value in nbytes.items()},
-        disk=min(config.finetune.disk_budget_gb, part.cache.free_bytes() / 1e9),
-    )
-    method, advice = recommend(evidence, budget)
-    return Recommendation(
-        method=method,
-        advice=list(advice),
-        evidence=evidence,
-        command=_command(inputs, method, options, is_imbalanced(evidence.class_counts)),
+        images_per_second=speed,
+        minutes={method: value / 60 for method, value in costs.seconds.items()},
+        gigabytes={method: value / 1e9 for method, value in costs.nbytes.items()},
+        disk=costs.disk_gigabytes,
     )
 
 
 def _neighbours(probed: Probed) -> float | None:
-    """Accuracy of the nearest neighbours by cosine, cross-validated."""
+    """Cross-validates the accuracy of the nearest neighbors by cosine similarity."""
     targets, rows = probed.table.targets, probed.rows
     if targets.ndim == 2:
         return None
@@ -197,18 +216,20 @@ def _neighbours(probed: Probed) -> float | None:
 def imagenet_certainty(
     config: Config, splits: Splits, table: Table
 ) -> tuple[float, float]:
-    """How sure a classifier of ImageNet's classes is of images.
+    """Measures how certain an ImageNet classifier is about images.
 
-    Whatever the base is, efficientnet_lite0 is asked, whose installed weights hold
-    their classifier. Its features are cached, as those of `fit` are.
+    The classifier is always efficientnet_lite0, whatever the base is, because its
+    installed weights include the classifier. Its features are cached like those of
+    `fit`.
 
     Args:
-        config: What `fit` would be told.
+        config: The resolved config.
         splits: The images.
-        table: Some of them, of which a part is asked about.
+        table: Some of the images; at most 500 of them are used.
 
     Returns:
-        (mean probability of the likeliest class, mean entropy from 0 to 1).
+        (mean probability of the most likely class, mean entropy), both from 0 to 1; the
+        entropy is relative to its maximum.
     """
     row = get_base(DOWNLOAD_FREE)
     asked = {"base": row.name, "weights": "imagenet", "image_size": row.image_size}
@@ -216,7 +237,7 @@ def imagenet_certainty(
     picked = deal(table.targets, config.seed)[:_MOST_CLASSIFIED]
     some = table.keep(table.sources[i] for i in picked)
     only = replace(splits, train=some, val=table.keep(()), test=table.keep(()))
-    features = frozen_features(part, only, 0, config.precision)
+    features = frozen_features(part, only, 0, Storage(config.precision))
     arrays = read_torch_checkpoint(weights_path(row))
     weights, bias = arrays["_fc.weight"], arrays["_fc.bias"]
     logits = features.rows(some.sources)[:] @ weights.T + bias
@@ -229,9 +250,12 @@ def imagenet_certainty(
 def _finetuning_costs(
     config: Config, splits: Splits, base: keras.Model, unfreeze: str
 ) -> tuple[float, int]:
-    """(seconds, bytes of cached activations) that fine-tuning takes, for all images.
+    """Estimates the costs of fine-tuning for all images.
 
-    Steps are timed in float32; where bfloat16 is faster it takes less.
+    Steps are timed in float32; training may be faster in bfloat16.
+
+    Returns:
+        (seconds, bytes of cached activations).
     """
     tuning, classes = config.finetune, len(splits.class_names)
     head = build_head(HeadConfig(), base.output_shape[1], classes, splits.multi_label)
@@ -241,17 +265,20 @@ def _finetuning_costs(
     frozen, tail = cut(model, split_point(model, unfrozen))
     rows, below, itemsize = draw_rows(splits, model.input_shape[1]), 0.0, 1
     if frozen.weights:
-        extractor = Extractor(frozen)
-        below, itemsize = extractor.measure(rows), 2
-        rows = extractor.predict(rows)
+        engine = make_engine(frozen)
+        below, itemsize = seconds_per_image(engine, rows), 2
+        rows = predict(engine, rows)
     size = tuning.batch_size
-    steps = measure_training(
+    recipe = TailRecipe(
         tuning,
         partial(training_copy, tail, unfrozen, tuning.train_bn),
         layer_patterns(
             trained_layers(groups, tuning.train_bn),
             group_multipliers(list(groups), tuning.decay),
         ),
+    )
+    steps = measure_training(
+        recipe,
         LabelledFeatures(
             [np.resize(rows, (size, *rows.shape[1:]))],
             np.resize(splits.train.targets, (size, *splits.train.targets.shape[1:])),
@@ -264,21 +291,31 @@ def _finetuning_costs(
     return images * below + training, images * rows[0].size * itemsize
 
 
-def _command(
+def command_line(
     inputs: Inputs, method: Method, options: Mapping[str, Any], balanced: bool
 ) -> str:
-    """What to run, with the options that were given."""
+    """Builds the shell command for a method.
+
+    Args:
+        inputs: The inputs that the advice is for.
+        method: The recommended method.
+        options: Config keys that the user gave; None means not given.
+        balanced: Whether to balance class weights.
+
+    Returns:
+        One line. It keeps an existing run unless overwriting was requested.
+    """
     config, run = inputs.config, inputs.run.run_dir
     added: dict[str, Any] = {}
     if balanced and config.head.class_weight != "balanced":
-        added["class_weight"] = "balanced"
+        added["head.class_weight"] = "balanced"
     if run.exists() and not config.overwrite:
         run = next(path for path in numbered(run) if not path.exists())
         added["name"] = run.name
     given = {**options, **added}
     flags = [
-        f"--{key.replace('_', '-')} {shlex.quote(str(value))}"
-        if key in _FLAGS
+        f"{FLAGS[key]} {shlex.quote(str(value))}"
+        if key in FLAGS
         else f"--set {shlex.quote(f'{key}={json.dumps(value)}')}"
         for key, value in given.items()
         if value is not None

@@ -1,61 +1,104 @@
-"""The workflow of `kt evaluate`: a run's model on labelled images."""
+"""The workflow of `kt evaluate`: evaluates a run's model on labeled images."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+from keras_transfer.data.reading import hashing
 from keras_transfer.errors import KerasTransferError
 from keras_transfer.evaluation.metrics import Evaluation, evaluate
 from keras_transfer.evaluation.of_run import labelled_images, load_model
 from keras_transfer.evaluation.prediction import predict_sources
+from keras_transfer.events import SILENT, Listener
+from keras_transfer.features.image_table import (
+    changed_images,
+    known_images,
+    trained_images,
+)
 from keras_transfer.runs.manifest import Phase
-from keras_transfer.runs.run import Run, open_run, read_together
+from keras_transfer.runs.run import Run, read_together
+
+
+class RunEvaluation(Evaluation):
+    """Metrics of a run's model, with the data that they were computed on."""
+
+    data: str
+    """Name of the run's split, or the DATA argument."""
+    skipped: dict[str, str]
+    """Reason why an image was left out, by source."""
 
 
 def evaluate_run(
-    run: str | Path | Run,
+    run: Run,
     source: str | Path | None = None,
     data_dir: Path | None = None,
-    on_image: Callable[[], object] = lambda: None,
     phase: Phase | None = None,
-) -> tuple[Evaluation, str, dict[str, str]]:
-    """Evaluates a run's model on its test split, or on other labelled images.
+    listener: Listener = SILENT,
+) -> RunEvaluation:
+    """Implements `api.evaluate`.
 
     Args:
-        run: A run or its directory.
-        source: Labelled images as for `fit`, all of them used; None for the run's
-            test split (validation split, if it has no test split).
-        data_dir: Where tensorflow-datasets keeps prepared data.
-        on_image: Called once an image, as work goes on.
-        phase: `fit` or `finetune`; None for the run's model.
+        run: The run.
+        source: Labeled images in any form that `fit` accepts; None for the run's test
+            split (its validation split if it has no test split).
+        data_dir: Directory where tensorflow-datasets keeps prepared data sets.
+        phase: `fit` or `finetune`; None for the run's current model.
+        listener: Receives notes, and progress after each image.
 
     Returns:
-        (figures, what they are of, reason of each image left out).
+        The metrics, the name of the data, and the images that were left out.
 
     Raises:
-        UsageError: If there is no such run, phase or data, or a label is none of the
-            run's.
+        UsageError: If the phase or the data do not exist.
+        KerasTransferError: If a label is not one of the run's classes, or no image can
+            be read.
     """
-    run = open_run(run)
-    model, class_names, (name, table, read) = read_together(
+    model, class_names, known, (name, table, read) = read_together(
         run,
         lambda: (
             load_model(run, phase),
             run.class_names,
+            known_images(run.images_path, listener),
             labelled_images(run, source, data_dir),
         ),
     )
     by_source = {}
     skipped = {}
-    for prediction in predict_sources(model, table.sources, read):
-        on_image()
+    digests: dict[str, bytes] = {}
+    total = len(table)
+    predictions = predict_sources(model, table.sources, hashing(read, digests))
+    for done, prediction in enumerate(predictions, start=1):
+        listener.progress("evaluate", done, total)
         if prediction.probabilities is None:
             skipped[prediction.source] = prediction.error
         else:
             by_source[prediction.source] = prediction.probabilities
+    _note_changed_or_trained(known, digests, source is None, listener)
     if not by_source:
         raise KerasTransferError(f"None of the {len(table)} images can be read.")
     table = table.keep(by_source)
     probabilities = np.stack([by_source[source] for source in table.sources])
-    return evaluate(table.targets, probabilities, class_names), name, skipped
+    found = evaluate(table.targets, probabilities, class_names)
+    return RunEvaluation(**dict(found), data=name, skipped=skipped)
+
+
+def _note_changed_or_trained(
+    known: Mapping[str, tuple[str, bytes]],
+    digests: Mapping[str, bytes],
+    is_own_split: bool,
+    listener: Listener,
+) -> None:
+    """Notes what the images' bytes say against the figures, if anything."""
+    if is_own_split and (changed := changed_images(known, digests)):
+        listener.note(
+            f"{len(changed):,} of {len(digests):,} images have changed since the "
+            f"run was made, such as {changed[0]}: figures are not comparable. Train it "
+            "again."
+        )
+    if not is_own_split and (trained := trained_images(known, digests)):
+        listener.note(
+            f"{len(trained):,} of {len(digests):,} images are byte for byte images "
+            f"that the model was trained on, such as {trained[0]}: their figures "
+            "flatter."
+        )

@@ -1,42 +1,49 @@
 """The workflow of `kt fit`: feature extraction with a frozen base."""
 
 import contextlib
-import itertools
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import keras
 import numpy as np
+import pyarrow.parquet as pq
 
-from keras_transfer.config import Config, Precision, load_config, to_yaml
+from keras_transfer.config import Config, to_yaml
 from keras_transfer.data.decode import DECODER_VERSION
 from keras_transfer.data.samples import sample_images
 from keras_transfer.data.tables import Splits
-from keras_transfer.errors import KerasTransferError, UsageError
+from keras_transfer.errors import KerasTransferError, UnusableImagesError, UsageError
 from keras_transfer.evaluation.crossvalidation import estimate, fold_numbers
-from keras_transfer.evaluation.metrics import evaluate, score
-from keras_transfer.evaluation.prediction import Predictor
-from keras_transfer.events import OnNote, OnProgress
+from keras_transfer.evaluation.metrics import Evaluation, evaluate, selection_key
+from keras_transfer.evaluation.prediction import prediction_engine
+from keras_transfer.events import SILENT, Broadcast, Listener
 from keras_transfer.features.base import frozen_base, image_size_of
-from keras_transfer.features.engine import Engine
-from keras_transfer.features.extraction import FrozenFeatures, frozen_features
+from keras_transfer.features.engine import predict
+from keras_transfer.features.frozen_part import (
+    FrozenFeatures,
+    FrozenPart,
+    Storage,
+    frozen_features,
+)
+from keras_transfer.features.image_table import image_table
 from keras_transfer.features.parity import (
     PARITY_IMAGES,
     PARITY_TOLERANCE,
     is_close,
     parity,
 )
-from keras_transfer.features.usable import doubts, usable_splits
+from keras_transfer.features.usable import data_warnings, usable_splits
 from keras_transfer.models.classifier import attach_head
 from keras_transfer.runs.files import csv_text, write_atomic
 from keras_transfer.runs.manifest import Estimate, Manifest, host, now, versions
 from keras_transfer.runs.run import (
     CONFIG,
     HISTORY,
+    IMAGES,
     LABELS,
     MANIFEST,
     METRICS,
@@ -54,177 +61,238 @@ from keras_transfer.training.head import (
     predict_head,
     train_head,
 )
-from keras_transfer.workflows.export import export
-from keras_transfer.workflows.inputs import Inputs, prepare
+from keras_transfer.workflows.export import export_savedmodel
+from keras_transfer.workflows.inputs import Inputs
 
 FEW_IMAGES = 30
-"""Fewer test images than these say less than cross-validation: at an accuracy of 0.9
-the 95% interval of a share of 30 is 0.74 to 0.97 (Wilson)."""
+"""With fewer test images than this, the head is cross-validated by default. At an
+accuracy of 0.9 on 30 images, the 95% confidence interval is 0.74 to 0.97 (Wilson)."""
 
 _FOLDS = 5
-_MOST_CROSS_VALIDATED = 20_000  # training images; more heads would take minutes
+_MOST_CROSS_VALIDATED = 20_000  # training images; with more it would take minutes
+
+_storage = partial(Storage, quality=True)
+
+_STORAGE: dict[str, Sequence[Storage]] = {
+    "auto": (_storage("auto"), _storage("f32"), _storage("f32", "keras")),
+    "bf16": (_storage("bf16"), _storage("f32"), _storage("f32", "keras")),
+    "f32": (_storage("f32"), _storage("f32", "keras")),
+}
+"""Ways to compute features, by the config's precision. A later one is used only if the
+model disagrees with features that were computed in an earlier one."""
 
 
-def fit(
-    data: str | Path | None = None,
-    *,
-    config: Config | str | Path | None = None,
-    on_progress: OnProgress = lambda *_: None,
-    on_note: OnNote = lambda _: None,
-    **options: Any,
-) -> Run:
-    """Trains a new head on a frozen base's features, and evaluates the classifier.
+@dataclass(frozen=True, repr=False)
+class FitResult:
+    """The result of `kt fit`.
+
+    Attributes:
+        run: The finished run.
+        evaluations: Metrics of the classifier by held-out split (`val`, `test`).
+        cross_validation: The deciding metric (accuracy, or mean average precision for
+            multi-label data) over folds of the training images; None without
+            cross-validation.
+    """
+
+    run: Run
+    evaluations: Mapping[str, Evaluation]
+    cross_validation: Estimate | None
+
+    def __repr__(self) -> str:
+        figures = [f"{name}: {value}" for name, value in self.evaluations.items()]
+        if self.cross_validation:
+            figures.insert(0, f"cross-validation: {self.cross_validation}")
+        return f"FitResult({self.run.run_dir}, {', '.join(figures)})"
+
+
+def extract_and_fit(inputs: Inputs, listener: Listener) -> FitResult:
+    """Implements `api.fit`.
 
     Args:
-        data: A folder of class folders, a CSV/TSV file, `tfds:NAME` or `digits`.
-        config: A `Config`, or a YAML file of config keys.
-        on_progress: Told how the work goes on.
-        on_note: Told what the user should know, as soon as it is known.
-        **options: Config keys that override the config's: `base="MobileNetV2"`,
-            `head={"kind": "mlp"}`.
-
-    Returns:
-        The finished run.
+        inputs: Checked inputs.
+        listener: Receives notes, progress, epochs and artifacts.
 
     Raises:
-        UsageError: If an option, the data or the run's name is not usable.
-        KerasTransferError: If the data or the weights are not good enough to train.
+        UsageError: If the images or options do not allow the requested folds or
+            precision.
+        KerasTransferError: If the data or the weights cannot be used for training.
     """
-    if data is not None:
-        options["data"] = str(data)
-    source = Path(config) if isinstance(config, str) else config
-    inputs = prepare(load_config(source, options))
-    return extract_and_fit(inputs, on_progress, on_note)
-
-
-def extract_and_fit(inputs: Inputs, on_progress: OnProgress, on_note: OnNote) -> Run:
-    """Does what `fit` says, with inputs that were checked."""
     started = time.perf_counter()
-    config = inputs.config.model_copy(update={"overwrite": False})
-    notes: list[str] = []
+    once = {"overwrite": False, "reread": False}  # must not apply when config is reused
+    config = inputs.config.model_copy(update=once)
+    told = Broadcast([listener])  # keeps the notes for the manifest
+    warn_of_data(config, inputs.splits, told)
 
-    def note(text: str) -> None:
-        notes.append(text)
-        on_note(text)
+    # Each image goes through the frozen base once; the head is trained on its features.
+    part = frozen_base(inputs.config)
+    skipped_list = inputs.run.run_dir.with_name(f"{config.name}.{SKIPPED}")
+    with _listing_unusable(skipped_list):
+        trained = _train_classifier(config, part, inputs.splits, told)
+    for text in data_warnings(
+        inputs.splits, trained.splits, trained.features.extraction
+    ):
+        told.note(text)
 
-    # Who trains, who validates, who tests
-    splits = inputs.splits
+    # Cross-validate the same kind of head on the training images.
+    folds = folds_of(config, trained.splits)
+    estimated, out_of_fold = None, None
+    if folds:
+        estimated, out_of_fold = _cross_validate(config, trained, folds, told)
+
+    # Evaluate on held-out images and write everything to disk atomically.
+    evaluations = _evaluate(trained)
+    with building(inputs.run) as staging:
+        images = image_table(inputs.splits, trained.features.extraction)
+        with (staging / IMAGES).open("wb") as file:  # its path may not be valid UTF-8
+            pq.write_table(images, file, compression="zstd")
+        _write(staging, config, trained, evaluations)
+        if out_of_fold:
+            write_atomic(staging / OUT_OF_FOLD, out_of_fold)
+        manifest = _manifest(config, part, trained, estimated, told.notes, started)
+        write_atomic(staging / MANIFEST, manifest.to_json())
+    run = Run(inputs.run.run_dir)
+    told.artifact(run.run_dir, "run")
+    if config.export:
+        export_savedmodel(run, listener=told)
+    return FitResult(run, evaluations, estimated)
+
+
+@contextlib.contextmanager
+def _listing_unusable(path: Path) -> Iterator[None]:
+    """Writes the list of unusable images if they are too many, else removes it.
+
+    Raises:
+        KerasTransferError: The original error, with the path of the list.
+    """
+    try:
+        yield
+    except UnusableImagesError as error:
+        text = csv_text(("path", "reason"), error.skipped.items())
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, text)
+        except (OSError, KerasTransferError):
+            raise error from None
+        raise KerasTransferError(f"{error} All are listed in {path}.") from None
+    path.unlink(missing_ok=True)
+
+
+def warn_of_data(config: Config, splits: Splits, listener: Listener) -> None:
+    """Sends notes on doubtful properties of the data before any work is done."""
     for warning in splits.warnings:
-        note(warning)
-    folds = _folds(config, splits)
+        listener.note(warning)
+    folds = folds_of(config, splits)
     if folds and folds != config.folds:
-        note(
+        listener.note(
             f"{len(splits.test)} test images say little: the training images are "
             f"cross-validated too, in {folds} folds, and that figure comes first."
         )
 
-    # The frozen base; every image goes through it once
-    part = frozen_base(config)
-    base = part.model
-    for precision, engine in _ATTEMPTS[config.precision]:
-        features = frozen_features(
-            part, splits, config.augment, precision, engine, on_progress=on_progress
+
+@dataclass(frozen=True)
+class _Classifier:
+    """A model with the features that its head was trained on.
+
+    Attributes:
+        splits: The usable images.
+        features: Features of the images.
+        head: The trained head.
+        model: Base and head, from [0, 255] RGB pixels to probabilities.
+        parity: Agreement of the model on sample images with the head on their features;
+            see `parity.parity`.
+        head_seconds: Seconds that training took.
+        model_seconds: Seconds that joining base and head and comparing took.
+    """
+
+    splits: Splits
+    features: FrozenFeatures
+    head: TrainedHead
+    model: keras.Model
+    parity: dict[str, float]
+    head_seconds: float
+    model_seconds: float
+
+    @property
+    def is_consistent(self) -> bool:
+        """Whether the model agrees with its head on cached features."""
+        return is_close(self.parity)
+
+
+def _train_classifier(
+    config: Config, part: FrozenPart, splits: Splits, listener: Listener
+) -> _Classifier:
+    """Computes features and trains a head in the fastest way that is exact enough.
+
+    Raises:
+        KerasTransferError: If the model disagrees with its head on features, in
+            whatever way these are computed.
+    """
+    for storage in _STORAGE[config.precision]:
+        features = frozen_features(part, splits, config.augment, storage, listener)
+        usable = usable_splits(config, splits, features.extraction)
+        started = time.perf_counter()
+        head = _train_head(config, usable, features, listener)
+        trained = time.perf_counter()
+        model = attach_head(part.model, head.model)
+        found = _compare(model, head, features, usable)
+        compared = time.perf_counter()
+        classifier = _Classifier(
+            usable, features, head, model, found, trained - started, compared - trained
         )
-        extraction, extractor = features.extraction, features.extraction.extractor
-        for text in extractor.notes if extractor else ():
-            note(text)
-        usable = usable_splits(config, splits, extraction)
-
-        # A new head on the features
-        head_started = time.perf_counter()
-        head = _train(config, usable, features, on_progress)
-        head_seconds = time.perf_counter() - head_started
-
-        # One model of both, which must say what the features said
-        model_started = time.perf_counter()
-        model = attach_head(base, head.model)
-        sample = sample_images(usable, image_size_of(config), PARITY_IMAGES)
-        found = _compare(model, head, features, sample)
-        if is_close(found):
-            break
-        note(
+        if classifier.is_consistent:
+            return classifier
+        reason = (
             f"{features.precision} was given up: on {found['images']} images the "
             f"Keras model agrees on {found['top1_agreement']:.1%} of the classes "
             f"and differs by up to {found['max_probability_difference']:.2g}"
         )
-    else:
-        raise KerasTransferError(
-            "The stitched Keras model does not agree with the features its head was "
-            f"trained on: {notes[-1]}. Please report this."
-        )
-
-    for text in doubts(splits, usable, extraction):
-        note(text)
-
-    # The same head on parts of the training images, for an honest interval
-    estimated, out_of_fold = None, None
-    if folds := _folds(config, usable):
-        estimated, out_of_fold = _cross_validate(
-            config, usable, features, folds, on_progress
-        )
-
-    # Figures of what the head never saw, and everything on disk at once
-    with building(inputs.run) as staging:
-        model.save(staging / MODEL)
-        for name, text in {
-            CONFIG: to_yaml(config),
-            LABELS: "".join(f"{label}\n" for label in usable.class_names),
-            SPLITS: usable.to_csv(),
-            SKIPPED: csv_text(("path", "reason"), extraction.skipped.items()),
-            HISTORY: _history(head),
-            METRICS: _metrics(usable, head, features),
-        }.items():
-            write_atomic(staging / name, text)
-        if out_of_fold:
-            write_atomic(staging / OUT_OF_FOLD, out_of_fold)
-        finished = time.perf_counter()
-        manifest = Manifest(
-            created=now(),
-            data=config.data,
-            data_fingerprint=usable.fingerprint(extraction.digests),
-            class_counts=usable.class_counts(),
-            skipped=len(extraction.skipped),
-            multi_label=usable.multi_label,
-            base=config.base,
-            weights=config.weights,
-            weights_digest=part.weights_digest,
-            image_size=image_size_of(config),
-            decoder_version=DECODER_VERSION,
-            engine=extractor.engine if extractor else "cache",
-            precision=features.precision,
-            notes=notes,
-            parity=found,
-            folds=estimated,
-            l2=head.l2,
-            seed=config.seed,
-            versions=versions(),
-            host=host(),
-            timings={
-                "decode": extraction.decode_seconds,
-                "forward": extractor.seconds if extractor else 0.0,
-                "features": features.seconds,
-                "head": head_seconds,
-                "model": finished - model_started,
-                "total": finished - started,
-            },
-            images_decoded=extraction.decoded,
-            images_forwarded=extractor.images if extractor else 0,
-        )
-        write_atomic(staging / MANIFEST, manifest.to_json())
-    run = Run(inputs.run.run_dir)
-    if config.export:
-        export(run)
-    return run
+        listener.note(reason)
+    raise KerasTransferError(
+        "The stitched Keras model does not agree with the features its head was "
+        f"trained on: {reason}. Please report this."
+    )
 
 
-def _folds(config: Config, splits: Splits) -> int | None:
-    """How many folds the training images are dealt into, if they are.
+def _train_head(
+    config: Config, splits: Splits, features: FrozenFeatures, listener: Listener
+) -> TrainedHead:
+    train, val, num_classes = splits.train, splits.val, len(splits.class_names)
+    balanced = config.head.class_weight == "balanced"
+    weights = class_weights(train.targets, num_classes, balanced)
+    views = [features.rows(train.sources, view) for view in range(config.augment + 1)]
+    return train_head(
+        config.head,
+        label_features(views, train.targets, num_classes, weights),
+        label_features([features.rows(val.sources)], val.targets, num_classes, weights),
+        config.seed,
+        listener,
+    )
 
-    Where few images are held out for the test, cross-validation says more: that many
-    folds are made as there can be, 5 at most.
+
+def _compare(
+    model: keras.Model, head: TrainedHead, features: FrozenFeatures, splits: Splits
+) -> dict[str, float]:
+    """Computes the parity of a model on sample images with its head on features."""
+    size = model.input_shape[1]
+    sample = sample_images(splits, size, PARITY_IMAGES)
+    actual = predict(prediction_engine(model), np.stack([x for *_, x in sample]))
+    rows = features.rows([source for source, _, _ in sample])
+    expected = predict_head(head.model, rows)
+    return parity(expected, actual, PARITY_TOLERANCE[features.precision])
+
+
+def folds_of(config: Config, splits: Splits) -> int | None:
+    """Returns the number of cross-validation folds; None for no cross-validation.
+
+    If the config does not say, training images are cross-validated if there are few
+    test images, in as many folds as possible up to 5.
+
+    Args:
+        config: The resolved config.
+        splits: The images.
 
     Raises:
-        UsageError: If the folds asked for cannot be had.
+        UsageError: If the requested number of folds is not possible.
     """
 
     def deal(folds: int) -> int:
@@ -240,59 +308,18 @@ def _folds(config: Config, splits: Splits) -> int | None:
     return None
 
 
-_ATTEMPTS: dict[str, list[tuple[Precision, Engine | None]]] = {
-    "auto": [("auto", None), ("f32", None), ("f32", "keras")],
-    "bf16": [("bf16", None), ("f32", None), ("f32", "keras")],
-    "f32": [("f32", None), ("f32", "keras")],
-}
-"""How features are computed; a later way only if the model disagrees with them."""
-
-
-def _train(
-    config: Config, splits: Splits, features: FrozenFeatures, on_progress: OnProgress
-) -> TrainedHead:
-    num_classes = len(splits.class_names)
-    weights = class_weights(
-        splits.train.targets, num_classes, config.head.class_weight == "balanced"
-    )
-    done = itertools.count(1)
-    return train_head(
-        config.head,
-        label_features(
-            [
-                features.rows(splits.train.sources, view)
-                for view in range(config.augment + 1)
-            ],
-            splits.train.targets,
-            num_classes,
-            weights,
-        ),
-        label_features(
-            [features.rows(splits.val.sources)],
-            splits.val.targets,
-            num_classes,
-            weights,
-        ),
-        config.seed,
-        lambda: on_progress("head", next(done), 0),
-    )
-
-
 def _cross_validate(
-    config: Config,
-    splits: Splits,
-    features: FrozenFeatures,
-    folds: int,
-    on_progress: OnProgress,
+    config: Config, trained: _Classifier, folds: int, listener: Listener
 ) -> tuple[Estimate, str]:
-    """Trains the head once a fold of the training images, on the other folds.
+    """Trains and evaluates one head per fold, training on the other folds.
 
-    The validation images choose each L2 strength, as for the run's own head, so no
-    head knows anything of the fold that it is measured on.
+    As for the run's own head, each L2 strength is chosen on the validation images, so
+    the fold that a head is evaluated on has no influence on it.
 
     Returns:
-        (the deciding metric, the text of out_of_fold.csv).
+        (estimate of the deciding metric, text of out_of_fold.csv).
     """
+    splits, features = trained.splits, trained.features
     table, num_classes = splits.train, len(splits.class_names)
     numbers = fold_numbers(table, num_classes, folds, config.seed)
     probabilities = np.zeros((len(table), num_classes), np.float32)
@@ -300,14 +327,15 @@ def _cross_validate(
     for fold in range(folds):
         inside = [s for s, n in zip(table.sources, numbers, strict=True) if n != fold]
         others = replace(splits, train=table.keep(inside))
-        head = _train(config, others, features, on_progress)
+        head = _train_head(config, others, features, SILENT)
         held_out = np.flatnonzero(numbers == fold)
         rows = features.rows([table.sources[i] for i in held_out])
         probabilities[held_out] = predict_head(head.model, rows)
         evaluation = evaluate(
             table.targets[held_out], probabilities[held_out], splits.class_names
         )
-        values.append(score(evaluation)[0])
+        values.append(selection_key(evaluation)[0])
+        listener.progress("folds", fold + 1, folds)
     header = ("path", "fold", *splits.class_names)
     lines = (
         (source, number, *(f"{value:.6f}" for value in row))
@@ -318,31 +346,86 @@ def _cross_validate(
     return estimate(values, 1 / folds), csv_text(header, lines)
 
 
-def _compare(
-    model: keras.Model,
-    head: TrainedHead,
-    features: FrozenFeatures,
-    sample: Sequence[tuple[str, bytes, np.ndarray]],
-) -> dict[str, float]:
-    """Parity of a model on a sample of images with its head on cached features."""
-    actual = Predictor(model)([pixels for _, _, pixels in sample])
-    rows = features.rows([source for source, _, _ in sample])
-    expected = predict_head(head.model, rows)
-    return parity(expected, actual, PARITY_TOLERANCE[features.precision])
+def _evaluate(trained: _Classifier) -> dict[str, Evaluation]:
+    """Evaluates the head on each held-out split that has images."""
+    splits = trained.splits
+    return {
+        name: evaluate(
+            table.targets,
+            predict_head(trained.head.model, trained.features.rows(table.sources)),
+            splits.class_names,
+        )
+        for name, table in splits.items()
+        if name != "train" and len(table)
+    }
 
 
-def _metrics(splits: Splits, head: TrainedHead, features: FrozenFeatures) -> str:
-    """The text of metrics.json: figures of the images that were held out."""
-    evaluations = {}
-    for name, table in splits.items():
-        if name != "train" and len(table):
-            rows = features.rows(table.sources)
-            probabilities = predict_head(head.model, rows)
-            evaluation = evaluate(table.targets, probabilities, splits.class_names)
-            evaluations[name] = evaluation.model_dump()
-    return json.dumps({"fit": evaluations}, indent=1, ensure_ascii=False) + "\n"
+def _write(
+    staging: Path,
+    config: Config,
+    trained: _Classifier,
+    evaluations: Mapping[str, Evaluation],
+) -> None:
+    """Writes the model, config, labels, splits, history and metrics of a new run."""
+    trained.model.save(staging / MODEL)
+    figures = {
+        name: evaluation.model_dump() for name, evaluation in evaluations.items()
+    }
+    skipped = trained.features.extraction.skipped
+    history = trained.head.history
+    for name, text in {
+        CONFIG: to_yaml(config),
+        LABELS: "".join(f"{label}\n" for label in trained.splits.class_names),
+        SPLITS: trained.splits.to_csv(),
+        SKIPPED: csv_text(("path", "reason"), skipped.items()),
+        HISTORY: csv_text(
+            ("phase", *history[0]), [("fit", *row.values()) for row in history]
+        ),
+        METRICS: json.dumps({"fit": figures}, indent=1, ensure_ascii=False) + "\n",
+    }.items():
+        write_atomic(staging / name, text)
 
 
-def _history(head: TrainedHead) -> str:
-    rows = [("fit", *epoch.values()) for epoch in head.history]
-    return csv_text(("phase", *head.history[0]), rows)
+def _manifest(
+    config: Config,
+    part: FrozenPart,
+    trained: _Classifier,
+    estimated: Estimate | None,
+    notes: list[str],
+    started: float,
+) -> Manifest:
+    """Builds the manifest; `started` is the `time.perf_counter` of the start."""
+    splits, features = trained.splits, trained.features
+    extraction = features.extraction
+    return Manifest(
+        created=now(),
+        data=config.data,
+        data_fingerprint=splits.fingerprint(extraction.digests),
+        class_counts=splits.class_counts(),
+        skipped=len(extraction.skipped),
+        multi_label=splits.multi_label,
+        base=config.base,
+        weights=config.weights,
+        weights_digest=part.weights_digest,
+        image_size=image_size_of(config),
+        decoder_version=DECODER_VERSION,
+        engine=extraction.engine.name if extraction.engine else "cache",
+        precision=features.precision,
+        notes=notes,
+        parity=trained.parity,
+        folds=estimated,
+        l2=trained.head.l2,
+        seed=config.seed,
+        versions=versions(),
+        host=host(),
+        timings={
+            "decode": extraction.decode_seconds,
+            "forward": extraction.forward_seconds,
+            "features": features.seconds,
+            "head": trained.head_seconds,
+            "model": trained.model_seconds,
+            "total": time.perf_counter() - started,
+        },
+        images_decoded=extraction.decoded,
+        images_forwarded=extraction.forwarded,
+    )

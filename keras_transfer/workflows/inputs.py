@@ -1,7 +1,7 @@
-"""What a run is made from, checked before TensorFlow is imported: that takes seconds.
+"""Checks the inputs of a run before TensorFlow is imported, which takes seconds.
 
-Mistakes in the config, a name that is taken, a directory that cannot be written and
-data that are not there are found here, at once.
+Mistakes in the config, a name that is taken, directories that cannot be written and
+missing data are therefore reported immediately.
 """
 
 import functools
@@ -21,11 +21,11 @@ from keras_transfer.runs.run import NewRun, new_run
 
 @dataclass(frozen=True)
 class Inputs:
-    """A config with nothing left open, and the images that it names.
+    """A resolved config and the images that it names.
 
     Attributes:
-        config: Resolved; all paths are absolute.
-        run: Where a run of it will be.
+        config: The resolved config; all paths are absolute.
+        run: The run that will be created.
     """
 
     config: Config
@@ -33,28 +33,29 @@ class Inputs:
 
     @functools.cached_property
     def splits(self) -> Splits:
-        """The images; `digits` and `tfds:` need TensorFlow to list them."""
+        """The images in their splits, listed on first access."""
         config = self.config
         return load(config.data, config.splits, config.seed, config.data_dir)
 
     @property
     def need_tensorflow(self) -> bool:
-        """Whether TensorFlow is needed to list the images."""
+        """Whether TensorFlow is needed to list the images (`digits` and `tfds:`)."""
         return not is_on_disk(self.config.data)
 
 
 def prepare(config: Config, makes_run: bool = True) -> Inputs:
-    """Fills in what a config leaves open, and checks where results will be written.
+    """Resolves a config and checks that results can be written.
 
     Args:
-        config: What the user chose.
-        makes_run: Whether a run directory will be written.
+        config: The user's config.
+        makes_run: Whether a run directory will be created.
 
     Raises:
-        UsageError: If the run's name is not usable or taken, or the runs directory or
-            the cache cannot be used.
+        UsageError: If the base is unknown, the run's name is not valid or is taken, or
+            the runs directory or the cache cannot be used.
+        KerasTransferError: If another process is changing the run to be overwritten.
     """
-    runs_dir = config.runs_dir.expanduser()  # shown as it was given
+    runs_dir = config.runs_dir.expanduser()  # messages show it as it was given
     config = _resolve(config)
     assert config.name is not None
     run = NewRun(runs_dir / config.name)
@@ -63,14 +64,14 @@ def prepare(config: Config, makes_run: bool = True) -> Inputs:
         if not is_writable(runs_dir):
             raise UsageError(
                 f"The runs directory cannot be written. Received: {runs_dir}. Choose "
-                "another with --runs-dir."
+                "another runs_dir."
             )
     FeatureCache(config.cache_dir).check_usable()
     return Inputs(config, run)
 
 
 def _resolve(config: Config) -> Config:
-    """The config with every None that depends on others filled in, paths absolute."""
+    """Fills in defaults that depend on other keys and makes all paths absolute."""
     base = get_base(config.base)
     if is_on_disk(config.data):
         path = _absolute(Path(config.data))

@@ -1,0 +1,290 @@
+"""The frozen part of a model, and its features of all images of all splits."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+import keras
+import numpy as np
+
+from keras_transfer.config import Precision
+from keras_transfer.data.augment import AUGMENT_VERSION, make_augmenter
+from keras_transfer.data.decode import DECODER_VERSION, make_measuring_decoder
+from keras_transfer.data.quality import QUALITY_VERSION
+from keras_transfer.data.tables import Splits
+from keras_transfer.errors import KerasTransferError, UsageError
+from keras_transfer.events import SILENT, Listener
+from keras_transfer.features.cache import FeatureCache, Features, FeatureTable
+from keras_transfer.features.engine import (
+    Engine,
+    EngineName,
+    likely_device,
+    likely_names,
+    make_engine,
+)
+from keras_transfer.features.extraction import Extraction, Images, extract_features
+from keras_transfer.features.shards import FeatureSpec
+
+_WAITING_BYTES = 2**26  # of decoded images that wait for the engine
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How features are computed and stored.
+
+    Attributes:
+        precision: Precision of the arithmetic; `auto` reuses an earlier choice, or
+            chooses by measuring.
+        engine: Name of the engine; None for the fastest on this machine.
+        dtype: Data type in the cache: `float32`, `float16` or `uint8`.
+        quality: Whether to measure the quality of the images too.
+    """
+
+    precision: Precision = "auto"
+    engine: EngineName | None = None
+    dtype: str = "float32"
+    quality: bool = False
+
+
+@dataclass(frozen=True)
+class FrozenPart:
+    """A model that is not trained, with everything that its features depend on.
+
+    Attributes:
+        model: Model from `[N, image_size, image_size, 3]` pixels in [0, 255] to
+            features.
+        base: Name of the base that it belongs to.
+        weights_digest: SHA-256 of its weights.
+        split_point: Name of its last layer, for the cache.
+        seed: Seed of augmented views.
+        cache: Cache of its features.
+    """
+
+    model: keras.Model
+    base: str
+    weights_digest: str
+    split_point: str
+    seed: int
+    cache: FeatureCache
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square images in pixels."""
+        return self.model.input_shape[1]
+
+    def spec(
+        self, precision: Literal["f32", "bf16"], engine: str, device: str, dtype: str
+    ) -> FeatureSpec:
+        """Returns the cache's specification of features of plain images."""
+        return FeatureSpec(
+            base=self.base,
+            weights_digest=self.weights_digest,
+            image_size=self.image_size,
+            split_point=self.split_point,
+            precision=precision,
+            decoder_version=DECODER_VERSION,
+            dtype=dtype,
+            engine=engine,
+            device=device,
+        )
+
+    def spec_of(self, engine: Engine, dtype: str) -> FeatureSpec:
+        """Returns the specification of features that an engine computes."""
+        return self.spec(engine.precision, engine.name, engine.device, dtype)
+
+    def with_view(self, spec: FeatureSpec, view: int) -> FeatureSpec:
+        """Returns the specification for a view; view 0 is the plain image."""
+        augmentation = f"{AUGMENT_VERSION}:{self.seed}" if view else ""
+        return replace(spec, view=view, augmentation=augmentation)
+
+    def most_cached(self, storage: Storage) -> tuple[FeatureSpec, int]:
+        """Returns the specification with the most cached features, and their number.
+
+        Only specifications that `storage` allows are considered. In this way, earlier
+        choices of an engine and a precision remain in effect.
+        """
+        names = [storage.engine] if storage.engine else likely_names()
+        precisions: list[Literal["f32", "bf16"]] = ["f32", "bf16"]
+        if storage.precision != "auto":
+            precisions = [storage.precision]
+        specs = [
+            self.spec(precision, name, likely_device(name), storage.dtype)
+            for name in names
+            for precision in precisions
+        ]
+        best = max(specs, key=self.cache.rows)
+        return best, self.cache.rows(best)
+
+
+@dataclass(frozen=True)
+class FrozenFeatures:
+    """The features of all images, plain and augmented.
+
+    Attributes:
+        extraction: Details of the computation.
+        precision: Arithmetic of the frozen part: `f32` or `bf16`.
+        seconds: Wall-clock seconds that the computation took.
+    """
+
+    extraction: Extraction
+    precision: Precision
+    seconds: float
+
+    def rows(self, sources: Sequence[str], view: int = 0) -> Features:
+        """Returns the features of images in the given order; view 0 is the plain one.
+
+        All of them must be usable.
+        """
+        digests = [self.extraction.digests[source] for source in sources]
+        return self.extraction.tables[view].features(digests)
+
+
+def frozen_features(
+    part: FrozenPart,
+    splits: Splits,
+    views: int,
+    storage: Storage = Storage(),  # noqa: B008
+    listener: Listener = SILENT,
+    check: Callable[[Engine, np.ndarray], object] = lambda *_: None,
+    engine: Engine | None = None,
+) -> FrozenFeatures:
+    """Returns the features of all images in all splits, computing only missing ones.
+
+    Args:
+        part: The frozen part that computes the features.
+        splits: The images.
+        views: Number of augmented views per training image, in addition to the plain
+            image.
+        storage: How the features are computed and stored.
+        listener: Receives notes, and progress after each image.
+        check: Called with the engine and a first batch of pixels before anything is
+            computed; an exception that it raises ends the computation.
+        engine: An engine that was created for the same part and storage, if any.
+
+    Raises:
+        KerasTransferError: If cached features were computed by an engine that is not
+            available, or the cache cannot be used.
+        UsageError: If bfloat16 is requested but is not available here.
+    """
+    started = time.perf_counter()
+    spec, rows = part.most_cached(storage)
+    if not rows:
+        _note_old_features(part, storage, listener)
+
+    def make(sample: np.ndarray) -> Engine:
+        # Decisions that are based on the sample must use training images only.
+        sample = sample[: max(len(splits.train), 1)]
+        made = engine
+        if made is None:
+            made = _make_engine(part, storage, spec if rows else None, sample, listener)
+        check(made, sample)
+        return made
+
+    def tables_of(spec: FeatureSpec) -> list[FeatureTable]:
+        return [part.cache.table(part.with_view(spec, v)) for v in range(views + 1)]
+
+    images = _images(part, splits, views, storage.quality)
+    try:
+        extraction = extract_features(
+            images,
+            tables_of(spec),
+            make,
+            lambda made: tables_of(part.spec_of(made, storage.dtype)),
+            listener,
+        )
+    except UsageError:
+        if storage.precision != "auto" or spec.precision != "bf16":
+            raise
+        listener.note(
+            "precision f32: what is cached as bfloat16 cannot be added to here"
+        )
+        storage = replace(storage, precision="f32")
+        return frozen_features(part, splits, views, storage, listener, check, engine)
+    ran = extraction.engine
+    precision = ran.precision if ran else spec.precision
+    return FrozenFeatures(extraction, precision, time.perf_counter() - started)
+
+
+def _make_engine(
+    part: FrozenPart,
+    storage: Storage,
+    cached: FeatureSpec | None,
+    sample: np.ndarray,
+    listener: Listener,
+) -> Engine:
+    """Creates an engine; if features are cached, one that computes them the same way.
+
+    Raises:
+        KerasTransferError: If that is not possible on this machine.
+    """
+    precision = cached.precision if cached else storage.precision
+    name = "keras" if cached and cached.engine == "keras" else storage.engine
+    made = make_engine(part.model, precision, sample, name, listener)
+    if cached and part.spec_of(made, storage.dtype) != cached:
+        raise KerasTransferError(
+            f"Cached features of {part.base} were computed by {cached.engine} in "
+            f"{cached.precision}, which cannot run here. Received: {made.name} in "
+            f"{made.precision}. Delete them with kt cache prune --unused-days 0."
+        )
+    return made
+
+
+def _images(part: FrozenPart, splits: Splits, views: int, quality: bool) -> Images:
+    """Returns the images of all splits, and how to read, decode and measure them."""
+    sources = [source for _, table in splits.items() for source in table.sources]
+    images = Images(
+        sources,
+        partial(_read_training_images_first, splits),
+        make_measuring_decoder(part.image_size),
+        make_augmenter(part.image_size, part.seed) if views else None,
+        dict.fromkeys(splits.train.sources, views),
+        decoded_ahead=_WAITING_BYTES // (3 * part.image_size**2),
+    )
+    if splits.root:
+        files = part.cache.file_index(splits.root, sources)
+        known = files.known() if part.cache.trusts_files else {}
+        images = replace(images, known=known, remember=files.remember)
+    if quality:
+        table = part.cache.table(_quality_spec(part.image_size))
+        is_writable = True
+        try:
+            table.prepare()
+        except KerasTransferError:  # a read-only cache may have it already
+            is_writable = False
+        images = replace(images, quality_table=table, measures_quality=is_writable)
+    return images
+
+
+def _quality_spec(image_size: int) -> FeatureSpec:
+    """Returns the specification of the table of quality measures."""
+    return FeatureSpec(
+        base="(image quality)",
+        weights_digest=f"version {QUALITY_VERSION}",
+        image_size=image_size,
+        split_point="",
+        precision="f32",
+        decoder_version=DECODER_VERSION,
+        dtype="uint8",
+    )
+
+
+def _read_training_images_first(
+    splits: Splits, sources: Sequence[str]
+) -> Iterator[tuple[str, bytes | OSError]]:
+    """Reads training images first, since decisions are based on the first batch."""
+    training = set(splits.train.sources)
+    yield from splits.read([source for source in sources if source in training])
+    yield from splits.read([source for source in sources if source not in training])
+
+
+def _note_old_features(part: FrozenPart, storage: Storage, listener: Listener) -> None:
+    precisions: tuple[Literal["f32", "bf16"], ...] = ("f32", "bf16")
+    specs = [part.spec(p, "", "", storage.dtype) for p in precisions]
+    rows = sum(part.cache.rows(spec) for spec in specs)
+    if rows:
+        listener.note(
+            f"{rows:,} features that an earlier version cached are not used, for it "
+            "did not note what computed them; kt cache prune deletes them in time"
+        )

@@ -1,0 +1,124 @@
+"""The image table of a run, with one row per image.
+
+`images.parquet` is the machine-readable and more detailed counterpart of `splits.csv`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from keras_transfer.data.quality import FILE_TYPES
+from keras_transfer.data.tables import Splits
+from keras_transfer.events import Listener
+from keras_transfer.features.extraction import Extraction
+
+_CODED = ("file_type", "jpeg_quality")  # columns whose numbers are codes
+
+
+def image_table(splits: Splits, extraction: Extraction) -> pa.Table:
+    """Builds the table of all images of a run, including unusable ones.
+
+    Args:
+        splits: All images.
+        extraction: Digests, quality measures and reasons.
+
+    Returns:
+        A table with the columns `source`, `label`, `split`, `group`, `sha256` (32
+        bytes; null if the image is unusable), `reason` (why the image is unusable, else
+        null) and those of `quality.QUALITY_DTYPE`. The latter are null if they could
+        not be measured or kept; `jpeg_quality` is also null if it is not a JPEG.
+    """
+    sources = [source for _, table in splits.items() for source in table.sources]
+    names = np.repeat([*dict(splits.items())], [len(x) for _, x in splits.items()])
+    labels = [splits.label(y) for _, table in splits.items() for y in table.targets]
+    groups = [group for _, table in splits.items() for group in table.groups]
+    digests = [extraction.digests.get(source) for source in sources]
+    reasons = [extraction.skipped.get(source) for source in sources]
+    columns = {
+        "source": pa.array(map(_text, sources), pa.string()),
+        "label": pa.array(labels, pa.string()).dictionary_encode(),
+        "split": pa.array(names).dictionary_encode(),
+        "group": pa.array(map(_text, groups), pa.string()),
+        "sha256": pa.array(digests, pa.binary(32)),
+        "reason": pa.array(reasons, pa.string()),
+    }
+    return pa.table(columns | _quality_columns(extraction.quality(sources)))
+
+
+def _quality_columns(rows: np.ndarray) -> dict[str, pa.Array]:
+    is_unknown = rows["bytes"] == 0
+    columns = {
+        name: pa.array(np.ascontiguousarray(rows[name]), mask=is_unknown)
+        for name in rows.dtype.names or ()
+        if name not in _CODED
+    }
+    quality = np.ascontiguousarray(rows["jpeg_quality"])
+    columns["jpeg_quality"] = pa.array(quality, mask=quality == 0)
+    kinds = pa.array(rows["file_type"].astype(np.int8), mask=is_unknown)
+    columns["file_type"] = pa.DictionaryArray.from_arrays(kinds, list(FILE_TYPES))
+    return columns
+
+
+def known_images(path: Path, listener: Listener) -> dict[str, tuple[str, bytes]]:
+    """Reads the split and the digest of a run's usable images.
+
+    Args:
+        path: Path of the image table, which runs of early versions do not have.
+        listener: Receives a note if the table is damaged.
+
+    Returns:
+        (split, SHA-256) by source; nothing if there is no table.
+    """
+    try:
+        # From bytes, because pyarrow takes only paths that are valid UTF-8.
+        source = pa.BufferReader(path.read_bytes())
+        table = pq.read_table(source, columns=["source", "split", "sha256"])
+    except FileNotFoundError:
+        return {}
+    except (OSError, pa.ArrowException):
+        listener.note(f"{path} is damaged: images that changed cannot be told")
+        return {}
+    return {
+        source: (split, digest)
+        for source, split, digest in zip(
+            *(column.to_pylist() for column in table.columns), strict=True
+        )
+        if digest is not None
+    }
+
+
+def changed_images(
+    known: Mapping[str, tuple[str, bytes]], digests: Mapping[str, bytes]
+) -> list[str]:
+    """Returns the sources whose bytes have changed since the run was made.
+
+    Args:
+        known: Result of `known_images`.
+        digests: Current SHA-256 of images, by source.
+    """
+    return [
+        source
+        for source, digest in digests.items()
+        if known.get(_text(source), ("", digest))[1] != digest
+    ]
+
+
+def trained_images(
+    known: Mapping[str, tuple[str, bytes]], digests: Mapping[str, bytes]
+) -> list[str]:
+    """Returns the sources that are identical to training images of the run.
+
+    Args:
+        known: Result of `known_images`.
+        digests: SHA-256 of images, by source.
+    """
+    trained = {digest for split, digest in known.values() if split == "train"}
+    return [source for source, digest in digests.items() if digest in trained]
+
+
+def _text(source: str) -> str:
+    """Converts a name to valid UTF-8, as Parquet requires; other bytes are escaped."""
+    return source.encode(errors="surrogateescape").decode(errors="backslashreplace")
