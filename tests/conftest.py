@@ -2,10 +2,12 @@
 
 import contextlib
 import io
+import multiprocessing
 import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -17,12 +19,14 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from keras_transfer.cli import main
+from keras_transfer.events import Listener
 
 CLASSES = ("circle", "square", "stripes")
 
 RUN_FILES = {
     "config.yaml",
     "history.csv",
+    "images.parquet",
     "labels.txt",
     "manifest.json",
     "metrics.json",
@@ -32,6 +36,34 @@ RUN_FILES = {
     "splits.csv",
 }
 """What `kt fit` leaves, of as few test images as here."""
+
+
+class Told(Listener):
+    """Keeps what it is told.
+
+    Attributes:
+        notes, steps, epochs, artifacts: The arguments of each call.
+    """
+
+    def __init__(self, on_progress: Callable[..., object] = lambda *_: None):
+        self.notes: list[str] = []
+        self.steps: list[tuple[str, int, int]] = []
+        self.epochs: list[tuple[str, int, dict[str, float]]] = []
+        self.artifacts: list[tuple[Path, str]] = []
+        self._on_progress = on_progress
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def progress(self, step: str, done: int, total: int) -> None:
+        self.steps.append((step, done, total))
+        self._on_progress(step, done, total)
+
+    def epoch(self, phase: str, number: int, figures) -> None:
+        self.epochs.append((phase, number, dict(figures)))
+
+    def artifact(self, path: Path, kind: str) -> None:
+        self.artifacts.append((path, kind))
 
 
 @pytest.fixture(autouse=True)
@@ -106,6 +138,13 @@ def without_root_powers() -> Iterator[None]:
         yield
     finally:
         os.setresuid(0, 0, 0)
+
+
+@pytest.fixture(scope="module")
+def other_process() -> Iterator[Executor]:
+    """A process to measure memory in; a crash of it fails the test that waits."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        yield pool
 
 
 def draw(name: str, rng: np.random.Generator, size: int = 72) -> np.ndarray:

@@ -73,7 +73,7 @@ def test_the_command_line_starts_without_what_only_some_commands_need():
         (["fit", "digits", "--base", "resnet5"], ["resnet5", "ResNet50"]),
         (["fit", "digits", "--set", "hed.kind=mlp"], ["'hed'", "'head'"]),
         (["fit", "digits", "--head", "tree"], ["tree", "linear"]),
-        (["fit", "digits", "--name", "7"], ["'7'", "--name"]),
+        (["fit", "digits", "--name", "7"], ["--name '7'"]),
         (["fit", "digits", "--weights", "nope.h5"], ["nope.h5"]),
         (["fit", "digits", "--image-size", "3"], ["image_size", "3"]),
         (["fit", "--config", "nope.yaml"], ["nope.yaml"]),
@@ -102,7 +102,7 @@ def test_a_mistake_in_usage_is_one_line_and_exits_with_2(kt, arguments, words):
         ("csv", ["line 3", "3 cells"]),
         ("cache", ["cache", "--cache-dir"]),
         ("runs", ["runs directory", "--runs-dir"]),
-        ("name", ["exists already"]),
+        ("name", ["exists already", "--name NEW", "--overwrite"]),
     ],
 )
 def test_mistakes_are_found_before_tensorflow_is_imported(
@@ -140,10 +140,10 @@ def test_mistakes_are_found_before_tensorflow_is_imported(
 
 def test_nothing_but_our_own_words_is_printed(photos, tmp_path):
     command = [sys.executable, "-m", "keras_transfer.cli", "fit", photos]
-    options = ["--image-size", "32", "--weights", "none", "--name", "quiet"]
+    options = ["--image-size", 32, "--weights", "none", "--folds", 2, "--name", "quiet"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TF_")}
     done = subprocess.run(
-        [*command, *options], capture_output=True, text=True, env=environment
+        [*command, *map(str, options)], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr
     assert all(line.startswith("- ") for line in done.stderr.splitlines())
@@ -240,7 +240,8 @@ def test_names_of_classes_and_images_never_end_in_a_fault(kt, photos, tmp_path):
     name = "é\udcff\x1b[31m.jpg"
     shutil.copy(photos / "circle/00.jpg", new / name)
     (new / "\x1b.jpg").touch()
-    shown = kt("fit", data, "--image-size", 32, "--weights", "none", "--name", "x")
+    options = ("--image-size", 32, "--weights", "none", "--folds", 2, "--name", "x")
+    shown = kt("fit", data, *options)
     assert r"é\u202eb" in shown.stdout
     run = Path("saved_models/x")
 
@@ -266,17 +267,20 @@ def test_names_of_classes_and_images_never_end_in_a_fault(kt, photos, tmp_path):
 
 
 def test_the_cache_is_listed_and_pruned(kt, photos):
-    kt("fit", photos, "--image-size", 32, "--name", "x")
+    kt("fit", photos, "--image-size", 32, "--folds", 2, "--name", "x")
     assert "efficientnet_lite0" in kt("cache", "list").stdout
     path = Path(kt("cache", "path").stdout.strip())
-    assert len(list(path.iterdir())) == 1
+    index = path / "files"
+    assert [*index.glob("*.parquet")]
+    assert len([*path.iterdir()]) == 3  # features, the quality of images, the index
+    shutil.copytree(path, "copy")
     assert kt("cache", "prune").stdout.startswith("0 tables")
     prune = ["cache", "prune", "--max-size"]
     assert kt(*prune, "1GB", "--unused-days", 9).stdout.startswith("0 tables")
-    assert kt(*prune, "0.001 kb").stdout.startswith("1 tables")
-    assert list(path.iterdir()) == []
-    kt("fit", photos, "--image-size", 32, "--name", "y")
-    assert kt("cache", "prune", "--unused-days", 0).stdout.startswith("1 tables")
+    assert kt(*prune, "0.001 kb").stdout.startswith("2 tables")
+    assert list(path.iterdir()) == [index]
+    shutil.copytree("copy", path, dirs_exist_ok=True)
+    assert kt("cache", "prune", "--unused-days", 0).stdout.startswith("2 tables")
     assert list(path.iterdir()) == []
 
 

@@ -11,20 +11,20 @@ import numpy as np
 import pytest
 import scipy.optimize
 import scipy.stats
-from conftest import CLASSES, RUN_FILES
+from conftest import CLASSES, RUN_FILES, Told
 from PIL import Image
 from sklearn.metrics import accuracy_score
 
 import keras_transfer
-from keras_transfer.advice import ranking
 from keras_transfer.advice.logme import logme
+from keras_transfer.advice.ranking import rank_by_accuracy
 from keras_transfer.advice.rules import Evidence, recommend, separation
 from keras_transfer.config import load_config
 from keras_transfer.data.tables import Table
 from keras_transfer.errors import UsageError
 from keras_transfer.evaluation.crossvalidation import estimate, fold_numbers
 from keras_transfer.runs.manifest import Estimate
-from keras_transfer.workflows import advise as evidence
+from keras_transfer.workflows.advise import command_line
 from keras_transfer.workflows.inputs import prepare
 
 # LogME
@@ -256,7 +256,7 @@ def test_rules_say_what_they_found():
 
 def test_a_budget_that_allows_nothing_is_an_error():
     with pytest.raises(
-        UsageError, match="Received: 30.0 s, .* about 60.0 s. Allow more"
+        UsageError, match="Received: 30.0 s, .* about 60.0 s. Allow a larger"
     ):
         recommend(ORDINARY, 0.5)
 
@@ -275,15 +275,13 @@ def test_advice_ends_in_a_command_that_uses_what_it_computed(kt, photos):
     assert fitted.exit_code == 0, fitted.output
     (run_dir,) = Path("saved_models").iterdir()
     assert keras_transfer.open_run(run_dir).manifest.images_forwarded == 0
-    again = kt("advise", photos, "--image-size", 64)
-    assert f"--name {run_dir.name}-2" in again.stdout  # the first one stays
 
 
 def test_the_command_is_whole(photos):
     options = {"base": "MobileNetV2", "head.dropout": 0.5, "overwrite": True}
     config = load_config(None, {**options, "data": str(photos)})
     inputs = prepare(config, makes_run=False)
-    command = evidence._command(inputs, "finetune-all", options, balanced=True)
+    command = command_line(inputs, "finetune-all", options, balanced=True)
     fit, tune = (shlex.split(part)[2:] for part in command.split(" && "))
     assert fit == [
         *(str(photos), "--base", "MobileNetV2", "--set", "head.dropout=0.5"),
@@ -293,10 +291,31 @@ def test_the_command_is_whole(photos):
     assert tune == [run_dir, "--unfreeze", "all"]
 
 
-def test_advice_as_json(kt, photos, tmp_path):
+def test_the_command_leaves_a_run_that_exists(photos):
+    inputs = prepare(load_config(None, {"data": str(photos)}), makes_run=False)
+    inputs.run.run_dir.mkdir(parents=True)
+    for name in (f"{inputs.run.run_dir.name}-2", f"{inputs.run.run_dir.name}-3"):
+        command = command_line(inputs, "finetune-top", {}, balanced=False)
+        fit, tune = (shlex.split(part)[2:] for part in command.split(" && "))
+        assert fit == [str(photos), "--name", name]
+        assert tune == [f"saved_models/{name}"]
+        inputs.run.run_dir.with_name(name).mkdir()
+
+
+# A base that is quick to measure, and a cache of what ImageNet's classifier is asked
+QUICK = {"base": "alexnet", "weights": "none", "image_size": 64}
+QUICKLY = ("--base", "alexnet", "--weights", "none", "--image-size", 64)
+
+
+@pytest.fixture(scope="module")
+def shared_cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def test_advice_as_json(kt, photos, tmp_path, shared_cache):
     folder = tmp_path / "photos\udcff"  # not UTF-8
     shutil.copytree(photos, folder)
-    result = kt("advise", folder, "--image-size", 64, "--json")
+    result = kt("advise", folder, *QUICKLY, "--cache-dir", shared_cache, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     evidence = found["evidence"]
@@ -344,8 +363,9 @@ def test_a_budget_is_a_duration(kt, photos, budget):
     assert "30m, 2h or 90s" in result.stderr
 
 
-def test_an_impossible_budget_is_one_line(kt, photos):
-    result = kt("advise", photos, "--image-size", 64, "--budget", "0.001s")
+def test_an_impossible_budget_is_one_line(kt, photos, shared_cache):
+    options = (*QUICKLY, "--cache-dir", shared_cache, "--budget", "0.001s")
+    result = kt("advise", photos, *options)
     assert result.exit_code == 2
     assert "The budget is too small" in result.stderr
 
@@ -362,12 +382,21 @@ def test_bases_are_ranked_and_drawn(kt, photos, tmp_path, monkeypatch):
 
 
 def test_named_bases_are_measured_side_by_side(photos):
-    names = ["MobileNetV2", "efficientnet_lite0"]
-    ranked, left_out = keras_transfer.rank(
-        str(photos), [*names, "alexnet_fc7"], image_size=64, weights="none"
+    names = ["alexnet", "efficientnet_lite0"]
+    told = Told()
+    result = keras_transfer.rank(
+        str(photos),
+        [*names, "alexnet_fc7"],
+        image_size=64,
+        weights="none",
+        listeners=[told],
     )
+    ranked, left_out = result.ranked, result.left_out
     assert sorted(one.base for one in ranked) == names
     assert list(left_out) == ["alexnet_fc7"] and "64" in left_out["alexnet_fc7"]
+    assert [step for step in told.steps if step[1] == 60] == [
+        (name, 60, 60) for name in names
+    ]
     means = [one.accuracy.mean for one in ranked]
     assert means == sorted(means, reverse=True)
     for one in ranked:
@@ -389,19 +418,25 @@ def test_the_pareto_front_is_what_nothing_beats():
         }
         for name, (accuracy, speed) in points.items()
     ]
-    ranked = ranking.rank_by_accuracy(found)
-    assert {one.base for one in ranked if one.is_best} == {"a", "b"}
+    result = rank_by_accuracy(found, {"e": "no weights"})
+    assert [one.base for one in result.ranked] == ["a", "d", "b", "c"]
+    assert {one.base for one in result.ranked if one.is_best} == {"a", "b"}
+    assert result.left_out == {"e": "no weights"}
 
 
-def test_images_of_several_classes_are_advised_on(photos):
+def test_images_of_several_classes_are_advised_on(photos, shared_cache):
     rows = [
         (path, f"{path.parent.name}|shape" if index % 2 else path.parent.name)
         for index, path in enumerate(sorted(photos.glob("*/*.jpg")))
     ]
     text = "path,label\n" + "".join(f"{path},{label}\n" for path, label in rows)
     Path("data.csv").write_text(text)
-    found = keras_transfer.advise("data.csv", image_size=64)
+    options = QUICK | {"cache_dir": shared_cache}
+    found = keras_transfer.advise("data.csv", **options)
     assert found.evidence.neighbours is None
     assert found.evidence.majority == pytest.approx(0.375, abs=0.03)
     assert found.evidence.majority < found.evidence.accuracy.mean <= 1
-    assert found.command == f"kt fit {Path('data.csv').resolve()} --image-size 64"
+    assert found.command == (
+        f"kt fit {Path('data.csv').resolve()} --base alexnet --weights none "
+        f"--image-size 64 --cache-dir {shared_cache}"
+    )

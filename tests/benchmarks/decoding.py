@@ -26,7 +26,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from keras_transfer.data.decode import make_decoder
-from keras_transfer.features.engine import Extractor
+from keras_transfer.features.engine import make_engine, predict
 from keras_transfer.models.bases import get_base
 from keras_transfer.models.classifier import build_base
 
@@ -92,11 +92,11 @@ for name, files in (("small", small), ("12-megapixel", large)):
     )
 
 base = build_base(get_base(arguments.base), "imagenet", SIZE, seed=0)
-extractor = Extractor(base, "f32")
+engine = make_engine(base, "f32")
 
 
 def probe(pixels: np.ndarray, targets: np.ndarray) -> float:
-    features = extractor.predict(pixels)
+    features = predict(engine, pixels)
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=500))
     folds = [StratifiedKFold(5, shuffle=True, random_state=s) for s in range(5)]
     scores = [cross_val_score(model, features, targets, cv=cv) for cv in folds]

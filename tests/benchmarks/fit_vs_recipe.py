@@ -3,16 +3,16 @@
     python tests/benchmarks/fit_vs_recipe.py PHOTOS
 
 PHOTOS holds class folders, or train/ and val/ (or test/) folders of them. From its
-JPEGs 2,000 distinct photos of about 43 KB are made (seeded crops, encoded again; all
-crops of a photo stay in one split), and 4,000 for the memory figure. Reported, medians
-of --repeats alternating runs in one process order:
+JPEGs --images distinct photos of about 43 KB are made (seeded crops, encoded again; all
+crops of a photo stay in one split), and twice as many for the memory figure. Reported,
+medians of --repeats alternating runs in one process order:
 
 1. the whole `kt fit` process, fresh cache, against one epoch of the recipe's training
    on the same base, size and split; and test accuracy on PHOTOS itself against the
    recipe's after 10 epochs;
 2. decode + forward throughput against 1 / (1 / decode + 1 / forward), each alone;
 3. a second `kt fit` with another head against the first, imports not counted;
-4. peak memory with 1,000 and 4,000 images;
+4. peak memory with half as many images and with twice as many;
 5. `kt --help`.
 """
 
@@ -152,14 +152,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("photos", type=Path)
     parser.add_argument("--base", default="MobileNetV2")
+    parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
-    base = arguments.base
+    base, images = arguments.base, arguments.images
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         photos = find_photos(arguments.photos)
-        data = work / "photos_2000"
-        print(f"2,000 photos of {make_photos(photos, 2000, data):,} bytes on average")
+        data = work / "photos"
+        size = make_photos(photos, images, data)
+        print(f"{images:,} photos of {size:,} bytes on average")
 
         first, recipes, options = [], [], ["--base", base]
         for index in range(arguments.repeats):
@@ -211,16 +213,16 @@ def main() -> None:
             )
 
         peaks = {}
-        for count in (1000, 4000):
+        for count in (images // 2, 2 * images):
             make_photos(photos, count, work / f"photos_{count}")
             fit = kt_fit(
                 work / f"photos_{count}", work, "memory", f"memory{count}", *options
             )
             peaks[count] = fit["peak"]
-        difference = (peaks[4000] - peaks[1000]) / 1e6
+        (few, low), (many, high) = peaks.items()
         print(
-            f"4. peak memory: {peaks[1000] / 1e6:.0f} MB with 1,000 images, "
-            f"{peaks[4000] / 1e6:.0f} MB with 4,000: {difference:.0f} MB more"
+            f"4. peak memory: {low / 1e6:.0f} MB with {few:,} images, "
+            f"{high / 1e6:.0f} MB with {many:,}: {(high - low) / 1e6:.0f} MB more"
         )
         kt = Path(sys.executable).with_name("kt")
         print(f"5. kt --help: {shown([run(kt, '--help')[0] for _ in range(5)])} s")

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
-from keras_transfer.data.decode import DECODER_VERSION, make_decoder
+from keras_transfer.data.decode import make_decoder
 from keras_transfer.data.loading import load
 from keras_transfer.data.reading import map_ahead
+from keras_transfer.events import SILENT
 from keras_transfer.features.cache import FeatureCache
-from keras_transfer.features.engine import BATCH_SIZE, Extractor
-from keras_transfer.features.extraction import extract_features
-from keras_transfer.features.shards import FeatureSpec
+from keras_transfer.features.engine import BATCH_SIZE, make_engine
+from keras_transfer.features.extraction import Images, extract_features
+from keras_transfer.features.frozen_part import FrozenPart
 from keras_transfer.models.bases import get_base
 from keras_transfer.models.classifier import POOL, build_base, weights_digest
 
@@ -38,7 +39,7 @@ sources = [source for _, table in splits.items() for source in table.sources]
 encoded = [data for _, data in splits.read(sources) if isinstance(data, bytes)]
 decode = make_decoder(row.image_size)
 base = build_base(row, "imagenet", row.image_size, seed=0)
-extractor = Extractor(base, arguments.precision)
+engine = make_engine(base, arguments.precision)
 batch = np.stack([decode(data) for data in encoded[:BATCH_SIZE]])
 
 
@@ -59,28 +60,21 @@ def decode_all() -> None:
 
 def forward_all() -> None:
     batches = ((index, batch) for index in range(len(encoded) // BATCH_SIZE))
-    for _ in extractor.run(batches):
+    for _ in engine.run(batches):
         pass
 
 
 def both() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cache = FeatureCache(Path(folder))
-        spec = FeatureSpec(
-            base.name,
-            weights_digest(base),
-            row.image_size,
-            POOL,
-            extractor.precision,
-            DECODER_VERSION,
-        )
+        part = FrozenPart(base, row.name, weights_digest(base), POOL, 0, cache)
+        tables = [cache.table(part.spec_of(engine, "float32"))]
         extract_features(
-            sources,
-            splits.read,
-            decode,
-            lambda _: extractor,
-            lambda _: [cache.table(spec)],
-            extractor.precision,
+            Images(sources, splits.read, decode),
+            tables,
+            lambda _: engine,
+            lambda _: tables,
+            SILENT,
         )
 
 

@@ -1,14 +1,13 @@
 """Decoding: Pillow's pixels, a reason for what is refused, and bounded memory."""
 
+import functools
 import io
-import multiprocessing
 import re
 import struct
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,8 @@ PIXELS = np.asarray(
 ALPHA = np.dstack([PIXELS, PIXELS[..., 0] // 2])
 DEEP = RNG.integers(0, 2**16, (SIZE, SIZE, 3)).astype(np.uint16)
 
-decode = make_decoder(SIZE)
+decoder = functools.cache(make_decoder)
+decode = decoder(SIZE)
 
 
 def pillow(encoded: bytes) -> np.ndarray:
@@ -461,7 +461,7 @@ def photo(index: int = 0, size: tuple[int, int] = (640, 427)) -> Image.Image:
 @pytest.mark.parametrize("size", [(1600, 1200), (1200, 1600)])
 def test_a_large_jpeg_looks_like_the_average_of_all_its_pixels(index, limit, size):
     encoded = save(photo(index, size), "JPEG", quality=92)
-    difference = make_decoder(224)(encoded) - area_average(pillow(encoded), 224)
+    difference = decoder(224)(encoded) - area_average(pillow(encoded), 224)
     assert abs(difference).mean() < limit
     assert abs(difference.mean()) < 0.1
 
@@ -475,7 +475,7 @@ def test_a_jpeg_is_never_decoded_smaller_than_it_is_needed(image_size, ratio):
     scaled = Image.open(io.BytesIO(encoded))
     scaled.draft("RGB", (640 // ratio, 427 // ratio))
     assert scaled.size == (-(-640 // ratio), -(-427 // ratio))
-    difference = make_decoder(image_size)(encoded) - area_average(
+    difference = decoder(image_size)(encoded) - area_average(
         np.asarray(scaled), image_size
     )
     assert abs(difference).max() <= 0.51
@@ -533,12 +533,6 @@ def test_a_saved_model_decodes_to_the_same_bits(tmp_path):
         loaded(tf.constant([FILES["png"], REFUSED["tiff"][0]]))
 
 
-def in_another_process(function: Callable, *arguments: object) -> object:
-    """A crash there fails the test that waits here."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result(timeout=600)
-
-
 def peak_memory() -> int:
     """Bytes; unlike `ru_maxrss`, which starts at the parent's peak, of us alone."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -569,7 +563,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 @linux
-def test_a_small_file_of_many_pixels_costs_no_memory():
+def test_a_small_file_of_many_pixels_costs_no_memory(other_process):
     bombs = {
         png_bomb(): "20000x20000",
         hidden_png_bomb(): "IHDR",
@@ -577,21 +571,22 @@ def test_a_small_file_of_many_pixels_costs_no_memory():
         gif_canvas_bomb(): "65535x65535",
     }
     assert max(map(len, bombs)) < 200_000
-    measured = in_another_process(memory_of_decoding, list(bombs))
+    measured = other_process.submit(memory_of_decoding, list(bombs)).result(600)
     for (grown, reason), word in zip(measured, bombs.values(), strict=True):
         assert word in reason
         assert grown < 50e6
 
 
 @linux
-def test_a_long_animation_costs_one_frame():
+def test_a_long_animation_costs_one_frame(other_process):
     first = save(photo(size=(600, 600)).quantize(), "GIF")
     later = save(Image.new("P", (600, 600), 1), "GIF")
     animation = first[:-1] + later[later.index(b",\0\0") : -1] * 400 + b";"
     with Image.open(io.BytesIO(animation)) as image:
         assert image.n_frames == 401
     expected = area_average(pillow(first), SIZE)
-    [(grown, pixels)] = in_another_process(memory_of_decoding, [animation])
+    work = other_process.submit(memory_of_decoding, [animation])
+    [(grown, pixels)] = work.result(600)
     assert abs(pixels - expected).max() <= 0.51
     assert grown < 50e6  # 401 frames decoded are 433 MB
 
@@ -721,9 +716,10 @@ def decode_mutants(indices: range, last: Path) -> tuple[Counter, list[str], int]
 
 @linux
 @pytest.mark.parametrize("mutants", [500, pytest.param(20_000, marks=pytest.mark.slow)])
-def test_a_damaged_file_decodes_or_is_refused(tmp_path, mutants):
+def test_a_damaged_file_decodes_or_is_refused(tmp_path, other_process, mutants):
     last = tmp_path / "mutant"
-    counts, wrong, grown = in_another_process(decode_mutants, range(mutants), last)
+    work = other_process.submit(decode_mutants, range(mutants), last)
+    counts, wrong, grown = work.result(600)
     assert wrong == []
     assert counts.total() == mutants
     formats = {name.partition("-")[0] for name in FILES}

@@ -1065,7 +1065,7 @@ def test_a_tfds_data_set_that_cannot_be_prepared_is_explained(tmp_path):
     message = refusal(KerasTransferError, "tfds:kt_remote", data_dir=tmp_path)
     assert "'kt_remote'" in message
     assert str(tmp_path) in message
-    assert "--data-dir" in message
+    assert "as data_dir" in message
 
 
 # Threads

@@ -9,7 +9,7 @@ import scipy.stats
 from sklearn.metrics import average_precision_score
 
 from keras_transfer.evaluation.comparison import Comparison, compare
-from keras_transfer.evaluation.metrics import ClassEvaluation, evaluate, score
+from keras_transfer.evaluation.metrics import ClassEvaluation, evaluate, selection_key
 
 LN2 = math.log(2)
 
@@ -284,13 +284,13 @@ def test_better_takes_a_better_figure_that_is_no_accident():
     assert not Comparison("accuracy", 0.6, 0.5, 0.0).is_better
 
 
-def test_of_equal_figures_the_surer_model_has_the_better_score():
+def test_of_equal_figures_the_surer_model_is_selected():
     targets = np.array([0, 1, 2, 2])
     sure = evaluate(targets, one_hot_rows([0, 1, 2, 2], 3, 0.9), "abc")
     unsure = evaluate(targets, one_hot_rows([0, 1, 2, 2], 3, 0.5), "abc")
     wrong = evaluate(targets, one_hot_rows([0, 1, 2, 1], 3, 0.99), "abc")
-    assert score(sure) > score(unsure) > score(wrong)
-    assert score(sure) == (1.0, -sure.log_loss)
+    assert selection_key(sure) > selection_key(unsure) > selection_key(wrong)
+    assert selection_key(sure) == (1.0, -sure.log_loss)
     several = evaluate(MANY, SCORES, "abc")
-    assert score(several) == (several.mean_average_precision, -several.log_loss)
+    assert selection_key(several) == (several.mean_average_precision, -several.log_loss)
     assert several.mean_average_precision != several.accuracy

@@ -18,11 +18,13 @@ import pytest
 from conftest import without_root_powers
 
 from keras_transfer.errors import KerasTransferError
-from keras_transfer.features import cache as features_module
+from keras_transfer.features import cache as cache_module
 from keras_transfer.features.cache import FeatureCache
 from keras_transfer.features.shards import FeatureSpec, ShardStore
 
-SPEC = FeatureSpec("base", "digest", 64, "pool", "f32", 1)
+SPEC = FeatureSpec(
+    "base", "digest", 64, "pool", "f32", 1, engine="openvino", device="AVX2"
+)
 WIDTH = 5
 
 # What a helper process starts with: the same rows as here, without the tests.
@@ -30,7 +32,8 @@ PREAMBLE = f"""
 import hashlib, os, signal, sys, time
 from pathlib import Path
 import numpy as np
-from keras_transfer.features import FeatureCache, FeatureSpec
+from keras_transfer.features.cache import FeatureCache
+from keras_transfer.features.shards import FeatureSpec
 
 def digest(i):
     return hashlib.sha256(str(i).encode()).digest()
@@ -161,10 +164,10 @@ def test_only_flushed_rows_are_seen_by_others(cache):
 
 
 @pytest.mark.parametrize(
-    ("limit", "value"), [("_SHARD_BYTES", 3 * 4 * WIDTH), ("_SHARD_SECONDS", 0.0)]
+    ("limit", "value"), [("SHARD_BYTES", 3 * 4 * WIDTH), ("SHARD_SECONDS", 0.0)]
 )
 def test_rows_reach_the_disk_without_being_asked_to(cache, monkeypatch, limit, value):
-    monkeypatch.setattr(features_module, limit, value)
+    monkeypatch.setattr(cache_module, limit, value)
     table = cache.table(SPEC)
     for i in range(20):
         table.add(digest(i), row(i))
@@ -180,6 +183,12 @@ def test_each_field_of_the_spec_makes_another_table(cache, field):
     assert changed.key() != SPEC.key()
     assert digest(0) not in cache.table(changed)
     assert (cache.rows(SPEC), cache.rows(changed)) == (3, 0)
+
+
+def test_tables_of_an_earlier_version_keep_their_names():
+    old = FeatureSpec("base", "digest", 64, "pool", "f32", 1)
+    assert old.key() == "bffbd695f233ecd4ad15543e1a449f76"
+    assert old.key() != SPEC.key()
 
 
 def test_a_killed_process_keeps_every_flushed_shard(cache):
@@ -374,7 +383,7 @@ assert digest(0) in opened and digest(9) in opened
 @pytest.fixture
 def merging(monkeypatch):
     """Merges as soon as there are four shards."""
-    monkeypatch.setattr(features_module, "_MOST_SMALL", 4)
+    monkeypatch.setattr(cache_module, "MOST_SMALL_SHARDS", 4)
 
 
 def test_small_shards_are_merged(cache, merging):
@@ -394,7 +403,7 @@ def test_merging_makes_shards_of_the_usual_size(cache, merging, monkeypatch):
         write_old_shard(cache, range(first, first + 3))
     store = ShardStore(cache.directory / SPEC.key(), SPEC)
     one = sum(store.list().values()) // 20
-    monkeypatch.setattr(features_module, "_SHARD_BYTES", 5 * one)
+    monkeypatch.setattr(cache_module, "SHARD_BYTES", 5 * one)
     fill(cache, range(60, 61))
     sizes = store.list().values()
     assert 3 <= len(sizes) <= 5
@@ -450,8 +459,8 @@ def test_a_process_survives_that_another_prunes(cache):
 
 def test_a_kill_while_merging_loses_nothing(tmp_path):
     script = """
-from keras_transfer.features import cache as features
-features._MOST_SMALL = 3
+from keras_transfer.features import cache
+cache.MOST_SMALL_SHARDS = 3
 
 for number in range(1, 99):
     directory = Path(sys.argv[1], str(number))
@@ -772,8 +781,8 @@ def test_a_damaged_spec_is_mended_by_the_next_writer(cache):
 
 def test_writers_prunes_and_lists_do_not_hinder_each_other(cache):
     writer = """
-from keras_transfer.features import cache as features
-features._MOST_SMALL = 3
+from keras_transfer.features import cache
+cache.MOST_SMALL_SHARDS = 3
 print("ready", flush=True)
 sys.stdin.readline()
 ends = time.monotonic() + 2
@@ -847,7 +856,7 @@ def test_a_file_in_the_way_of_the_cache_is_one_clear_line(tmp_path, blocked):
         FeatureCache(used).table(SPEC)
     assert "\n" not in str(caught.value)
     assert str(used) in str(caught.value)
-    assert "--cache-dir" in str(caught.value)
+    assert "cache_dir" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -866,10 +875,10 @@ def test_nothing_can_be_added_to_a_read_only_cache(public_directory, exists):
     with without_root_powers():
         table = cache.table(SPEC)
         assert digest(0) not in table
-        with pytest.raises(KerasTransferError, match="--cache-dir"):
+        with pytest.raises(KerasTransferError, match="cache_dir"):
             table.prepare()
         table.add(digest(0), row(0))
-        with pytest.raises(KerasTransferError, match="--cache-dir"):
+        with pytest.raises(KerasTransferError, match="cache_dir"):
             table.flush()
 
 
@@ -889,7 +898,7 @@ def test_a_warm_cache_that_is_read_only_works(public_directory):
         table.flush()
         with pytest.raises(KerasTransferError) as caught:
             table.prepare()
-        assert one_line(caught.value, "cannot be written", "--cache-dir")
+        assert one_line(caught.value, "cannot be written", "cache_dir")
         assert cache.prune(30) == (0, 0)
         with pytest.raises(KerasTransferError) as caught:
             cache.prune(0)

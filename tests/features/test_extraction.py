@@ -16,25 +16,26 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import CLASSES, draw, encode, without_root_powers
+from conftest import CLASSES, Told, draw, encode, without_root_powers
 
-from keras_transfer.data import loading as data_module
-from keras_transfer.data import reading
+from keras_transfer.data import loading, reading
 from keras_transfer.data.augment import make_augmenter
-from keras_transfer.data.decode import make_decoder
+from keras_transfer.data.decode import (
+    DecodedImage,
+    make_decoder,
+    make_measuring_decoder,
+)
 from keras_transfer.data.reading import read_files
 from keras_transfer.errors import KerasTransferError, UsageError
-from keras_transfer.features import engine
+from keras_transfer.features import engine as engine_module
 from keras_transfer.features.cache import FeatureCache
-from keras_transfer.features.engine import BATCH_SIZE, Extractor
-from keras_transfer.features.extraction import (
-    FrozenPart,
-    extract_features,
-    frozen_features,
-)
+from keras_transfer.features.engine import BATCH_SIZE, Engine, make_engine, predict
+from keras_transfer.features.extraction import Images, extract_features
+from keras_transfer.features.frozen_part import FrozenPart, Storage, frozen_features
 from keras_transfer.features.shards import FeatureSpec
 from keras_transfer.models.bases import get_base
 from keras_transfer.models.classifier import build_base
+from keras_transfer.runtime.openvino import import_openvino, instruction_set
 
 SIZE = 64
 SMALL = 16
@@ -52,8 +53,13 @@ def lite() -> keras.Model:
 
 
 @pytest.fixture(scope="module")
-def lite_openvino(lite) -> Extractor:
-    return Extractor(lite)
+def lite_openvino(lite) -> Engine:
+    return make_engine(lite)
+
+
+@pytest.fixture(scope="module")
+def lite_keras(lite) -> Engine:
+    return make_engine(lite, name="keras")
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +81,11 @@ def noisy() -> keras.Model:
 
 
 @pytest.fixture(scope="module")
-def small() -> Extractor:
+def small() -> Engine:
     keras.utils.set_random_seed(0)
     image = keras.Input((SMALL, SMALL, 3))
     x = keras.layers.Conv2D(8, 3, activation="relu")(image)
-    return Extractor(keras.Model(image, keras.layers.GlobalAveragePooling2D()(x)))
+    return make_engine(keras.Model(image, keras.layers.GlobalAveragePooling2D()(x)))
 
 
 def by_keras(model: keras.Model, pixels: np.ndarray) -> np.ndarray:
@@ -93,20 +99,16 @@ def difference(actual: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(actual - expected).max() / np.abs(expected).max())
 
 
-def test_openvino_agrees_with_keras(lite, pixels):
-    extractor = Extractor(lite)
-    assert (extractor.images, extractor.seconds) == (0, 0.0)
-    outputs = extractor.predict(pixels)
-    assert (extractor.engine, extractor.precision) == ("openvino", "f32")
+def test_openvino_agrees_with_keras(lite, lite_openvino, pixels):
+    outputs = predict(lite_openvino, pixels)
+    assert (lite_openvino.name, lite_openvino.precision) == ("openvino", "f32")
     assert outputs.dtype == np.float32
     assert np.abs(outputs - by_keras(lite, pixels)).max() < 1e-4
-    assert extractor.images == len(pixels)
-    assert extractor.seconds > 0
 
 
 def test_openvino_agrees_with_keras_on_a_random_base(pixels):
     base = build_base(get_base("MobileNetV2"), "none", SIZE, 0)
-    outputs = Extractor(base).predict(pixels)
+    outputs = predict(make_engine(base), pixels)
     assert difference(outputs, by_keras(base, pixels)) < 1e-4
 
 
@@ -114,39 +116,37 @@ def test_openvino_gives_the_output_only(pixels):
     image = keras.Input(pixels.shape[1:])
     features = keras.layers.Conv2D(3, 3, activation="silu")(image)  # as EfficientNet's
     model = keras.Model(image, keras.layers.GlobalAveragePooling2D()(features))
-    extractor = Extractor(model)
-    assert extractor.engine == "openvino"
-    assert difference(extractor.predict(pixels), by_keras(model, pixels)) < 1e-3
+    engine = make_engine(model)
+    assert engine.name == "openvino"
+    assert difference(predict(engine, pixels), by_keras(model, pixels)) < 1e-3
 
 
-@pytest.mark.parametrize("engine", [None, "keras"])
-def test_features_do_not_depend_on_the_batch_an_image_comes_in(
-    lite, lite_openvino, pixels, engine
-):
-    extractor = Extractor(lite, engine=engine) if engine else lite_openvino
-    together = extractor.predict(pixels)
+@pytest.mark.parametrize("name", ["openvino", "keras"])
+def test_features_do_not_depend_on_the_batch_an_image_comes_in(request, pixels, name):
+    engine = request.getfixturevalue(f"lite_{name}")
+    together = predict(engine, pixels)
     for count in (1, 7, 8):
-        assert np.array_equal(extractor.predict(pixels[:count]), together[:count])
+        assert np.array_equal(predict(engine, pixels[:count]), together[:count])
     order = np.random.default_rng(1).permutation(len(pixels))
-    assert np.array_equal(extractor.predict(pixels[order]), together[order])
+    assert np.array_equal(predict(engine, pixels[order]), together[order])
 
 
 def test_each_batch_keeps_its_tag_and_its_place(small):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (40, SMALL, SMALL, 3), np.uint8)
     parts = np.split(images, np.cumsum([8, 1, 7, 8, 3, 8]))
-    expected = np.split(small.predict(images), np.cumsum([8, 1, 7, 8, 3, 8]))
+    expected = np.split(predict(small, images), np.cumsum([8, 1, 7, 8, 3, 8]))
     outputs = list(small.run(enumerate(parts)))
     assert [tag for tag, _ in outputs] == list(range(len(parts)))
     for (_, actual), wanted in zip(outputs, expected, strict=True):
         assert np.array_equal(actual, wanted)
 
 
-@pytest.mark.parametrize("engine", [None, "keras"])
-def test_layers_are_in_inference_mode(noisy, pixels, engine):
-    extractor = Extractor(noisy, engine=engine)
+@pytest.mark.parametrize("name", [None, "keras"])
+def test_layers_are_in_inference_mode(noisy, pixels, name):
+    engine = make_engine(noisy, name=name)
     before = noisy.get_weights()
-    first, second = extractor.predict(pixels), extractor.predict(pixels)
+    first, second = predict(engine, pixels), predict(engine, pixels)
     assert np.array_equal(first, second)
     assert difference(first, by_keras(noisy, pixels)) < 1e-5
     for old, new in zip(before, noisy.get_weights(), strict=True):
@@ -180,34 +180,32 @@ def with_foreign_code(wrapper) -> keras.Model:
 @pytest.mark.parametrize("precision", ["f32", "auto"])
 def test_keras_runs_what_openvino_cannot(pixels, wrapper, precision):
     model = with_foreign_code(wrapper)
-    extractor = Extractor(model, precision, pixels[:BATCH_SIZE])
-    assert (extractor.engine, extractor.precision) == ("keras", "f32")
-    (note,) = extractor.notes
+    told = Told()
+    engine = make_engine(model, precision, pixels[:BATCH_SIZE], listener=told)
+    assert (engine.name, engine.precision) == ("keras", "f32")
+    (note,) = told.notes
     assert note.startswith("engine keras: OpenVINO cannot convert it")
     expected = 2 * pixels.mean(axis=(1, 2))
-    np.testing.assert_allclose(extractor.predict(pixels), expected, rtol=1e-5)
+    np.testing.assert_allclose(predict(engine, pixels), expected, rtol=1e-5)
 
 
 def test_bfloat16_without_openvino_is_refused():
     with pytest.raises(
         UsageError, match=r"bfloat16 needs OpenVINO.*Use auto"
     ) as caught:
-        Extractor(with_foreign_code(tf.numpy_function), "bf16")
+        make_engine(with_foreign_code(tf.numpy_function), "bf16")
     assert "\n" not in str(caught.value)
 
 
-def test_engine_keras_can_be_asked_for(lite, pixels):
-    extractor = Extractor(lite, engine="keras")
-    assert (extractor.engine, extractor.precision) == ("keras", "f32")
-    outputs = extractor.predict(pixels)
+def test_engine_keras_can_be_asked_for(lite, lite_keras, pixels):
+    assert (lite_keras.name, lite_keras.precision) == ("keras", "f32")
+    outputs = predict(lite_keras, pixels)
     assert outputs.dtype == np.float32
     assert np.abs(outputs - by_keras(lite, pixels)).max() < 1e-4
 
 
 def has_bf16() -> bool:
-    import openvino
-
-    core = openvino.Core()
+    core = import_openvino().Core()
     return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
@@ -216,37 +214,37 @@ def rounded(lite, pixels) -> np.ndarray:
     """bfloat16 features of the first batch."""
     if not has_bf16():
         pytest.skip("this CPU has no bfloat16")
-    return Extractor(lite, "bf16").predict(pixels[:BATCH_SIZE])
+    return predict(make_engine(lite, "bf16"), pixels[:BATCH_SIZE])
 
 
-@pytest.mark.parametrize("accepted", [engine.MAX_BF16_ERROR, 1.0])
+@pytest.mark.parametrize("accepted", [engine_module.MAX_BF16_ERROR, 1.0])
 def test_auto_decides_by_what_it_measures(
     lite, lite_openvino, rounded, pixels, accepted, monkeypatch
 ):
-    monkeypatch.setattr(engine, "MAX_BF16_ERROR", accepted)
+    monkeypatch.setattr(engine_module, "MAX_BF16_ERROR", accepted)
     sample = pixels[:BATCH_SIZE]
-    extractor = Extractor(lite, "auto", sample)
-    assert (extractor.images, extractor.seconds) == (0, 0.0)
-    (note,) = extractor.notes
+    told = Told()
+    engine = make_engine(lite, "auto", sample, listener=told)
+    (note,) = told.notes
     numbers = re.search(
-        rf"precision {extractor.precision}: on {len(sample)} images bfloat16 is "
+        rf"precision {engine.precision}: on {len(sample)} images bfloat16 is "
         r"([\d.]+) times as fast and changes features by ([\d.]+)%",
         note,
     )
     assert numbers
     speed, error = float(numbers[1]), float(numbers[2]) / 100
 
-    exact = lite_openvino.predict(sample)
+    exact = predict(lite_openvino, sample)
     change = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)
     assert 0 < change < 0.2
     assert error == pytest.approx(change, abs=6e-4)
-    if extractor.precision == "bf16":
+    if engine.precision == "bf16":
         assert speed >= 1.0
         assert change <= accepted
-        assert np.array_equal(extractor.predict(sample), rounded)
+        assert np.array_equal(predict(engine, sample), rounded)
     else:
         assert speed <= 1.0 or change > accepted
-        assert np.array_equal(extractor.predict(sample), exact)
+        assert np.array_equal(predict(engine, sample), exact)
 
 
 def test_a_cpu_without_bfloat16_uses_float32():
@@ -254,7 +252,8 @@ def test_a_cpu_without_bfloat16_uses_float32():
 import json, sys
 import numpy as np, keras, openvino
 from keras_transfer.errors import UsageError
-from keras_transfer.extract import Extractor
+from keras_transfer.events import Broadcast
+from keras_transfer.features.engine import make_engine, predict
 core = openvino.Core()
 if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
     print("null")
@@ -264,13 +263,14 @@ x = keras.layers.Conv2D(4, 3)(image)
 model = keras.Model(image, keras.layers.GlobalAveragePooling2D()(x))
 pixels = np.arange(9 * 16 * 16 * 3).astype(np.uint8).reshape(9, 16, 16, 3)
 expected = np.asarray(model(pixels.astype(np.float32), training=False))
-extractor = Extractor(model, "auto", pixels[:8])
-error = float(abs(extractor.predict(pixels) / expected - 1).max())
+told = Broadcast(())
+engine = make_engine(model, "auto", pixels[:8], listener=told)
+error = float(abs(predict(engine, pixels) / expected - 1).max())
 try:
-    Extractor(model, "bf16")
+    make_engine(model, "bf16")
 except UsageError as caught:
     refusal = str(caught)
-chosen = [extractor.engine, extractor.precision, extractor.notes]
+chosen = [engine.name, engine.precision, told.notes]
 print(json.dumps([*chosen, error, refusal]))
 """
     environment = os.environ | {"OV_CPU_MAX_ISA": "AVX2"}
@@ -290,25 +290,41 @@ print(json.dumps([*chosen, error, refusal]))
     assert refusal == "This CPU has no bfloat16. Received: precision bf16. Use auto."
 
 
+class Counted:
+    """An engine that counts the images it runs."""
+
+    def __init__(self, engine: Engine):
+        self.name, self.precision = engine.name, engine.precision
+        self.device, self.batch_size = engine.device, engine.batch_size
+        self.images = 0
+        self._engine = engine
+
+    def run(self, batches):
+        for tag, outputs in self._engine.run(batches):
+            self.images += len(outputs)
+            yield tag, outputs
+
+
 class Pipeline:
     """`extract_features` on the files of a folder, with its parts counted."""
 
-    def __init__(self, folder: Path, extractor: Extractor):
+    def __init__(self, folder: Path, engine: Engine):
         self.folder = folder
-        self.extractor = extractor
+        self.engine = Counted(engine)
         self.cache = FeatureCache(folder / "cache")
-        self.decoder = make_decoder(SMALL)
+        self.decoder = make_measuring_decoder(SMALL)
         self.augment = make_augmenter(SMALL, seed=3)
         self.forget()
 
     def forget(self) -> None:
         self.decodes: collections.Counter[bytes] = collections.Counter()
-        self.extractors_made = 0
-        self.images_before = self.extractor.images
+        self.engines_made = 0
+        self.asked: list[str] = []
+        self.engine.images = 0
 
     @property
     def images_run(self) -> int:
-        return self.extractor.images - self.images_before
+        return self.engine.images
 
     def sources(self) -> list[str]:
         return sorted(path.name for path in self.folder.iterdir() if path.suffix)
@@ -319,15 +335,15 @@ class Pipeline:
     def read(self, sources):
         return read_files(sources, self.folder)
 
-    def decode(self, encoded: bytes) -> np.ndarray:
+    def decode(self, encoded: bytes) -> DecodedImage:
         self.decodes[encoded] += 1
         return self.decoder(encoded)
 
-    def make_extractor(self, sample: np.ndarray) -> Extractor:
+    def make_engine(self, sample: np.ndarray) -> Counted:
         assert sample.dtype == np.uint8
         assert sample.shape[1:] == (SMALL, SMALL, 3)
-        self.extractors_made += 1
-        return self.extractor
+        self.engines_made += 1
+        return self.engine
 
     def tables(self, precision: str):
         return [
@@ -335,27 +351,41 @@ class Pipeline:
             for view in range(3)
         ]
 
-    def run(self, sources=None, precision="f32", read=None, **options):
+    def tables_of(self, engine: Engine):
+        self.asked.append(engine.precision)
+        return self.tables(engine.precision)
+
+    def run(
+        self,
+        sources=None,
+        precision="f32",
+        on_image=lambda *_: None,
+        make_engine=None,
+        **options,
+    ):
+        images = {
+            "sources": self.sources() if sources is None else sources,
+            "read": self.read,
+            "decode": self.decode,
+            "augment": self.augment,
+        }
         return extract_features(
-            self.sources() if sources is None else sources,
-            read or self.read,
-            self.decode,
-            self.make_extractor,
-            self.tables,
-            precision,
-            self.augment,
-            **options,
+            Images(**images | options),
+            self.tables(precision),
+            make_engine or self.make_engine,
+            self.tables_of,
+            Told(on_image),
         )
 
     def check(self, extraction, sources, view=0) -> None:
         """The cache has, on disk, the right features of these images."""
         digests = [hashlib.sha256(self.bytes_of(s)).digest() for s in sources]
         assert [extraction.digests[source] for source in sources] == digests
-        pixels = [self.decoder(self.bytes_of(source)) for source in sources]
+        pixels = [self.decoder(self.bytes_of(x)).pixels for x in sources]
         if view:
             pairs = zip(pixels, digests, strict=True)
             pixels = [self.augment(image, digest, view) for image, digest in pairs]
-        expected = self.extractor.predict(np.stack(pixels))
+        expected = predict(self.engine, np.stack(pixels))
         for table in (extraction.tables[view], self.tables("f32")[view]):
             assert all(digest in table for digest in digests)
             assert np.array_equal(table.features(digests)[:], expected)
@@ -371,13 +401,14 @@ def pipeline(tmp_path, photos, small):
 
 def test_each_image_is_computed_once(pipeline):
     seen = []
-    extraction = pipeline.run(on_image=lambda: seen.append(1))
+    extraction = pipeline.run(on_image=lambda *_: seen.append(1))
     assert len(seen) == 20
     assert set(pipeline.decodes.values()) == {1}
     assert (extraction.decoded, pipeline.images_run) == (20, 20)
     assert extraction.decode_seconds > 0
-    assert pipeline.extractors_made == 1
-    assert extraction.extractor is pipeline.extractor
+    assert pipeline.engines_made == 1
+    assert extraction.engine is pipeline.engine
+    assert (extraction.forwarded, extraction.forward_seconds > 0) == (20, True)
     assert extraction.skipped == {}
     pipeline.check(extraction, pipeline.sources())
 
@@ -396,8 +427,8 @@ def test_the_second_time_nothing_is_computed(pipeline):
     pipeline.forget()
     shutil.copy(pipeline.folder / "00.jpg", pipeline.folder / "another_name.jpg")
     second = pipeline.run()
-    assert (len(pipeline.decodes), pipeline.extractors_made) == (0, 0)
-    assert (second.decoded, second.extractor) == (0, None)
+    assert (len(pipeline.decodes), pipeline.engines_made) == (0, 0)
+    assert (second.decoded, second.engine) == (0, None)
     assert second.digests.items() > first.digests.items()
     pipeline.check(second, pipeline.sources())
 
@@ -426,7 +457,7 @@ def test_unusable_files_are_skipped_with_their_reason(pipeline):
     for made in (1, 0):
         pipeline.forget()
         seen = []
-        extraction = pipeline.run(everything, on_image=lambda: seen.append(1))  # noqa: B023
+        extraction = pipeline.run(everything, on_image=lambda *_: seen.append(1))  # noqa: B023
         assert len(seen) == len(everything)
         assert extraction.skipped == {
             "cut.jpg": "damaged or truncated (700 bytes)",
@@ -438,16 +469,16 @@ def test_unusable_files_are_skipped_with_their_reason(pipeline):
         }
         assert sorted(extraction.digests) == good
         assert set(pipeline.decodes.values()) == {1}
-        assert (extraction.decoded, pipeline.extractors_made) == (20 * made, made)
+        assert (extraction.decoded, pipeline.engines_made) == (20 * made, made)
         pipeline.check(extraction, good)
 
 
 def test_all_files_may_be_unusable(pipeline):
     (pipeline.folder / "bad.jpg").write_bytes(b"hello")
-    extraction = pipeline.run(["bad.jpg", "missing.jpg"], precision=None)
+    extraction = pipeline.run(["bad.jpg", "missing.jpg"])
     assert set(extraction.skipped) == {"bad.jpg", "missing.jpg"}
-    assert (extraction.digests, extraction.extractor) == ({}, None)
-    assert pipeline.extractors_made == 0
+    assert (extraction.digests, extraction.engine) == ({}, None)
+    assert pipeline.engines_made == 0
     assert [len(table.features([])) for table in extraction.tables] == [0, 0, 0]
 
 
@@ -469,11 +500,11 @@ def test_what_is_finished_when_interrupted_is_kept(
     if engine == "keras":
         image = keras.Input((SMALL, SMALL, 3))
         x = keras.layers.GlobalAveragePooling2D()(image)
-        small = Extractor(keras.Model(image, x), engine="keras")
+        small = make_engine(keras.Model(image, x), name="keras")
     pipeline = Pipeline(tmp_path, small)
     calls = []
 
-    def count() -> None:
+    def count(*_) -> None:
         calls.append(1)
         if len(calls) == 50:
             raise KeyboardInterrupt
@@ -502,9 +533,8 @@ def many(tmp_path, photos, small):
     return Pipeline(tmp_path, small)
 
 
-def test_the_first_batch_does_not_wait_for_many_images(many, monkeypatch):
+def test_the_first_batch_does_not_wait_for_many_images(many):
     read, done = 0, threading.Semaphore(0)
-    decode, make_extractor = many.decode, many.make_extractor
     read_before = []
 
     def slow_read(sources):
@@ -515,24 +545,27 @@ def test_the_first_batch_does_not_wait_for_many_images(many, monkeypatch):
             done.acquire(timeout=10)
 
     def decode_and_tell(encoded):
-        pixels = decode(encoded)
+        image = many.decode(encoded)
         done.release()
-        return pixels
+        return image
 
-    def told(sample):
+    def make_and_tell(sample):
         read_before.append(read)
-        return make_extractor(sample)
+        return many.make_engine(sample)
 
-    monkeypatch.setattr(many, "decode", decode_and_tell)
-    monkeypatch.setattr(many, "make_extractor", told)
-    extraction = many.run(read=slow_read, decoded_ahead=446)
+    extraction = many.run(
+        read=slow_read,
+        decode=decode_and_tell,
+        make_engine=make_and_tell,
+        decoded_ahead=446,
+    )
     assert extraction.decoded == read == 60
     assert BATCH_SIZE <= read_before[0] <= 3 * BATCH_SIZE
 
 
 def test_encoded_images_that_wait_are_bounded_by_bytes(many, monkeypatch):
     monkeypatch.setattr(reading, "MOST_BYTES_AHEAD", 20_000)
-    decode, lock = many.decode, threading.Lock()
+    lock = threading.Lock()
     waiting = furthest = largest = 0
 
     def counting_read(sources):
@@ -549,10 +582,10 @@ def test_encoded_images_that_wait_are_bounded_by_bytes(many, monkeypatch):
         time.sleep(0.005)
         with lock:
             waiting -= len(encoded)
-        return decode(encoded)
+        return many.decode(encoded)
 
-    monkeypatch.setattr(many, "decode", slow_decode)
-    assert many.run(read=counting_read, decoded_ahead=446).decoded == 60
+    options = {"read": counting_read, "decode": slow_decode}
+    assert many.run(**options, decoded_ahead=446).decoded == 60
     assert 10_000 < furthest <= 20_000 + 2 * largest
 
 
@@ -566,7 +599,7 @@ def test_a_warm_cache_that_is_read_only_works(public_directory, photos, small):
         path.chmod(0o555 if path.is_dir() else 0o444)
     with without_root_powers():
         second = pipeline.run(sorted(first.digests))
-        assert (second.decoded, second.extractor) == (0, None)
+        assert (second.decoded, second.engine) == (0, None)
         pipeline.check(second, sorted(first.digests))
         with pytest.raises(KerasTransferError, match="cannot be written"):
             pipeline.run()
@@ -577,7 +610,7 @@ def test_where_one_table_cannot_be_written_the_others_are(many):
     key = FeatureSpec("base", "", SMALL, "", "f32", 1, 0).key()
     folder = many.cache.directory / key
 
-    def put_a_file_in_its_way() -> None:
+    def put_a_file_in_its_way(*_) -> None:
         if folder.is_dir():
             shutil.rmtree(folder)
             folder.touch()
@@ -603,7 +636,7 @@ def test_views_are_cached_for_the_images_that_have_them(pipeline):
     assert rows == [20, 2, 1]
 
     second = pipeline.run(views=views)
-    assert (second.decoded, pipeline.extractors_made) == (0, 0)
+    assert (second.decoded, pipeline.engines_made) == (0, 0)
     third = pipeline.run(views=views | {"02.jpg": 1})
     assert pipeline.decodes == {pipeline.bytes_of("02.jpg"): 1}
     assert pipeline.images_run == 1
@@ -618,16 +651,14 @@ def test_a_copy_with_views_adds_only_its_views(pipeline):
     pipeline.check(extraction, ["00.jpg"], view=2)
 
 
-def test_the_extractor_decides_a_precision_that_is_open(pipeline, monkeypatch):
-    asked = []
-    tables = pipeline.tables
-    monkeypatch.setattr(pipeline, "tables", lambda p: asked.append(p) or tables(p))
-    extraction = pipeline.run(precision=None)
-    assert asked == [pipeline.extractor.precision] == ["f32"]
+def test_the_engine_decides_which_tables_are_filled(pipeline):
+    extraction = pipeline.run(precision="bf16")
+    assert pipeline.asked == [pipeline.engine.precision] == ["f32"]
     assert extraction.decoded == 20
     pipeline.check(extraction, pipeline.sources())
     assert pipeline.run(precision="bf16").decoded == 20
     assert pipeline.run(precision="f32").decoded == 0
+    assert pipeline.asked == ["f32"]
 
 
 @pytest.fixture
@@ -640,54 +671,86 @@ def part(tmp_path):
 
 
 def keep_bf16(part: FrozenPart, digests) -> None:
-    """As a CPU that has bfloat16 would."""
-    table = part.cache.table(part.spec("bf16", 0, "float32"))
+    """As this CPU would if it has bfloat16."""
+    spec = part.spec("bf16", "openvino", instruction_set(), "float32")
+    table = part.cache.table(spec)
     for digest in digests:
         table.add(digest, np.zeros(4, np.float32))
     table.flush()
 
 
 def no_bf16(monkeypatch) -> None:
-    monkeypatch.setattr(engine, "cpu_has_bf16", lambda: False)
+    openvino = import_openvino()
+    monkeypatch.setattr(openvino.Core, "get_property", lambda *_: ["FP32"])
 
 
 def a_gpu(monkeypatch) -> None:
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [kind])
+    monkeypatch.setattr(
+        tf.config.experimental, "get_device_details", lambda _: {"device_name": "G"}
+    )
 
 
-@pytest.mark.parametrize("make", [no_bf16, a_gpu])
+def another_cpu(monkeypatch) -> None:
+    """One without bfloat16, that shares the cache."""
+    no_bf16(monkeypatch)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+
+
+@pytest.mark.parametrize("make", [no_bf16, a_gpu, another_cpu])
 def test_auto_computes_float32_where_bfloat16_cannot_be_added_to(
     part, photos, monkeypatch, make
 ):
-    splits = data_module.load(str(photos))
+    splits = loading.load(str(photos))
     keep_bf16(part, [bytes([i]) * 32 for i in range(99)])
     make(monkeypatch)
     with pytest.raises(UsageError, match="bfloat16"):
-        frozen_features(part, splits, 0, "bf16")
-    told = []
-    found = frozen_features(
-        part, splits, 0, "auto", on_extractor=lambda e, _: told.extend(e.notes)
-    )
+        frozen_features(part, splits, 0, Storage("bf16"))
+    told = Told()
+    found = frozen_features(part, splits, 0, Storage("auto"), told)
     assert found.precision == "f32"
     assert found.extraction.decoded == 60
-    assert any(note.startswith("precision f32: ") for note in told)
+    reason = "engine keras: there is a GPU" if make is a_gpu else "precision f32: "
+    assert any(note.startswith(reason) for note in told.notes)
     pixels = [
         make_decoder(SMALL)((photos / s).read_bytes()) for s in splits.val.sources
     ]
     rows = found.rows(splits.val.sources)[:]
     assert difference(rows, by_keras(part.model, np.stack(pixels))) < 1e-4
 
-    again = frozen_features(part, splits, 0, "auto")
-    assert (again.precision, again.extraction.extractor) == ("f32", None)
+    again = frozen_features(part, splits, 0, Storage("auto"))
+    assert (again.precision, again.extraction.engine) == ("f32", None)
 
 
 def test_auto_takes_bfloat16_that_is_cached_on_any_cpu(part, photos, monkeypatch):
-    splits = data_module.load(str(photos))
+    splits = loading.load(str(photos))
     files = [(photos / s).read_bytes() for _, t in splits.items() for s in t.sources]
     keep_bf16(part, [hashlib.sha256(file).digest() for file in files])
-    monkeypatch.setattr(engine, "cpu_has_bf16", lambda: pytest.fail("not needed"))
-    found = frozen_features(part, splits, 0, "auto")
-    assert (found.precision, found.extraction.extractor) == ("bf16", None)
+    openvino = import_openvino()
+    monkeypatch.setattr(
+        openvino.Core, "get_property", lambda *_: pytest.fail("not needed")
+    )
+    found = frozen_features(part, splits, 0, Storage("auto"))
+    assert (found.precision, found.extraction.engine) == ("bf16", None)
+
+
+def test_another_instruction_set_has_features_of_its_own(part, photos, monkeypatch):
+    splits = loading.load(str(photos))
+    assert frozen_features(part, splits, 0, Storage("f32")).extraction.decoded == 60
+    assert frozen_features(part, splits, 0, Storage("f32")).extraction.decoded == 0
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")
+    assert frozen_features(part, splits, 0, Storage("f32")).extraction.decoded == 60
+
+
+def test_features_of_an_earlier_version_are_left_alone_with_a_note(part, photos):
+    splits, told = loading.load(str(photos)), Told()
+    table = part.cache.table(part.spec("f32", "", "", "float32"))
+    table.add(bytes(32), np.zeros(4, np.float32))
+    table.flush()
+    found = frozen_features(part, splits, 0, Storage("f32"), told)
+    assert found.extraction.decoded == 60
+    assert any("1 features that an earlier version cached" in x for x in told.notes)
+    assert part.cache.prune(unused_days=0)[0] == 2  # also what is old
 
 
 @pytest.fixture(scope="module")

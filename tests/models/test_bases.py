@@ -134,6 +134,7 @@ def test_an_unknown_name_brings_up_the_nearest(name, nearest):
         get_base(name)
     assert f"Received: {name!r}." in str(caught.value)
     assert f"Did you mean {nearest!r}?" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["", "dinov2", "banana split"])
@@ -147,7 +148,7 @@ def token_net(image):
     """Patches of 8 x 8 pixels as a sequence of tokens."""
     x = keras.layers.Conv2D(6, 8, strides=8, name="patches")(image)
     tokens = keras.layers.Reshape((-1, 6), name="tokens")(x)
-    return keras.Model(image, tokens)
+    return keras.Model(keras.utils.get_source_inputs(image), tokens)
 
 
 def test_a_base_of_tokens_is_averaged_over_them():
@@ -166,21 +167,15 @@ def test_a_base_of_tokens_is_averaged_over_them():
     pixels = np.random.default_rng(0).uniform(0, 255, (2, 32, 32, 3))
     tokens = keras.Model(model.input, model.get_layer("tokens").output)(pixels)
     np.testing.assert_allclose(model(pixels), np.mean(tokens, axis=1), atol=1e-5)
-    assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("base", KERAS_BASES, ids=lambda base: base.name)
-def test_weights_file_is_what_keras_asks_for(base, monkeypatch):
-    asked = []
-
-    def get_file(fname=None, *_, **__):
-        asked.append(fname)
+def test_what_keras_says_of_a_download_is_passed_on(monkeypatch):
+    def get_file(*_, **__):
         raise OSError("not to be downloaded")
 
     monkeypatch.setattr(file_utils, "get_file", get_file)
     with pytest.raises(WeightsError, match="not to be downloaded"):
-        without_weights(base, "imagenet")
-    assert asked == [base.weights_file]
+        without_weights(get_base("MobileNetV2"), "imagenet")
 
 
 def test_weights_of_the_default_base_are_installed():
@@ -190,8 +185,23 @@ def test_weights_of_the_default_base_are_installed():
 
 
 @EVERY_BASE
-def test_parameters_and_stage_ends_of_every_base(base):
-    model = without_weights(base)
+def test_weights_file_parameters_and_stage_ends_of_every_base(base, monkeypatch):
+    asked = []
+
+    def get_file(fname=None, *_, **__):
+        asked.append(fname)
+        return "downloaded"
+
+    def load_weights(model, file):
+        assert file == "downloaded"
+
+    monkeypatch.setattr(file_utils, "get_file", get_file)
+    monkeypatch.setattr(keras.Model, "load_weights", load_weights)
+    if base in KERAS_BASES:
+        model = without_weights(base, "imagenet")
+        assert asked == [base.weights_file]  # which is what Keras asks for
+    else:
+        model = without_weights(base)
     assert model.input_shape == (None, base.image_size, base.image_size, 3)
     assert model.count_params() == base.parameters
     assert not model.trainable_weights
@@ -290,7 +300,7 @@ def test_images_too_small_for_a_base_are_refused(name, size):
 
 
 # BGR by an operation without weights, and a scaling per channel
-@pytest.mark.parametrize("name", ["ResNet50", "DenseNet121"])
+@pytest.mark.parametrize("name", ["VGG16", "DenseNet121"])
 def test_a_saved_model_gives_the_same_bits(tmp_path, name):
     base = build_base(get_base(name), "none", 32, seed=0)
     head = build_head(HeadConfig(), base.output_shape[1], 3, multi_label=False)
@@ -404,7 +414,7 @@ def export_every_format(kt, run: Path, base) -> None:
         if form in cannot:
             assert result.exit_code == 1
             (line,) = result.stderr.strip().splitlines()
-            assert f"--format {form} cannot express this model" in line
+            assert f"Format {form} cannot express this model" in line
         else:
             assert result.exit_code == 0, result.output
     exported = {path.name for path in (run / "exported").iterdir()}

@@ -12,7 +12,7 @@ import types
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -689,31 +689,34 @@ def test_weights_that_do_not_exist_are_named(tmp_path):
     assert "nowhere.pth" in message
 
 
-def test_a_file_of_keras_itself_belongs_into_the_cache(tmp_path):
+def test_a_file_of_keras_itself_belongs_into_the_cache(kt, tmp_path):
     base = get_base("MobileNetV2")
-    (tmp_path / base.weights_file).touch()
-    message = build_refusal(UsageError, base, tmp_path / base.weights_file)
-    assert "--weights imagenet" in message
+    file = tmp_path / base.weights_file
+    file.touch()
+    message = build_refusal(UsageError, base, file)
+    assert "weights=imagenet" in message
+    result = kt("fit", "digits", "--base", base.name, "--weights", file)
+    assert result.exit_code == 2
+    assert "use --weights imagenet." in result.stderr
 
 
-def build_mobilenet(image_size: int) -> str:
-    try:
-        build_base(get_base("MobileNetV2"), "imagenet", image_size, 0)
-    except WeightsError as error:
-        return str(error)
-    return "built"
+def build_mobilenets(image_sizes: Sequence[int]) -> list[str]:
+    """What building each ends in."""
+    ends = []
+    for image_size in image_sizes:
+        try:
+            build_base(get_base("MobileNetV2"), "imagenet", image_size, 0)
+            ends.append("built")
+        except WeightsError as error:
+            ends.append(str(error))
+    return ends
 
 
 @pytest.mark.parametrize(
-    ("variable", "image_size"),
-    [
-        ("HOME", 224),
-        ("KERAS_HOME", 224),
-        ("HOME", 96),
-    ],
+    ("variable", "image_sizes"), [("HOME", (224, 96)), ("KERAS_HOME", (224,))]
 )
 def test_a_failed_download_says_which_file_goes_where(
-    tmp_path, monkeypatch, variable, image_size
+    tmp_path, monkeypatch, variable, image_sizes
 ):
     monkeypatch.delenv("KERAS_HOME", raising=False)
     monkeypatch.setenv(variable, str(tmp_path))
@@ -721,9 +724,10 @@ def test_a_failed_download_says_which_file_goes_where(
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
     # A process of its own: Keras asks for its folder once, when it is imported.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        message = pool.submit(build_mobilenet, image_size).result(timeout=60)
+        messages = pool.submit(build_mobilenets, image_sizes).result(timeout=60)
     folder = tmp_path / ".keras/models" if variable == "HOME" else tmp_path / "models"
-    assert "\n" not in message
-    assert f"_1.0_{image_size}_no_top.h5" in message
-    assert str(folder) in message
-    assert "efficientnet_lite0" in message
+    for image_size, message in zip(image_sizes, messages, strict=True):
+        assert "\n" not in message
+        assert f"_1.0_{image_size}_no_top.h5" in message
+        assert str(folder) in message
+        assert "efficientnet_lite0" in message

@@ -116,7 +116,7 @@ def test_a_kill_leaves_no_half_built_run(tmp_path, exists):
     script = """
 import sys, time
 from pathlib import Path
-from keras_transfer.run import MANIFEST, building, new_run
+from keras_transfer.runs.run import MANIFEST, building, new_run
 with building(new_run(Path(sys.argv[1]).parent, "new", overwrite=True)) as staging:
     (staging / MANIFEST).write_text("half")
     print("building", flush=True)
@@ -142,7 +142,7 @@ with building(new_run(Path(sys.argv[1]).parent, "new", overwrite=True)) as stagi
 KILLED_COMMITS = """
 import itertools, os, shutil, signal, sys
 from pathlib import Path
-from keras_transfer.run import MANIFEST, building, new_run, updating
+from keras_transfer.runs.run import MANIFEST, building, new_run, updating
 
 folder, kind = Path(sys.argv[1]), sys.argv[2]
 OLD = (MANIFEST, "model", "only old", "exported/keras/model", "checkpoint/state",
@@ -304,7 +304,8 @@ def test_what_a_living_process_makes_is_not_removed(tmp_path):
     script = """
 import sys, time
 from pathlib import Path
-from keras_transfer.run import building, new_run, replacing, updating
+from keras_transfer.runs.files import replacing
+from keras_transfer.runs.run import building, new_run, updating
 runs_dir = Path(sys.argv[1])
 with building(new_run(runs_dir, "its", overwrite=False)), updating(runs_dir / "run"):
     with replacing(runs_dir / "run" / "model") as file:
@@ -416,7 +417,7 @@ def test_every_file_of_a_run_is_on_the_disk_before_it_has_its_name(
 OVERWRITING = """
 import itertools, sys
 from pathlib import Path
-from keras_transfer.run import MANIFEST, building, new_run
+from keras_transfer.runs.run import MANIFEST, building, new_run
 runs_dir = Path(sys.argv[1])
 for number in itertools.count():
     with building(new_run(runs_dir, "mine", overwrite=True)) as staging:
@@ -539,7 +540,7 @@ def test_at_no_moment_of_a_commit_are_files_of_two_runs_read(
 UPDATING = """
 import sys
 from pathlib import Path
-from keras_transfer.run import MANIFEST, updating
+from keras_transfer.runs.run import MANIFEST, updating
 run_dir, text = Path(sys.argv[1]), sys.argv[2]
 for number in range(20):
     with updating(run_dir, removed=["folder"]) as staging:
@@ -627,7 +628,7 @@ def test_usable_names(tmp_path, name):
     ["", "7", "123", "٣", ".x", "-x", "+x", "a/b", "a b", "a\n", "..", "/a", "a:b"],
 )
 def test_unusable_names_are_refused(tmp_path, name):
-    with pytest.raises(UsageError, match="--name") as caught:
+    with pytest.raises(UsageError, match="Received: name=") as caught:
         new_run(tmp_path, name, overwrite=True)
     assert repr(name) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -644,7 +645,7 @@ def test_an_existing_name_is_refused(tmp_path, kind):
         run_dir.touch()
     with pytest.raises(UsageError) as caught:
         new_run(tmp_path, "taken", overwrite=False)
-    for word in (str(run_dir), "--name", "--overwrite"):
+    for word in (str(run_dir), "name=NEW", "overwrite=True"):
         assert word in str(caught.value)
 
 
@@ -656,9 +657,9 @@ def test_overwrite_replaces_runs_and_nothing_else(tmp_path):
     (tmp_path / "thesis" / "chapter").touch()
     (tmp_path / "notes").touch()
     for name in ("thesis", "notes"):
-        with pytest.raises(UsageError, match="only runs") as caught:
+        with pytest.raises(UsageError, match="Only a run can be") as caught:
             new_run(tmp_path, name, overwrite=True)
-        assert "--name" in str(caught.value)
+        assert "name=NEW" in str(caught.value)
     assert (tmp_path / "thesis" / "chapter").exists()
 
 
@@ -755,7 +756,7 @@ def test_a_replacement_that_fails_leaves_the_old_file_alone(tmp_path, error):
 LOCKING = """
 import sys, time
 from pathlib import Path
-from keras_transfer.run import only_process
+from keras_transfer.runs.files import only_process
 with only_process(Path(sys.argv[1])):
     print("locked", flush=True)
     time.sleep(60)

@@ -1,7 +1,10 @@
 """Head: the optimum scikit-learn finds, the same bits every time."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from conftest import Told
 from scipy.special import log_softmax, xlogy
 from sklearn.linear_model import LogisticRegression
 from sklearn.utils import compute_class_weight
@@ -9,9 +12,11 @@ from sklearn.utils import compute_class_weight
 from keras_transfer.config import HeadConfig
 from keras_transfer.features.cache import FeatureCache
 from keras_transfer.features.shards import FeatureSpec
-from keras_transfer.training import head as head_module
 from keras_transfer.training.head import (
+    CHUNK_ROWS,
+    IN_MEMORY_BYTES,
     LINEAR_L2,
+    MIN_DELTA,
     MLP_L2,
     LabelledFeatures,
     TrainedHead,
@@ -25,6 +30,8 @@ FEATURES = 12
 MLP = HeadConfig(
     kind="mlp", hidden=(16,), learning_rate=0.03, epochs=12, patience=3, l2=(1e-3, 1e-5)
 )
+SHORT_MLP = MLP.model_copy(update={"epochs": 3})
+"""Where it does not matter how much is learned."""
 
 
 def blobs(count: int, num_classes: int, seed: int = 0):
@@ -191,7 +198,7 @@ def split(num_classes: int = 3, balanced: bool = False):
     ]
 
 
-@pytest.mark.parametrize("config", [HeadConfig(), MLP], ids=["linear", "mlp"])
+@pytest.mark.parametrize("config", [HeadConfig(), SHORT_MLP], ids=["linear", "mlp"])
 def test_two_runs_give_the_same_bits(config):
     heads = [train_head(config, *split(), seed=3) for _ in range(2)]
     first, second = (head.model.get_weights() for head in heads)
@@ -201,7 +208,7 @@ def test_two_runs_give_the_same_bits(config):
 
 
 def test_the_seed_matters_to_an_mlp_only():
-    for config, same in ((HeadConfig(l2=(0.1,)), True), (MLP, False)):
+    for config, same in ((HeadConfig(l2=(0.1,)), True), (SHORT_MLP, False)):
         one, other = (train_head(config, *split(), seed=s).model for s in (0, 1))
         assert np.array_equal(one.get_weights()[0], other.get_weights()[0]) == same
 
@@ -219,7 +226,7 @@ def validation_loss(head, val: LabelledFeatures) -> float:
     ("config", "grid", "exact"),
     [
         (HeadConfig(), LINEAR_L2, 1e-5),
-        (MLP.model_copy(update={"l2": None}), MLP_L2, 2 * head_module._MIN_DELTA),
+        (MLP.model_copy(update={"l2": None}), MLP_L2, 2 * MIN_DELTA),
     ],
     ids=["linear", "mlp"],
 )
@@ -228,11 +235,13 @@ def test_the_strength_with_the_lowest_validation_loss_is_kept(
     config, grid, exact, balanced
 ):
     train, val = split(balanced=balanced)
-    calls = []
-    trained = train_head(config, train, val, 0, lambda: calls.append(1))
+    told = Told()
+    trained = train_head(config, train, val, 0, told)
     strengths = list(dict.fromkeys(row["l2"] for row in trained.history))
     assert strengths == sorted(grid, reverse=True)[: len(strengths)]
-    assert len(calls) == len(strengths) > 2
+    assert told.steps == [("head", i + 1, len(grid)) for i in range(len(strengths))]
+    assert told.epochs == [("fit", row["epoch"], row) for row in trained.history]
+    assert len(strengths) > 2
     best = min(trained.history, key=lambda row: row["val_loss"])
     assert trained.l2 == best["l2"]
     assert validation_loss(trained.model, val) == pytest.approx(
@@ -256,7 +265,7 @@ def test_l2_shrinks_the_kernels_of_an_mlp():
     norms = []
     for l2 in (1e-6, 0.3):
         config = MLP.model_copy(
-            update={"l2": (l2,), "hidden": (8, 8), "epochs": 20, "patience": 20}
+            update={"l2": (l2,), "hidden": (8, 8), "epochs": 10, "patience": 10}
         )
         kernels = train_head(config, train, val, 0).model.get_weights()[::2]
         # The first layer has taken over the scaling of the features.
@@ -265,8 +274,8 @@ def test_l2_shrinks_the_kernels_of_an_mlp():
 
 
 @pytest.mark.parametrize("views", [1, 2])
-@pytest.mark.parametrize("config", [HeadConfig(), MLP], ids=["linear", "mlp"])
-def test_streamed_features_give_the_same_head(tmp_path, monkeypatch, config, views):
+@pytest.mark.parametrize("config", [HeadConfig(), SHORT_MLP], ids=["linear", "mlp"])
+def test_streamed_features_give_the_same_head(tmp_path, config, views):
     train, val = split()
     tables = []
     for view in range(views):
@@ -280,26 +289,24 @@ def test_streamed_features_give_the_same_head(tmp_path, monkeypatch, config, vie
         table.flush()
         tables.append(table)
 
-    def head() -> TrainedHead:
+    def head(in_memory_bytes: int, chunk_rows: int) -> TrainedHead:
         parts = []
         for data, name, used in ((train, b"t", tables), (val, b"v", tables[:1])):
             names = [name + b"%031d" % i for i in range(len(data.targets))]
-            parts.append(
-                label_features(
-                    [table.features(names) for table in used],
-                    data.targets,
-                    data.num_classes,
-                    data.class_weights,
-                )
+            part = label_features(
+                [table.features(names) for table in used],
+                data.targets,
+                data.num_classes,
+                data.class_weights,
+                in_memory_bytes,
             )
+            parts.append(replace(part, chunk_rows=chunk_rows))
         kinds.append(type(parts[0].views[0]).__name__)
         return train_head(config, *parts, seed=0)
 
     kinds: list[str] = []
-    in_memory = head()
-    monkeypatch.setattr(head_module, "_IN_MEMORY_BYTES", 0)
-    monkeypatch.setattr(head_module, "_CHUNK", 37)
-    streamed = head()
+    in_memory = head(IN_MEMORY_BYTES, CHUNK_ROWS)
+    streamed = head(0, 37)
     assert kinds == ["ndarray", "Features"]
     assert streamed.l2 == in_memory.l2
     one, other = (predict_head(h.model, val.views[0]) for h in (streamed, in_memory))
@@ -337,9 +344,9 @@ XOR_MLP = HeadConfig(
     kind="mlp",
     hidden=(32,),
     dropout=0.0,
-    learning_rate=0.03,
-    epochs=25,
-    patience=25,
+    learning_rate=0.1,
+    epochs=10,
+    patience=10,
     l2=(1e-4,),
 )
 
@@ -398,7 +405,7 @@ def test_an_mlp_stops_when_validation_no_longer_improves():
     assert [row["epoch"] for row in rows] == list(range(1, len(rows) + 1))
     assert 3 < len(rows) < config.epochs
     best = min(row["val_loss"] for row in rows[:-2])
-    assert min(row["val_loss"] for row in rows[-2:]) > best - head_module._MIN_DELTA
+    assert min(row["val_loss"] for row in rows[-2:]) > best - MIN_DELTA
 
 
 @pytest.mark.parametrize("config", [HeadConfig(), MLP], ids=["linear", "mlp"])
@@ -421,13 +428,12 @@ def test_no_rows_have_no_predictions():
     assert (nothing.shape, nothing.dtype) == ((0, 3), np.float32)
 
 
-def test_predictions_do_not_depend_on_the_chunks(monkeypatch):
+def test_predictions_do_not_depend_on_the_chunks():
     train, val = split()
     trained = train_head(HeadConfig(l2=(1.0,)), train, val, 0)
     whole = predict_head(trained.model, train.views[0])
     np.testing.assert_allclose(whole.sum(1), 1, rtol=1e-5)
-    monkeypatch.setattr(head_module, "_CHUNK", 7)
-    chunked = predict_head(trained.model, train.views[0])
+    chunked = predict_head(trained.model, train.views[0], chunk_rows=7)
     np.testing.assert_allclose(chunked, whole, atol=1e-6)
 
 

@@ -12,13 +12,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 import yaml
-from conftest import CLASSES, RUN_FILES, draw, encode, fill
+from conftest import CLASSES, RUN_FILES, Told, draw, encode, fill
 
 import keras_transfer
 from keras_transfer.config import FinetuneConfig
@@ -27,11 +28,18 @@ from keras_transfer.features import activations as activations_module
 from keras_transfer.features.cache import FeatureCache
 from keras_transfer.features.parity import is_close, parity
 from keras_transfer.runs.run import Run
-from keras_transfer.training import tail as tail_module
 from keras_transfer.training.head import LabelledFeatures
+from keras_transfer.training.losses import keras_loss, mean_loss
+from keras_transfer.training.tail import TailData, fastest, train_tail
 from keras_transfer.workflows import finetune as finetune_module
 
-UNTRAINED = {"kind": "mlp", "hidden": [16], "epochs": 1, "learning_rate": 1e-7}
+UNTRAINED = {
+    "kind": "mlp",
+    "hidden": [16],
+    "epochs": 1,
+    "learning_rate": 1e-7,
+    "l2": [1e-4],
+}
 """A head that guesses, so that fine-tuning is certain to be better."""
 
 QUICK = ("--unfreeze", "from:top_conv", "--lr", 0.01, "--batch-size", 8)
@@ -43,14 +51,14 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("workspace")
 
 
-def fit(data: Path, runs_dir: Path, name: str, **options: object) -> Path:
+def fit(data: Path, workspace: Path, name: str, **options: object) -> Path:
     run = keras_transfer.fit(
         str(data),
         image_size=64,
         name=name,
-        runs_dir=runs_dir / "runs",
-        cache_dir=runs_dir / "cache",
-        **{"splits": {"val": 0.3}, **options},
+        runs_dir=workspace / "runs",
+        cache_dir=workspace / "cache",
+        **{"splits": {"val": 0.3}, "folds": 2, **options},
     )
     return run.run_dir
 
@@ -360,7 +368,7 @@ def test_force_keeps_a_model_that_is_worse(perfect, tune, kt, copy):
     run = tune(run_dir, "--from-scratch-head", "--lr", 1e-9, "--force", epochs=1)
     report = run.manifest.finetune
     assert run.manifest.phase == "finetune" and report.kept
-    assert "--force" in report.reason
+    assert "by force" in report.reason
     assert report.after < report.before == 1.0  # it guesses
     assert list(report.alphas) == ["1"] and report.alpha == 1  # and is not mixed
     assert {path.name for path in run_dir.iterdir()} == RUN_FILES | {"model.fit.keras"}
@@ -409,13 +417,13 @@ def test_force_is_for_one_time_only(tuned, tune, copy):
 
 def test_both_models_are_compared_in_the_same_way(guessing, tune, copy, monkeypatch):
     tables = []
-    from_files = finetune_module._predict_files
+    from_files = finetune_module.predict_table
 
-    def recorded(model, splits, table):
+    def recorded(model, table, read):
         tables.append(len(table))
-        return from_files(model, splits, table)
+        return from_files(model, table, read)
 
-    monkeypatch.setattr(finetune_module, "_predict_files", recorded)
+    monkeypatch.setattr(finetune_module, "predict_table", recorded)
     monkeypatch.setattr(finetune_module, "is_close", lambda parity: False)
     run = tune(copy(guessing), epochs=1)
     report = run.manifest.finetune
@@ -462,12 +470,14 @@ def test_of_the_usual_shares_the_best_is_taken(tuned):
 # What is computed, and how often
 
 
-def test_activations_are_computed_once(guessing, tune, copy, monkeypatch):
+def test_activations_are_computed_once(guessing, tune, copy):
     cached = copy(guessing, "first")
     configure(cached, cache_dir="fresh")
     again = Path(shutil.copytree(cached, "second"))
     first = tune(cached, epochs=1).manifest.finetune
     assert first.engine in ("openvino", "keras")
+    decided = [x for x in first.notes if x.startswith(("engine ", "precision "))]
+    assert len({*decided}) == len(decided) > 0
     before = digests(Path("fresh"))
     second = tune(again, epochs=1)
     assert second.manifest.finetune.engine == "cache"
@@ -478,16 +488,15 @@ def test_activations_are_computed_once(guessing, tune, copy, monkeypatch):
 def test_of_a_way_that_is_given_up_only_a_sample_is_kept(
     guessing, tune, copy, monkeypatch
 ):
-    answers = iter((False, False, True))
+    answers = iter((False, True))
     monkeypatch.setattr(activations_module, "is_close", lambda parity: next(answers))
     run_dir = copy(guessing)
     configure(run_dir, cache_dir="fresh")
-    report = tune(run_dir, epochs=1).manifest.finetune
-    given_up = [note for note in report.notes if "were given up" in note]
-    assert len(given_up) == 2 and all("float16" in note for note in given_up)
+    report = tune(run_dir, "--precision", "f32", epochs=1).manifest.finetune
+    (given_up,) = [note for note in report.notes if "were given up" in note]
+    assert "float16" in given_up
     assert report.activation_bytes == 2 * 2 * 320 * 4
-    tables = list(FeatureCache(Path("fresh")).list())
-    kept = {(table["dtype"], table["images"]) for table in tables}
+    kept = {(table["dtype"], table["images"]) for table in feature_tables("fresh")}
     assert kept == {("float16", 36), ("float32", 60)}  # of training images
 
 
@@ -514,7 +523,7 @@ def test_free_space_is_needed_for_what_is_not_cached_yet(
     row_bytes = 2 * 2 * 320 * 2
 
     def leave(rows: int) -> None:
-        free = activations_module._FREE_BYTES + rows * row_bytes
+        free = activations_module.FREE_BYTES + rows * row_bytes
         monkeypatch.setattr(FeatureCache, "free_bytes", lambda cache: free)
 
     run_dir = copy(guessing)
@@ -539,36 +548,42 @@ def test_augmented_views_are_cached_and_trained_on(guessing, tune, copy):
 
 def pixel_tables(cache_dir: Path) -> set[tuple[str, int]]:
     """What tables of pixels are known by, and how many images they hold."""
-    tables = FeatureCache(cache_dir).list()
+    tables = feature_tables(cache_dir)
     return {(x["split_point"], x["images"]) for x in tables if x["dtype"] == "uint8"}
+
+
+def feature_tables(cache_dir: str | Path) -> list[dict]:
+    """All tables but that of the images' quality, which has no split point."""
+    return [x for x in FeatureCache(Path(cache_dir)).list() if x["split_point"]]
 
 
 def test_online_augmentation_makes_new_views_every_epoch(
     guessing, tune, copy, monkeypatch
 ):
     seen = []
-    make_batches = tail_module._batches
 
-    def recorded(data, batch_size, seed, epoch, transform):
+    def recorded(recipe, data, checkpoint, listener):
         def transformed(pixels, picked, number):
             assert pixels.dtype == np.uint8 and pixels.shape[1:] == (64, 64, 3)
-            out = transform(pixels, picked, number)
+            out = data.transform(pixels, picked, number)
             seen.extend(
                 (number, int(i), row.tobytes())
                 for i, row in zip(picked, out, strict=True)
             )
             return out
 
-        return make_batches(data, batch_size, seed, epoch, transformed)
+        return train_tail(
+            recipe, replace(data, transform=transformed), checkpoint, listener
+        )
 
-    monkeypatch.setattr(tail_module, "_batches", recorded)
+    monkeypatch.setattr(finetune_module, "train_tail", recorded)
     run_dir = copy(guessing)
     configure(run_dir, cache_dir="fresh")
     report = tune(run_dir, "--augment", "online", epochs=3).manifest.finetune
     assert pixel_tables(Path("fresh")) == {("image#1", 36)}
     assert report.epochs == 3
     assert report.split_point == "block7a_project_bn"
-    assert any("--augment online" in note for note in report.notes)
+    assert any("augment online" in note for note in report.notes)
     for epoch in range(3):
         assert {i for number, i, _ in seen if number == epoch} == set(range(36))
     views = {row for number, i, row in seen if i == 0}
@@ -587,11 +602,12 @@ def test_of_each_image_one_view_is_read():
             return self.values[index]
 
     views = [Counted(view) for view in range(4)]
-    data = LabelledFeatures(views, np.arange(20), 20, np.ones((2, 20), "f4"))
+    images = LabelledFeatures(views, np.arange(20), 20, np.ones((2, 20), "f4"))
+    data = TailData(images, images, [])
     seen = set()
     for epoch in range(3):
         read: list[int] = []
-        batches = list(tail_module._batches(data, 8, 0, epoch, None))
+        batches = list(data.batches(8, 0, epoch))
         assert sorted(read) == list(range(20))
         labels = np.concatenate([labels for _, labels in batches])[:, :20].argmax(1)
         values = np.concatenate([values for values, _ in batches])[:, 0]
@@ -629,16 +645,16 @@ def test_less_precise_arithmetic_must_be_faster_and_begin_the_same(
     steps, seconds, loss, chosen
 ):
     learners = {"f32": Timed("f32", 1.0, 1.0), "bf16": Timed("bf16", seconds, loss)}
-    notes: list[str] = []
-    found = tail_module._fastest(
+    told = Told()
+    found = fastest(
         learners.__getitem__,
         ["f32", "bf16"],
         (np.zeros(0), np.zeros(0)),
         steps,
-        notes.append,
+        told,
     )
     assert found.precision == chosen
-    assert len(notes) == (steps > 5)
+    assert len(told.notes) == (steps > 5)
 
 
 def test_training_in_bf16(guessing, tune, copy):
@@ -673,9 +689,12 @@ def test_the_losses_of_training_and_of_validation_are_one_figure(multi_label):
     data = LabelledFeatures([np.zeros((20, 1))], targets, 3, weights)
     logits = rng.normal(size=(20, 3)).astype("f4")
     labels = np.concatenate(data.labels(slice(None)), axis=1)
-    losses = tail_module._cross_entropy(multi_label)(labels, logits)
+    losses = keras_loss(multi_label, from_logits=True)(labels, logits)
     activation = keras.ops.sigmoid if multi_label else keras.ops.softmax
-    of_probabilities = tail_module._mean_loss(data, np.asarray(activation(logits)))
+    probabilities = np.asarray(activation(logits))
+    of_probabilities = mean_loss(
+        probabilities, *data.labels(slice(None)), data.multi_label
+    )
     assert of_probabilities == pytest.approx(float(np.mean(losses)), rel=1e-5)
 
 
@@ -694,7 +713,8 @@ def test_activations_beyond_the_disk_budget_are_refused(
     options = (*QUICK, "--disk-budget", budget, "--augment", augment)
     result = kt("unfreeze-and-finetune", run_dir, *options)
     fixes = ("--disk-budget", "--augment online", "Unfreeze fewer")
-    assert_one_line(result, 1, "60 activations", f"{budget:g} GB", *fixes)
+    received = f"Received: --disk-budget {budget:g}, --augment {augment}, "
+    assert_one_line(result, 1, "60 activations", received, *fixes)
     assert digests(run_dir) == before
     assert {path.name for path in run_dir.iterdir()} == RUN_FILES
 
@@ -776,10 +796,10 @@ def test_a_missing_run_is_named(kt):
     ("test", "augment", "evaluated"), [(0.1, 0, ["test"]), (0.0, "online", [])]
 )
 def test_without_validation_images_force_is_needed(
-    photos, tmp_path, kt, tune, test, augment, evaluated
+    photos, workspace, kt, tune, test, augment, evaluated
 ):
-    held_out = {"val": 0.0, "test": test}
-    run_dir = fit(photos, tmp_path, "none", splits=held_out, head=UNTRAINED)
+    held_out, name = {"val": 0.0, "test": test}, f"no-val-{augment}"
+    run_dir = fit(photos, workspace, name, splits=held_out, head=UNTRAINED)
     before = digests(run_dir)
     result = kt("unfreeze-and-finetune", run_dir, *QUICK)
     assert_one_line(result, 2, "--force", "validation")
@@ -929,7 +949,7 @@ def test_an_unfinished_fine_tuning_is_not_lost_by_accident(unfinished, kt, tune,
     plain = kt("unfreeze-and-finetune", run_dir)
     assert_one_line(plain, 2, "--resume", "--no-resume")
     other = kt("unfreeze-and-finetune", run_dir, "--resume", "--lr", 0.5)
-    assert_one_line(other, 2, "learning_rate", "0.5", "0.01", "--no-resume")
+    assert_one_line(other, 2, "--lr 0.5 instead of 0.01", "--no-resume")
     assert digests(run_dir) == before
     images = run_dir / "checkpoint" / "images.txt"
     images.write_text("0" * 64)  # as if an image had other bytes then
@@ -974,7 +994,7 @@ def test_an_error_after_the_last_epoch_loses_none(
         def fail(*_: object) -> None:
             raise KerasTransferError("The disk is full.")
 
-        patched.setattr(finetune_module, "_commit", fail)
+        patched.setattr(finetune_module, "updating", fail)
         options = (*QUICK, *DROPOUT, "--epochs", 6)
         result = kt("unfreeze-and-finetune", run_dir, *options)
     assert_one_line(result, 1, "The disk is full.")
@@ -1032,11 +1052,9 @@ def test_an_interrupt_is_one_line_and_can_be_resumed(guessing, uninterrupted, kt
     after = digests(run_dir)
     assert before.items() <= after.items()
     assert (run_dir / "checkpoint" / "state.npz").exists()
-    told = []
-    keras_transfer.unfreeze_and_finetune(
-        run_dir, resume=True, on_progress=lambda *progress: told.append(progress)
-    )
-    batches = [done for phase, done, of in told if phase == "training" and of == 30]
+    told = Told()
+    keras_transfer.unfreeze_and_finetune(run_dir, resume=True, listeners=[told])
+    batches = [done for step, done, of in told.steps if (step, of) == ("training", 30)]
     assert batches == list(range(batches[0], 31)) and batches[0] > 5
     assert_same_result(run_dir, uninterrupted)
 
@@ -1068,7 +1086,7 @@ def test_labels_may_be_several(kt, tune, tmp_path):
     assert evaluated["log_loss"] == pytest.approx(figures["test"]["log_loss"], abs=1e-3)
 
 
-def test_two_classes_out_of_balance(photos, tmp_path, tune, kt):
+def test_two_classes_out_of_balance(photos, workspace, tmp_path, tune, kt):
     folder = tmp_path / "two"
     for name, count in (("circle", 20), ("stripes", 8)):
         (folder / name).mkdir(parents=True)
@@ -1076,7 +1094,7 @@ def test_two_classes_out_of_balance(photos, tmp_path, tune, kt):
             file = f"{index:02d}.jpg"
             shutil.copy(photos / name / file, folder / name / file)
     head = {**UNTRAINED, "class_weight": "balanced"}
-    balanced = fit(folder, tmp_path, "balanced", head=head)
+    balanced = fit(folder, workspace, "balanced", head=head)
     plain = Path(shutil.copytree(balanced, tmp_path / "plain"))
     config = plain / "config.yaml"
     text = config.read_text()
@@ -1151,7 +1169,7 @@ def test_a_split_may_vanish_as_a_whole(vanishing, tune):
 @pytest.mark.parametrize(
     ("split", "max_skipped", "exit_code", "words"),
     [
-        ("val", 0.1, 1, ["18 of 60 images cannot be used", "--max-skipped"]),
+        ("val", 0.1, 1, ["18 of 60 images cannot be used", "max_skipped"]),
         ("val", 0.5, 2, ["Without validation images", "--force"]),
         ("train", 1.0, 1, ["0 usable training images"]),
     ],
@@ -1192,20 +1210,24 @@ def test_data_that_are_gone_are_one_line(vanishing, kt, split):
 
 def test_it_can_be_called_from_python(guessing, copy):
     opened = keras_transfer.open_run(copy(guessing))
-    noted, told = [], []
+    told = Told()
     options = {"unfreeze": "from:top_conv", "learning_rate": 0.01, "batch_size": 8}
     run = keras_transfer.unfreeze_and_finetune(
         opened,
         epochs=1,
-        on_note=noted.append,
-        on_progress=lambda *progress: told.append(progress),
+        listeners=[told],
         **options,
     )
     assert run is opened
     report = run.manifest.finetune
     assert report.epochs == 1
-    assert noted[:-1] == report.notes and noted[-1] == report.reason
-    assert ("training", 5, 5) in told
-    assert [x for x in told if x[0] == "features"][-1][1:] == (60, 60)
+    assert told.notes[:-1] == report.notes and told.notes[-1] == report.reason
+    assert ("training", 5, 5) in told.steps
+    assert [x for x in told.steps if x[0] == "features"][-1][1:] == (60, 60)
+    (told_epoch,) = told.epochs
+    history = rows(run.run_dir / "history.csv")
+    assert told_epoch[:2] == ("finetune", 1)
+    assert f"{told_epoch[2]['val_loss']}" == history[-1]["val_loss"]
+    assert told.artifacts == [(run.run_dir, "run")]
     with pytest.raises(keras_transfer.errors.UsageError, match="epochs"):
         keras_transfer.unfreeze_and_finetune(run, epoch=1)
