@@ -1,6 +1,7 @@
 """Photos that the tests make, and a `kt` that runs in this process."""
 
 import contextlib
+import gc
 import io
 import multiprocessing
 import os
@@ -71,6 +72,13 @@ def _own_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test has its own working and cache directory."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _collect_garbage() -> Iterator[None]:
+    """Frees the graphs of a file's tests, which are cycles of gigabytes."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
