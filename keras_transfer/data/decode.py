@@ -345,14 +345,15 @@ def _first_frame(
         (the truncated GIF, the margins that `tf.pad` must add around its image).
     """
     length = tf.strings.length(encoded)
+    blocks = _Blocks(encoded)
     # Extensions come first, each with an introducer, a label and data blocks.
     position, steps = tf.while_loop(
-        lambda at, steps: _gif_mark(encoded, at, steps) == 0x21,
-        lambda at, steps: _after_blocks(encoded, at + 2, steps),
+        lambda at, steps: blocks.mark(at, steps) == 0x21,
+        lambda at, steps: blocks.skip(at + 2, steps),
         (13 + _color_table_size(header[10]), tf.constant(0)),
         parallel_iterations=1,
     )
-    encoded = _require_few_blocks(encoded, steps)
+    encoded = blocks.require_few(encoded, steps)
     encoded = require(
         encoded, position + 10 < length, "damaged or truncated before its image"
     )
@@ -364,8 +365,8 @@ def _first_frame(
     height = tf.maximum(_little_endian(header[8:10]), bottom)
     encoded = _within_pixel_limit(encoded, height, width)
     data = position + 11 + _color_table_size(frame[9])
-    end, steps = _after_blocks(encoded, data, steps)
-    encoded = _require_few_blocks(encoded, steps)
+    end, steps = blocks.skip(data, steps)
+    encoded = blocks.require_few(encoded, steps)
     encoded = require(encoded, end <= length, "damaged or truncated in its first image")
     before = tf.strings.substr(encoded, 0, position + 1)
     after = tf.strings.substr(encoded, position + 5, end - position - 5)
@@ -377,42 +378,42 @@ def _first_frame(
 
 
 def _color_table_size(flags: tf.Tensor) -> tf.Tensor:
-    """Bytes of the color table that a GIF's flags announce."""
+    """Returns the number of bytes of the color table that a GIF's flags announce."""
     size = 3 * tf.bitwise.left_shift(2, tf.bitwise.bitwise_and(flags, 7))
     return tf.where(flags >= 0x80, size, 0)
 
 
-def _most_blocks(encoded: tf.Tensor) -> tf.Tensor:
-    return _MOST_BLOCKS + tf.strings.length(encoded) // _LEAST_BLOCK
+class _Blocks:
+    """The blocks of a GIF, of which a limited number is walked."""
 
+    def __init__(self, encoded: tf.Tensor):
+        self._encoded = encoded
+        self._length = tf.strings.length(encoded)
+        self._limit = _MOST_BLOCKS + self._length // _LEAST_BLOCK
 
-def _gif_mark(encoded: tf.Tensor, position: tf.Tensor, steps: tf.Tensor) -> tf.Tensor:
-    """The byte there; 0, which ends a walk, where it has gone too far."""
-    length = tf.strings.length(encoded)
-    is_far = (position >= length) | (steps >= _most_blocks(encoded))
-    return tf.where(is_far, 0, _byte(encoded, tf.minimum(position, length - 1)))
+    def mark(self, position: tf.Tensor, steps: tf.Tensor) -> tf.Tensor:
+        """Reads a byte; returns 0, which ends the walk, if it has gone too far."""
+        is_far = (position >= self._length) | (steps >= self._limit)
+        return tf.where(is_far, 0, self._byte(tf.minimum(position, self._length - 1)))
 
+    def skip(
+        self, position: tf.Tensor, steps: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns the position after data blocks, and the blocks walked so far."""
+        end, steps = tf.while_loop(
+            lambda at, steps: self.mark(at, steps) > 0,
+            lambda at, steps: (at + 1 + self._byte(at), steps + 1),
+            (position, steps),
+            parallel_iterations=1,
+        )
+        return end + 1, steps + 1
 
-def _after_blocks(
-    encoded: tf.Tensor, position: tf.Tensor, steps: tf.Tensor
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Where a GIF goes on after blocks of data, and how many were walked so far."""
-    end, steps = tf.while_loop(
-        lambda at, steps: _gif_mark(encoded, at, steps) > 0,
-        lambda at, steps: (at + 1 + _byte(encoded, at), steps + 1),
-        (position, steps),
-        parallel_iterations=1,
-    )
-    return end + 1, steps + 1
+    def require_few(self, tensor: tf.Tensor, steps: tf.Tensor) -> tf.Tensor:
+        """Returns a tensor that is available only if the limit was not reached."""
+        return require(tensor, steps < self._limit, "a GIF of too many small blocks")
 
-
-def _require_few_blocks(encoded: tf.Tensor, steps: tf.Tensor) -> tf.Tensor:
-    is_short = steps < _most_blocks(encoded)
-    return require(encoded, is_short, "a GIF of too many small blocks")
-
-
-def _byte(encoded: tf.Tensor, position: tf.Tensor) -> tf.Tensor:
-    return _integers(tf.strings.substr(encoded, position, 1), 1)[0]
+    def _byte(self, position: tf.Tensor) -> tf.Tensor:
+        return _integers(tf.strings.substr(self._encoded, position, 1), 1)[0]
 
 
 def _within_pixel_limit(

@@ -23,12 +23,11 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from keras_transfer.errors import KerasTransferError, UsageError
-from keras_transfer.features.file_index import FileIndex
 from keras_transfer.features.index import DAMAGED, SOUND, UNKNOWN, Index, as_digests
 from keras_transfer.features.shards import (
     INDEX_DTYPE,
@@ -41,6 +40,9 @@ from keras_transfer.features.shards import (
     file_sizes,
 )
 from keras_transfer.runs.files import is_writable, locked, nearest_directory
+
+if TYPE_CHECKING:
+    from keras_transfer.features.file_index import FileIndex
 
 SHARD_BYTES = 32 * 2**20
 """Size in bytes at which a shard is written."""
@@ -122,6 +124,11 @@ class FeatureTable:
                 return any(self._is_sound(index, e) for e in index.candidates(digest))
             except FileNotFoundError:  # shards were merged, or pruned
                 self.reload()
+
+    def contains(self, digests: Sequence[bytes]) -> np.ndarray:
+        """Tells which images have flushed, undamaged features, as bool `[N]`."""
+        _, entries = self._find(as_digests(digests))
+        return entries >= 0
 
     def prepare(self) -> None:
         """Checks that features can be stored, before any are computed.
@@ -320,8 +327,10 @@ class FeatureCache:
             os.utime(folder)  # marks it as used, for `prune`
         return FeatureTable(store, spec)
 
-    def file_index(self, root: Path, sources: Sequence[str]) -> FileIndex:
+    def file_index(self, root: Path, sources: Sequence[str]) -> "FileIndex":
         """Opens the index of known digests of files; see `FileIndex`."""
+        from keras_transfer.features.file_index import FileIndex  # imports pyarrow
+
         return FileIndex(self.directory / _FILES, root, sources)
 
     def free_bytes(self) -> int:

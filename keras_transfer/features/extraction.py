@@ -1,7 +1,6 @@
 """Images -> features: the output of the frozen part of a model, computed once."""
 
 import contextlib
-import hashlib
 import itertools
 import os
 import time
@@ -11,18 +10,13 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from keras_transfer.data.decode import (
-    DecodedImage,
-)
+from keras_transfer.data.decode import DecodedImage
 from keras_transfer.data.quality import QUALITY_DTYPE, measure_quality
-from keras_transfer.data.reading import Reader, map_ahead
+from keras_transfer.data.reading import Reader, hashing, map_ahead
 from keras_transfer.errors import DecodeError, KerasTransferError
 from keras_transfer.events import Listener
 from keras_transfer.features.cache import FeatureTable
-from keras_transfer.features.engine import (
-    BATCH_SIZE,
-    Engine,
-)
+from keras_transfer.features.engine import BATCH_SIZE, Engine
 
 _QUALITY = -1  # pseudo view number that stands for the quality measures
 
@@ -61,11 +55,13 @@ class Extraction:
         table = self.quality_table
         if table is None:
             return rows
-        digests = [self.digests.get(source, b"") for source in sources]
-        places = [i for i, digest in enumerate(digests) if digest and digest in table]
-        if places:
+        places = np.array([i for i, x in enumerate(sources) if x in self.digests], int)
+        digests = [self.digests[sources[i]] for i in places]
+        is_measured = table.contains(digests)
+        places = places[is_measured]
+        if len(places):
             with contextlib.suppress(KerasTransferError):  # pruned meanwhile
-                found = table.features([digests[i] for i in places])[:]
+                found = table.features([*itertools.compress(digests, is_measured)])[:]
                 rows[places] = np.ascontiguousarray(found).view(QUALITY_DTYPE)[:, 0]
         return rows
 
@@ -176,7 +172,9 @@ class _Walk:
     ):
         self.extraction = Extraction(tables=tables, quality_table=images.quality_table)
         self._images = images
-        self._cached = tables
+        self._tables = dict(enumerate(tables))
+        if images.measures_quality and images.quality_table is not None:
+            self._tables[_QUALITY] = images.quality_table
         self._listener = listener
         self._done = itertools.count(1)
         self._started: set[tuple[bytes, int]] = set()
@@ -209,14 +207,14 @@ class _Walk:
             else:
                 self.extraction.digests[source] = digest
                 self.finish_one()
-        for source, encoded in self._images.read(unread):
+        read = hashing(self._images.read, self.extraction.digests)
+        for source, encoded in read(unread):
             if isinstance(encoded, OSError):
                 reason = f"cannot be read: {encoded.strerror}"
                 self.extraction.skipped[source] = reason
                 self.finish_one()
                 continue
-            digest = hashlib.sha256(encoded).digest()
-            self.extraction.digests[source] = digest
+            digest = self.extraction.digests[source]
             wanted = self._wanted(source, digest)
             self._started.update((digest, view) for view in wanted)
             if wanted:
@@ -226,14 +224,12 @@ class _Walk:
 
     def _wanted(self, source: str, digest: bytes) -> list[int]:
         """Lists the views of an image that are neither cached nor in progress."""
-        views = range(1 + self._images.views.get(source, 0))
-        tables = {view: self._cached[view] for view in views}
-        if self._images.measures_quality and self._images.quality_table is not None:
-            tables[_QUALITY] = self._images.quality_table
+        views = [*range(1 + self._images.views.get(source, 0))]
+        views += [_QUALITY] if _QUALITY in self._tables else []
         return [
             view
-            for view, table in tables.items()
-            if (digest, view) not in self._started and digest not in table
+            for view in views
+            if (digest, view) not in self._started and digest not in self._tables[view]
         ]
 
     def _decoded(
@@ -265,9 +261,9 @@ class _Walk:
                 self._unusable[item.digest] = str(image)
                 self.finish_one()
                 continue
-            if quality is not None and images.quality_table is not None:
+            if quality is not None:
                 row = np.frombuffer(quality.tobytes(), np.uint8)
-                images.quality_table.add(item.digest, row)
+                self._tables[_QUALITY].add(item.digest, row)
             numbers = [number for number in item.wanted if number != _QUALITY]
             if not numbers:
                 self.finish_one()

@@ -58,13 +58,15 @@ class FileIndex:
         self._looked = time.time_ns()
         self._stats = np.array([_stat(root / x) for x in sources], np.int64)
         self._stats = self._stats.reshape(-1, len(_STATS))
+        encoded = [x.encode(errors="surrogateescape") for x in sources]
+        self._paths = pa.array(encoded, pa.binary())
 
     def known(self) -> dict[str, bytes]:
         """Returns the digests, by source, of files that are unchanged since read."""
         table = self._read()
         if table is None or not len(table):
             return {}
-        places = pc.index_in(self._paths(), value_set=table["path"].combine_chunks())
+        places = pc.index_in(self._paths, value_set=table["path"].combine_chunks())
         is_listed = np.asarray(places.is_valid())
         places = np.asarray(places.fill_null(0))
         stats = np.stack([table[name].to_numpy() for name in _STATS], axis=1)
@@ -92,7 +94,7 @@ class FileIndex:
         ]
         table = pa.table(
             [
-                self._paths().take(pa.array(rows, pa.int64())),
+                self._paths.take(pa.array(rows, pa.int64())),
                 *(pa.array(column[rows]) for column in self._stats.T),
                 pa.array([digests[self._sources[i]] for i in rows], pa.binary(32)),
             ],
@@ -100,7 +102,7 @@ class FileIndex:
         )
         others = self._read()
         if others is not None:
-            is_ours = pc.is_in(others["path"], value_set=self._paths())
+            is_ours = pc.is_in(others["path"], value_set=self._paths)
             others = others.filter(pc.invert(is_ours))
             root = os.fsencode(self._root)
             exists = [
@@ -114,10 +116,6 @@ class FileIndex:
         with contextlib.suppress(OSError, KerasTransferError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(self._path, sink.getvalue().to_pybytes())
-
-    def _paths(self) -> pa.Array:
-        encoded = [x.encode(errors="surrogateescape") for x in self._sources]
-        return pa.array(encoded, pa.binary())
 
     def _read(self) -> pa.Table | None:
         try:

@@ -5,7 +5,6 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import keras
@@ -71,12 +70,10 @@ accuracy of 0.9 on 30 images, the 95% confidence interval is 0.74 to 0.97 (Wilso
 _FOLDS = 5
 _MOST_CROSS_VALIDATED = 20_000  # training images; with more it would take minutes
 
-_storage = partial(Storage, quality=True)
-
 _STORAGE: dict[str, Sequence[Storage]] = {
-    "auto": (_storage("auto"), _storage("f32"), _storage("f32", "keras")),
-    "bf16": (_storage("bf16"), _storage("f32"), _storage("f32", "keras")),
-    "f32": (_storage("f32"), _storage("f32", "keras")),
+    "auto": (Storage("auto"), Storage("f32"), Storage("f32", "keras")),
+    "bf16": (Storage("bf16"), Storage("f32"), Storage("f32", "keras")),
+    "f32": (Storage("f32"), Storage("f32", "keras")),
 }
 """Ways to compute features, by the config's precision. A later one is used only if the
 model disagrees with features that were computed in an earlier one."""
@@ -227,7 +224,8 @@ def _train_classifier(
         KerasTransferError: If the model disagrees with its head on features, in
             whatever way these are computed.
     """
-    for storage in _STORAGE[config.precision]:
+    for option in _STORAGE[config.precision]:
+        storage = replace(option, quality=True)
         features = frozen_features(part, splits, config.augment, storage, listener)
         usable = usable_splits(config, splits, features.extraction)
         started = time.perf_counter()
