@@ -9,7 +9,7 @@ import difflib
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -18,7 +18,6 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
-    model_validator,
 )
 from pydantic_core import PydanticUndefined
 from yaml.composer import ComposerError
@@ -28,7 +27,9 @@ from keras_transfer.errors import UsageError
 Precision = Literal["auto", "f32", "bf16"]
 TrainingPrecision = Literal["auto", "f32", "bf16", "f16"]
 HeadKind = Literal["linear", "mlp"]
-ClassWeight = Literal["balanced", "none"]
+Balance = Literal["balanced", "none"]
+ClassWeight = Balance | dict[str, Annotated[float, Field(ge=0)]]
+Metric = Literal["accuracy", "balanced_accuracy", "macro_f1", "log_loss", "auc"]
 Format = Literal["litert", "onnx", "openvino", "keras"]
 Quantization = Literal["dynamic", "int8"]
 
@@ -39,8 +40,11 @@ FLAGS = {
     "head.kind": "--head",
     "head.epochs": "--epochs",
     "head.class_weight": "--class-weight",
+    "head.logit_adjustment": "--logit-adjustment",
     "augment": "--augment",
     "folds": "--folds",
+    "metric": "--metric",
+    "abstain_at_accuracy": "--abstain-at-accuracy",
     "precision": "--precision",
     "splits.file": "--splits",
     "max_skipped": "--max-skipped",
@@ -51,6 +55,8 @@ FLAGS = {
     "cache_dir": "--cache-dir",
 }
 """Config keys that have their own option in `kt fit`; `--set` accepts every key."""
+
+_BY_NAME = ("head.class_weight",)  # keys that may hold a mapping of names
 
 # Characters. A complete config has about 2,000; parsing much more takes seconds.
 _MOST_YAML = 100_000
@@ -84,18 +90,10 @@ class _Section(BaseModel):
 class SplitsConfig(_Section):
     """How images are split where the data do not define the splits."""
 
-    val: Fraction = 0.1
-    """Fraction of the images used to choose the L2 strength and to stop training."""
-    test: Fraction = 0.1
+    test: Fraction = 0.15
     """Fraction of the images that are held out for the final metrics."""
     file: Path | None = None
     """A `splits.csv` whose assignments are kept; only images not in it are assigned."""
-
-    @model_validator(mode="after")
-    def _leaves_something_to_train_on(self) -> Self:
-        if self.val + self.test >= 1.0:
-            raise ValueError("val + test must be less than 1")
-        return self
 
 
 class HeadConfig(_Section):
@@ -113,8 +111,8 @@ class HeadConfig(_Section):
     """Maximum number of L-BFGS iterations (`linear`) or epochs (`mlp`) per L2 strength;
     usually far fewer are needed."""
     patience: Annotated[int, Field(ge=1)] = 10
-    """Number of epochs without a lower validation loss before an `mlp` stops."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """Number of epochs without a lower out-of-fold loss before an `mlp` stops."""
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-3
     """Adam's learning rate (`mlp` only; the linear head needs none)."""
     l2: Annotated[
         Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)]
@@ -124,7 +122,10 @@ class HeadConfig(_Section):
     """L2 strengths to choose from; None selects the head's own grid."""
     class_weight: ClassWeight = "none"
     """`balanced` gives every class the same total weight in the loss; `none` gives
-    every image the same weight."""
+    every image the same weight. Or weights by class name, and 1 for other classes."""
+    logit_adjustment: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """How far class frequencies are evened out: 0 keeps those of the training images, 1
+    predicts as if all classes were equally frequent (Menon et al. 2021)."""
 
 
 class FinetuneConfig(_Section):
@@ -155,10 +156,11 @@ class FinetuneConfig(_Section):
     warmup: Fraction = 0.1
     """Fraction of the steps over which the learning rate rises to its peak."""
     epochs: Annotated[int, Field(ge=1, le=100_000)] = 10
-    """Maximum number of epochs."""
-    patience: Annotated[int, Field(ge=1)] = 4
-    """Number of epochs without an improvement on the validation images before training
-    stops."""
+    """Number of epochs; with `patience`, their maximum."""
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """Number of epochs without a lower loss on further images set aside before training
+    stops, to return to the epoch with the lowest loss. None trains for all epochs and
+    takes the mean of the weights after the last ones."""
     batch_size: Annotated[int, Field(ge=1)] = 32
     """Number of images per training step."""
     augment: Annotated[int, Field(ge=0, le=100)] | Literal["online"] = 0
@@ -213,8 +215,16 @@ class Config(_Section):
     """Number of augmented views cached per training image, in addition to the plain
     image."""
     folds: Annotated[int, Field(ge=2, le=100)] | None = None
-    """Number of folds to cross-validate the head in. None cross-validates only if there
-    are few test images."""
+    """Number of folds of the cross-validation that chooses the L2 strength. None means
+    5, or fewer if a class or group needs it, or a held-out tenth if there are very many
+    images."""
+    metric: Metric | None = None
+    """Metric that decides which of several models is better. None means the accuracy,
+    or the mean average precision of multi-label data; L2 strengths are then chosen by
+    the loss."""
+    abstain_at_accuracy: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Accuracy that sure predictions must have; others are marked as not sure. None
+    marks none."""
     max_skipped: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
     """Largest fraction of unusable images that is tolerated; more is an error."""
     cache_dir: Path | None = None
@@ -372,6 +382,8 @@ def _read_yaml(file: Path) -> dict[str, Any]:
             f"The config file is not text in UTF-8. Received: {file}."
         ) from None
     values = _parse_yaml(text, "The config file", str(file))
+    if isinstance(values, dict) and isinstance(values.get("splits"), dict):
+        values["splits"].pop("val", None)  # of earlier versions, which held images out
     if not isinstance(values, dict):
         raise UsageError(
             f"A config file holds `key: value` lines. Received: {file}, which does not."
@@ -385,7 +397,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 def _assign(values: dict[str, Any], dotted_key: str, value: Any) -> None:
     if not isinstance(dotted_key, str):  # as YAML reads `1:` or `null:`
         raise UsageError(f"A config key is text. Received: {dotted_key!r}.")
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and dotted_key not in _BY_NAME:
         for key, inner in value.items():
             _assign(values, f"{dotted_key}.{key}", inner)
         return
@@ -394,6 +406,14 @@ def _assign(values: dict[str, Any], dotted_key: str, value: Any) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise UsageError(f"{section!r} is a value, not a section: {dotted_key}.")
+    if isinstance(value, Mapping):
+        for name in value:
+            if not isinstance(name, str):  # as YAML reads `1:` or `no:`
+                raise UsageError(
+                    f"A class name is text. Received: {_SHORT.repr(name)} in "
+                    f"{dotted_key!r}. Write it in quotes."
+                )
+        value = dict(value)  # further assignments do not change the caller's
     values[key] = value
 
 
@@ -453,6 +473,12 @@ def _in_words(schema: Mapping[str, Any]) -> str:
     kind = schema.get("type")
     if kind == "array":
         return f"{_in_words(schema['items'])}, or a list of several"
+    if (
+        "additionalProperties" in schema
+        and kind == "object"
+        and schema["additionalProperties"]
+    ):
+        return f"{_in_words(schema['additionalProperties'])} by class name"
     if kind not in ("integer", "number"):
         return {"boolean": "true or false", "object": "a section of keys"}.get(
             str(kind), "text"

@@ -9,24 +9,19 @@ import numpy as np
 from keras_transfer.config import Config, HeadConfig
 from keras_transfer.data.samples import sample_images
 from keras_transfer.data.tables import Splits, Table
-from keras_transfer.evaluation.crossvalidation import estimate, fold_numbers
-from keras_transfer.evaluation.metrics import evaluate, selection_key
+from keras_transfer.evaluation.crossvalidation import (
+    FOLDS,
+    evaluate_out_of_fold,
+    fold_numbers,
+)
 from keras_transfer.features.engine import make_engine, seconds_per_image
 from keras_transfer.features.frozen_part import FrozenFeatures, FrozenPart
 from keras_transfer.runs.manifest import Estimate
-from keras_transfer.training.head import (
-    LabelledFeatures,
-    class_weights,
-    label_features,
-    predict_head,
-    train_head,
-)
+from keras_transfer.training.head import train_head
+from keras_transfer.training.labelled import LabelledFeatures, Weighting
 
 SHARES = (0.25, 0.5, 1.0)
 """Fractions of the training images used for the points of the learning curve."""
-
-FOLDS = 5
-"""Number of cross-validation folds."""
 
 _MOST_PROBED = 20_000  # training images, whose features are kept in memory
 _SAMPLE = 32  # images to measure the speed on
@@ -65,56 +60,44 @@ def learning_curve(
     config: Config,
     splits: Splits,
     probed: Probed,
-    features: FrozenFeatures,
     shares: Sequence[float] = SHARES,
 ) -> tuple[Mapping[float, Estimate], float]:
     """Cross-validates probes on fractions of the training images.
 
-    For each fraction, the L2 strength is chosen on the validation images.
+    Each fraction's L2 strength is chosen in the same folds; figures are corrected for
+    that choice.
 
     Args:
         config: The resolved config; its seed is used.
-        splits: The images; the validation images choose L2 strengths.
+        splits: The images.
         probed: The training images.
-        features: Features of the images.
         shares: Fractions of the training images, greater than 0 and at most 1.
 
     Returns:
         (accuracy by fraction, seconds that training a head with the last fraction
         took). For multi-label data, accuracy is the mean average precision.
     """
-    targets, classes = probed.table.targets, len(splits.class_names)
-    weights = class_weights(targets, classes, balanced=False)
-
-    def labelled(index: np.ndarray) -> LabelledFeatures:
-        rows = probed.rows[np.sort(index)]
-        return LabelledFeatures([rows], targets[np.sort(index)], classes, weights)
-
-    def some(index: np.ndarray, share: float, seed: int) -> LabelledFeatures:
-        dealt = index[deal(targets[index], seed)]
-        return labelled(dealt[: max(round(share * len(index)), 1)])
-
-    val = label_features(
-        [features.rows(splits.val.sources)], splits.val.targets, classes, weights
-    )
-    nothing = labelled(np.arange(0))
+    table, names = probed.table, splits.class_names
+    place = np.argsort(deal(table.targets, config.seed))
     curve = {}
     for share in shares:
         started = time.perf_counter()
-        images = some(np.arange(len(targets)), share, config.seed)
-        chosen = train_head(HeadConfig(), images, val, config.seed)
+        # All images are predicted, but only these are learned from.
+        is_some = place < max(round(share * len(place)), FOLDS)
+        data = LabelledFeatures(
+            [probed.rows],
+            table.targets,
+            Weighting.equal(len(names)),
+            is_some.astype(np.float32),
+        )
+        head = train_head(HeadConfig(), data, probed.folds, config.seed)
         seconds = time.perf_counter() - started
-        head_config = HeadConfig(l2=(chosen.l2,))
-        values = []
-        for fold in range(FOLDS):
-            inside = np.flatnonzero(probed.folds != fold)
-            held_out = np.flatnonzero(probed.folds == fold)
-            images = some(inside, share, config.seed + fold)
-            head = train_head(head_config, images, nothing, config.seed)
-            probabilities = predict_head(head.model, probed.rows[held_out])
-            evaluation = evaluate(targets[held_out], probabilities, splits.class_names)
-            values.append(selection_key(evaluation)[0])
-        curve[share] = estimate(values, 1 / FOLDS)
+        assert head.out_of_fold is not None
+        _, estimated = evaluate_out_of_fold(
+            table, head.out_of_fold, names, None, None, config.seed
+        )
+        assert estimated is not None
+        curve[share] = estimated
     return curve, seconds
 
 

@@ -1,5 +1,5 @@
 """DATA in any supported form -> images, their splits and their pixels.
 
 Reading order: reading, folders, tables, listing, splitting, loading, decode, quality,
-augment, samples.
+augment, samples, sorting.
 """

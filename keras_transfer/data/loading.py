@@ -1,4 +1,4 @@
-"""DATA -> Splits: lists the images and divides them into train, validation and test.
+"""DATA -> Splits: lists the images and divides them into train and test.
 
 Images stay encoded. A `Splits` contains three tables of names and labels, and a reader
 that yields the encoded bytes of any image. TensorFlow is imported only for `digits`
@@ -16,7 +16,11 @@ import numpy as np
 from keras_transfer.config import SplitsConfig
 from keras_transfer.data.listing import Listing, list_data
 from keras_transfer.data.reading import Reader
-from keras_transfer.data.splitting import assign_splits, free_train, keep_old_splits
+from keras_transfer.data.splitting import (
+    assign_splits,
+    keep_old_splits,
+    settle_validation,
+)
 from keras_transfer.data.tables import LABEL_SEPARATOR, SPLIT_NAMES, Splits, Table
 from keras_transfer.errors import KerasTransferError
 
@@ -27,17 +31,16 @@ def load(
     seed: int = 0,
     data_dir: Path | None = None,
 ) -> Splits:
-    """Lists the images of DATA and divides them into train, val and test.
+    """Lists the images of DATA and divides them into train and test.
 
-    Splits that the data define are kept. Otherwise images are divided per class in the
-    proportions of `config`, without dividing groups. If the data define a train split
-    but no validation split, part of train is moved to validation, and to test if that
-    is missing too.
+    A test split that the data define is kept. A validation split is trained on too if
+    there is a test split, and is the test split otherwise. If the data define neither,
+    images are divided per class in the proportion of `config`, without dividing groups.
 
     Args:
         data: A folder of class folders, a folder of train/ val/ [test/] folders of
             class folders, a CSV/TSV file, `tfds:NAME[:VERSION]` or `digits`.
-        config: Fractions of the splits, and a splits.csv whose assignments are kept;
+        config: Fraction of the test split, and a splits.csv whose assignments are kept;
             None for the defaults.
         seed: Seed of the assignment of images to splits.
         data_dir: Directory where tensorflow-datasets keeps prepared data sets.
@@ -63,12 +66,14 @@ def load(
             f"A classifier needs at least two classes. Received: {data} with "
             f"{repr(class_names[0]) + ' only' if class_names else 'none'}."
         )
-    held_out = {*listing.splits} - {"", "train"}
-    if "val" not in held_out:
-        free_train(listing)
+    if said := settle_validation(listing.splits):
+        listing.warnings.append(said)
+    has_test = "test" in listing.splits
+    if not has_test:
+        listing.splits = [""] * len(listing.splits)
     if config.file is not None:
         keep_old_splits(listing, config.file)
-    assign_splits(listing, config, seed, held_out)
+    assign_splits(listing, config, seed, has_test)
     splits = _to_splits(listing, tuple(class_names))
     return replace(splits, warnings=(*splits.warnings, *_split_warnings(splits)))
 
@@ -138,14 +143,7 @@ def _split_warnings(splits: Splits) -> list[str]:
     """Finds problems that bias metrics, as far as names and labels show them."""
     missing = []
     if not len(splits.test):
-        figures = (
-            "figures are of the validation images, which also chose the L2 strength"
-            if len(splits.val)
-            else "no image is held out to measure the model on"
-        )
-        missing.append(f"There is no test split: {figures}.")
-    elif not len(splits.val):
-        missing.append("There is no validation split: the L2 strength is not chosen.")
+        missing.append("There is no test split: figures are of cross-validation.")
     groups = {
         source: group
         for _, table in splits.items()

@@ -1,4 +1,4 @@
-"""Assigns images without a split to train, validation or test."""
+"""Assigns images without a split to train or test."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence, Set
@@ -15,17 +15,29 @@ from keras_transfer.errors import UsageError
 _ROUNDING = 1e-6  # tolerance for rounding errors, in images
 
 
-def free_train(listing: Listing) -> None:
-    """Unassigns train images so that some can move to validation, in place.
+def settle_validation(splits: list[str]) -> str:
+    """Turns validation images into test or training images, in place.
 
-    Images stay in train if part of their group is held out by the data.
+    The L2 strength is chosen by cross-validation, so nothing is held out for it. Images
+    that the data call validation are the test split if there is no other; else they are
+    trained on.
+
+    Args:
+        splits: `train`, `val`, `test` or "" for each image.
+
+    Returns:
+        What the validation images became, as a sentence; "" if there are none.
     """
-    pairs = list(zip(listing.splits, listing.groups, strict=True))
-    torn = {group for split, group in pairs if group and split not in ("", "train")}
-    listing.splits = [
-        "" if split == "train" and group not in torn else split
-        for split, group in pairs
-    ]
+    if "val" not in splits:
+        return ""
+    becomes = "train" if "test" in splits else "test"
+    splits[:] = [becomes if split == "val" else split for split in splits]
+    if becomes == "train":
+        return (
+            "Validation images are trained on too: the L2 strength is chosen by "
+            "cross-validation."
+        )
+    return "Validation images are the test split: nothing is chosen with them."
 
 
 def keep_old_splits(listing: Listing, file: Path) -> None:
@@ -34,13 +46,18 @@ def keep_old_splits(listing: Listing, file: Path) -> None:
     Raises:
         UsageError: If the table contains none of the images.
     """
-    rows = read_table(file)
+    rows = list(read_table(file))
+    names = [split_name(file, line, row) for line, row in rows]
+    said = settle_validation(names)
+    if said and said not in listing.warnings:
+        listing.warnings.append(said)
     # Hand-written tables may have spaces around their cells, as DATA may.
-    old = {row["path"].strip(): (line, row) for line, row in rows}
-    old |= {row["path"]: (line, row) for line, row in rows}
+    paths = [row["path"] for _, row in rows]
+    old = dict(zip((path.strip() for path in paths), names, strict=True))
+    old |= dict(zip(paths, names, strict=True))
     for i, source in enumerate(listing.sources):
         if source in old:
-            listing.splits[i] = split_name(file, *old[source])
+            listing.splits[i] = old[source]
     if not set(listing.sources) & set(old):
         raise UsageError(
             f"The old splits name none of these images. Received: {file}, whose first "
@@ -76,7 +93,7 @@ class _Unit(NamedTuple):
 
 
 def assign_splits(
-    listing: Listing, config: SplitsConfig, seed: int, held_out: Set[str]
+    listing: Listing, config: SplitsConfig, seed: int, has_test: bool
 ) -> None:
     """Assigns every image without a split to one, in place.
 
@@ -92,19 +109,15 @@ def assign_splits(
 
     Args:
         listing: The images.
-        config: Fractions of the validation and test splits.
+        config: Fraction of the test split.
         seed: Seed of the assignment.
-        held_out: Splits that the data define, other than train.
+        has_test: Whether the data define a test split.
     """
     if all(listing.splits):
         return
-    wanted = {
-        "train": 1 - config.val - config.test,
-        "val": config.val,
-        "test": config.test,
-    }
-    wanted = {x: share for x, share in wanted.items() if x not in held_out and share}
-    shares = {name: share / sum(wanted.values()) for name, share in wanted.items()}
+    shares = {"train": 1.0}
+    if config.test and not has_test:
+        shares = {"train": 1 - config.test, "test": config.test}
 
     strata, taken = _strata(listing, set(shares))
     divided = sum(name == "" or name in shares for name in listing.splits)

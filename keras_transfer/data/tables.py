@@ -47,11 +47,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Splits:
-    """Labeled images divided into train, validation and test.
+    """Labeled images divided into train and test.
 
     Attributes:
         train: Images to train on.
-        val: Images to choose hyperparameters and stop training with; may be empty.
+        val: Training images that fine-tuning set aside, or images that a run of version
+            0.1.0 chose its model with; otherwise empty.
         test: Images for the final metrics; may be empty.
         class_names: Class names in the order of the model's outputs.
         multi_label: Whether an image may show several classes, or none.
@@ -210,8 +211,35 @@ class Prediction:
         probabilities: float32 `[num_classes]` in the range 0 to 1; None if the image is
             unusable.
         error: Why the image is unusable; "" if it is usable.
+        classes: Names of the predicted classes, most likely first: the most likely
+            one, or for multi-label data those that reach their thresholds, if any.
+        sure: Whether the largest probability reaches the run's threshold; None if it
+            has none.
+        far: Whether the image is far from the training images; None if unknown.
     """
 
     source: str
     probabilities: np.ndarray | None
     error: str = ""
+    classes: tuple[str, ...] = ()
+    sure: bool | None = None
+    far: bool | None = None
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Predictions of a model for images, made as they are asked for.
+
+    Attributes:
+        class_names: Class names in the order of the probabilities.
+        columns: Those attributes of a `Prediction` that are shown beside the most
+            likely classes: `classes` for multi-label data, `sure` with a threshold,
+            `far` if that can be told.
+        total: Number of images.
+        rows: One prediction per image, in order.
+    """
+
+    class_names: Sequence[str]
+    columns: tuple[str, ...]
+    total: int
+    rows: Iterator[Prediction]

@@ -1,9 +1,14 @@
-"""Removes unusable images from splits and finds doubtful ones."""
+"""Removes unusable images from splits, and finds copies and doubtful ones."""
 
 from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import scipy.sparse
 
 from keras_transfer.config import Config
-from keras_transfer.data.tables import Splits, count_classes
+from keras_transfer.data.tables import Splits, Table, count_classes
 from keras_transfer.errors import KerasTransferError, UnusableImagesError
 from keras_transfer.features.extraction import Extraction
 
@@ -42,6 +47,35 @@ def usable_splits(config: Config, splits: Splits, extraction: Extraction) -> Spl
             f"{len(usable.train)} usable training images."
         )
     return usable
+
+
+def copies_grouped(table: Table, digests: Mapping[str, bytes]) -> Table:
+    """Returns a table in which images with the same bytes belong to the same group.
+
+    Otherwise, a copy of an image that is predicted could be among those learned from.
+
+    Args:
+        table: The N images.
+        digests: SHA-256 of each image's bytes, by source.
+
+    Returns:
+        The table itself if no image is a copy of another.
+    """
+    _, copy = np.unique([digests[x] for x in table.sources], return_inverse=True)
+    if copy.max(initial=-1) + 1 == len(table):
+        return table
+    # Images that share a group or their bytes are connected, over any number of steps.
+    _, group = np.unique(
+        [name or f"\0{index}" for index, name in enumerate(table.groups)],
+        return_inverse=True,
+    )
+    count, first_group = len(table), copy.max() + 1
+    links = scipy.sparse.coo_array(
+        (np.ones(count), (copy, first_group + group)),
+        shape=2 * (first_group + group.max() + 1,),
+    )
+    _, component = scipy.sparse.csgraph.connected_components(links, directed=False)
+    return replace(table, groups=tuple(map(str, component[copy])))
 
 
 def data_warnings(splits: Splits, usable: Splits, extraction: Extraction) -> list[str]:

@@ -120,6 +120,34 @@ def attach_head(base: keras.Model, head: keras.Model) -> keras.Model:
     return keras.Model(base.input, head(base.output), name=base.name)
 
 
+def with_features(model: keras.Model) -> keras.Model:
+    """Extends a classifier to also return its head's input.
+
+    Args:
+        model: A model built by `attach_head`.
+
+    Returns:
+        A model of the same input that returns a dictionary with `probabilities` float32
+        `[N, num_classes]` and `features` float32 `[N, D]`. It shares the model's
+        weights.
+    """
+    features = model.get_layer(POOL).output
+    outputs = {"probabilities": model.output, "features": features}
+    return keras.Model(model.input, outputs)
+
+
+def without_head(model: keras.Model) -> keras.Model:
+    """Returns the part of a classifier below its head, which shares its weights.
+
+    Args:
+        model: A model built by `attach_head`.
+
+    Returns:
+        A model from the same input to float32 `[N, D]` features.
+    """
+    return keras.Model(model.input, model.get_layer(POOL).output, name=model.name)
+
+
 def cut(model: keras.Model, split_point: str) -> tuple[keras.Model, keras.Model]:
     """Cuts a model in two after a layer.
 
@@ -180,3 +208,18 @@ def weights_digest(model: keras.Model) -> str:
 def dense_layers(head: keras.Model) -> Sequence[keras.layers.Dense]:
     """Returns the layers of a head that have weights, from input to output."""
     return [layer for layer in head.layers if isinstance(layer, keras.layers.Dense)]
+
+
+def fold_temperature(head: keras.Model, temperature: float) -> None:
+    """Divides a head's logits by a temperature, in place.
+
+    Logits are linear in the kernel and the bias of the last layer, so dividing both by
+    the temperature gives the same model as dividing the logits.
+
+    Args:
+        head: A head as built by `build_head`.
+        temperature: The temperature, greater than 0.
+    """
+    last = dense_layers(head)[-1]
+    for variable in (last.kernel, last.bias):
+        variable.assign(variable / temperature)

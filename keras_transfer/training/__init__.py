@@ -1,4 +1,4 @@
 """Training of a head on cached features, or of the tail of a network.
 
-Reading order: head, optim, tail.
+Reading order: labelled, losses, candidates, linear, mlp, head, optim, tail, tuned.
 """

@@ -7,11 +7,10 @@ single-label data, targets are one-hot and all weights in a row are equal.
 from collections.abc import Callable
 from typing import Any
 
-import keras
 import numpy as np
 import scipy.special
 
-_EPSILON = 1e-7  # probabilities are kept this far from 0 and 1
+from keras_transfer.evaluation.metrics import LEAST_PROBABILITY
 
 
 def logit_losses(
@@ -20,64 +19,73 @@ def logit_losses(
     """Computes the loss of each class of each image and its gradient.
 
     Args:
-        logits: float32 `[N, C]`.
-        targets: float32 `[N, C]`.
-        weights: float32 `[N, C]`.
+        logits: float32 `[N, C]`, or `[N, H, C]` of several heads.
+        targets: float32 `[N, C]`, or `[N, 1, C]`.
+        weights: float32 `[N, C]`, or `[N, H, C]`.
         multi_label: Whether an image may show several classes, or none.
 
     Returns:
-        (losses `[N, C]` in nats, gradient of each image's total loss with respect to
-        its logits `[N, C]`).
+        (losses in nats, gradient of each image's total loss with respect to its
+        logits), both in the shape of the logits.
     """
     if multi_label:
         # log(1 + exp(x)) - t x, and its derivative
         losses = np.logaddexp(0, logits) - targets * logits
         return weights * losses, weights * (scipy.special.expit(logits) - targets)
-    log_probabilities = scipy.special.log_softmax(logits, axis=1)
-    gradient = weights * (np.exp(log_probabilities) - targets)
-    return weights * (-targets * log_probabilities), gradient
+    shifted = logits - logits.max(-1, keepdims=True)
+    exponentials = np.exp(shifted)
+    totals = exponentials.sum(-1, keepdims=True)
+    losses = weights * targets * (np.log(totals) - shifted)
+    return losses, weights * (exponentials / totals - targets)
 
 
-def mean_loss(
+def probabilities_of_logits(logits: np.ndarray, multi_label: bool) -> np.ndarray:
+    """Computes float32 `[N, C]` probabilities: a softmax, or a sigmoid per class."""
+    if multi_label:
+        return scipy.special.expit(logits).astype(np.float32)
+    return scipy.special.softmax(logits, axis=-1).astype(np.float32)
+
+
+def losses_of_probabilities(
     probabilities: np.ndarray,
     targets: np.ndarray,
     weights: np.ndarray,
     multi_label: bool,
-) -> float:
-    """Computes the mean loss per image in nats from `[N, C]` probabilities.
+) -> np.ndarray:
+    """Computes the loss of each image in nats, float32 `[N]`, from probabilities.
 
     The arguments are otherwise those of `logit_losses`.
     """
-    clipped = np.clip(probabilities.astype(np.float64), _EPSILON, 1 - _EPSILON)
+    kept = probabilities.astype(np.float64)
+    clipped = np.clip(kept, LEAST_PROBABILITY, 1 - LEAST_PROBABILITY)
     losses = -targets * np.log(clipped)
     if multi_label:
         losses -= (1 - targets) * np.log(1 - clipped)
-    return float((weights * losses).sum(1).mean())
+    return (weights * losses).sum(1).astype(np.float32)
 
 
-def keras_loss(multi_label: bool, from_logits: bool) -> Callable[[Any, Any], Any]:
+def keras_loss(
+    multi_label: bool, logit_offset: np.ndarray
+) -> Callable[[Any, Any], Any]:
     """Creates the loss as a Keras loss function.
 
     Args:
         multi_label: Whether an image may show several classes, or none.
-        from_logits: Whether the outputs are logits rather than probabilities.
+        logit_offset: float32 `[C]`, added to the logits; see `labelled.logit_offset`.
 
     Returns:
-        A function from targets and weights, concatenated to `[N, 2 C]`, and outputs
+        A function from targets and weights, concatenated to `[N, 2 C]`, and logits
         `[N, C]` to losses `[N]` in nats.
     """
+    import keras  # takes seconds, and weights are checked before
 
-    def cross_entropy(targets_and_weights: Any, outputs: Any) -> Any:
+    def cross_entropy(targets_and_weights: Any, logits: Any) -> Any:
         targets, weights = keras.ops.split(targets_and_weights, 2, axis=-1)
-        if not from_logits:
-            clipped = keras.ops.clip(outputs, _EPSILON, 1 - _EPSILON)
-            losses = -targets * keras.ops.log(clipped)
-            if multi_label:
-                losses -= (1 - targets) * keras.ops.log(1 - clipped)
-        elif multi_label:
-            losses = keras.ops.softplus(outputs) - targets * outputs
+        logits = logits + logit_offset
+        if multi_label:
+            losses = keras.ops.softplus(logits) - targets * logits
         else:
-            losses = -targets * keras.ops.log_softmax(outputs)
+            losses = -targets * keras.ops.log_softmax(logits)
         return keras.ops.sum(weights * losses, axis=-1)
 
     return cross_entropy

@@ -4,6 +4,11 @@ Training uses Keras's `fit`, called once per epoch. After each epoch, everything
 the next one depends on is written to a checkpoint. So training can be resumed after the
 process was killed at any moment, with the same result, bit for bit, as without the
 interruption.
+
+No image chooses when to stop, unless the user asks for it: the learning rate falls to 0
+over a fixed number of epochs, and the weights after the last of them are averaged
+(Polyak & Juditsky 1992; Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima
+and Better Generalization").
 """
 
 import itertools
@@ -22,14 +27,13 @@ import tensorflow as tf
 
 from keras_transfer.config import FinetuneConfig
 from keras_transfer.errors import DivergenceError, UsageError
-from keras_transfer.evaluation.metrics import evaluate, selection_key
 from keras_transfer.events import Listener, duration
 from keras_transfer.features.activations import Transform
 from keras_transfer.features.cache import Features
 from keras_transfer.models.layer_groups import TrainingCopy
 from keras_transfer.runs.files import replacing
-from keras_transfer.training.head import LabelledFeatures
-from keras_transfer.training.losses import keras_loss, mean_loss
+from keras_transfer.training.labelled import LabelledFeatures
+from keras_transfer.training.losses import keras_loss
 from keras_transfer.training.optim import LayerwiseAdamW, LrMultipliers, warmup_cosine
 
 _STATE = "state.npz"
@@ -38,6 +42,9 @@ _A_MOMENT = 10.0  # seconds of training below which measuring does not pay off
 _WORTH_IT = 1.05  # minimum speedup for less precise arithmetic
 _SAME_LOSS = 0.05  # maximum relative difference of its first loss from that of float32
 _PREDICTION_BATCH = 64
+AVERAGED = 0.3
+"""Fraction of the epochs, the last ones, whose weights are averaged."""
+
 _FIX = (
     "Training diverged; the run is as it was. Use a lower learning_rate or base_lr, or "
     "precision f32."
@@ -46,15 +53,17 @@ _FIX = (
 
 @dataclass
 class TrainedTail:
-    """A trained tail at its best epoch.
+    """A trained tail.
 
     Attributes:
-        weights: Values of `layer_groups.changed_variables`, in order.
-        history: One dict per epoch: epoch (starting at 1), loss and val_loss (mean
-            weighted cross-entropies in nats), val_metric (0 to 1; missing without
-            validation images), learning_rate (of the head, at the end of the epoch)
-            and seconds.
-        best_epoch: The epoch that the weights are from, starting at 1.
+        weights: Values of `layer_groups.changed_variables`, in order; the mean over
+            several epochs or those of one. Empty while none of these is finished.
+        history: One dict per epoch: epoch (starting at 1), loss (mean weighted
+            cross-entropy in nats of the training rows), with `patience` val_loss (the
+            same of the rows that choose the epoch; NaN without any), learning_rate (of
+            the head, at the end of the epoch) and seconds.
+        best_epoch: The epoch that the weights are from, starting at 1; with a mean of
+            several, the last of these. 0 while none is finished.
         precision: Arithmetic of training: `f32`, `bf16` or `f16`.
     """
 
@@ -89,15 +98,13 @@ class TailData:
 
     Attributes:
         train: Training rows; each epoch uses one random view of every image.
-        val: Validation rows, to choose the best epoch; if empty, the last epoch is
-            used.
-        class_names: Class names in the order of the outputs.
+        stopping: Held-out rows whose loss decides when to stop with `patience`; None
+            without.
         transform: Applied to training rows in every epoch; None for no change.
     """
 
     train: LabelledFeatures
-    val: LabelledFeatures
-    class_names: Sequence[str]
+    stopping: LabelledFeatures | None = None
     transform: Transform | None = None
 
     def batches(
@@ -135,7 +142,7 @@ class TailData:
 def train_tail(
     recipe: TailRecipe, data: TailData, checkpoint: Path, listener: Listener
 ) -> TrainedTail:
-    """Trains a tail until the validation metric stops improving.
+    """Trains a tail for a fixed number of epochs, or until a loss stops improving.
 
     Args:
         recipe: How to train.
@@ -145,7 +152,8 @@ def train_tail(
         listener: Receives notes, and progress after every batch and epoch.
 
     Returns:
-        The tail at its best epoch.
+        The tail with the mean of its weights after the last epochs; if the config has a
+        `patience`, with those after the epoch of the lowest loss.
 
     Raises:
         DivergenceError: If a loss, a weight or a probability is not finite.
@@ -167,20 +175,18 @@ def train_tail(
     def on_batch() -> None:
         listener.progress("training", next(done), steps * config.epochs)
 
-    while (
-        len(tail.history) < config.epochs
-        and len(tail.history) - tail.best_epoch < config.patience
-    ):
+    while not _is_done(tail, config):
         epoch = len(tail.history)
         started = time.perf_counter()
         batches = data.batches(config.batch_size, recipe.seed, epoch)
         loss = learner.train(batches, steps, on_batch)
         seconds = time.perf_counter() - started
-        row = {"epoch": epoch + 1, "loss": loss, **_validate(learner, data)}
+        row = {"epoch": epoch + 1, "loss": loss}
+        if config.patience is not None:
+            row["val_loss"] = _validate(learner, data.stopping)
         row |= {"learning_rate": learner.rate(), "seconds": seconds}
         tail.history.append(row)
-        if not epoch or _epoch_key(row) > _epoch_key(tail.history[tail.best_epoch - 1]):
-            tail.best_epoch, tail.weights = epoch + 1, learner.weights()
+        _take_weights(tail, config, learner.weights)
         _save(checkpoint / _STATE, tail, learner.state())
         listener.epoch("finetune", epoch + 1, row)
     return tail
@@ -211,18 +217,12 @@ def _prepare(
     return learner
 
 
-def _validate(learner: "_Learner", data: TailData) -> dict[str, float]:
-    """Computes the validation columns of an epoch's history."""
-    val = data.val
-    if not len(val):
-        return {"val_loss": math.nan}
-    probabilities = learner.predict(val.views[0])
-    evaluation = evaluate(val.targets, probabilities, data.class_names)
-    targets, weights = val.labels(slice(None))
-    return {
-        "val_loss": mean_loss(probabilities, targets, weights, val.multi_label),
-        "val_metric": selection_key(evaluation)[0],
-    }
+def _validate(learner: "_Learner", stopping: LabelledFeatures | None) -> float:
+    """Computes the mean loss of the rows that choose the epoch; NaN without any."""
+    if stopping is None:
+        return math.nan
+    probabilities = learner.predict(stopping.views[0])
+    return float(stopping.losses_of(probabilities).mean())
 
 
 def measure_training(recipe: TailRecipe, batch: LabelledFeatures) -> float:
@@ -233,7 +233,7 @@ def measure_training(recipe: TailRecipe, batch: LabelledFeatures) -> float:
         batch: Rows and targets of one batch.
     """
     learner = _Learner(recipe, "f32", 1, batch)
-    rows = next(TailData(batch, batch, ()).batches(len(batch), 0, 0))
+    rows = next(TailData(batch).batches(len(batch), 0, 0))
     learner.measure(rows, _MEASURED_STEPS)
     return learner.seconds_a_step
 
@@ -243,12 +243,39 @@ def has_state(checkpoint: Path) -> bool:
     return (checkpoint / _STATE).exists()
 
 
-def _epoch_key(row: dict[str, float]) -> tuple[float, float]:
-    """Returns a sort key for epochs; larger is better.
+def averaged_epochs(config: FinetuneConfig) -> int:
+    """Returns the number of epochs whose weights are averaged; 1 with `patience`."""
+    if config.patience is not None:
+        return 1
+    return max(1, round(AVERAGED * config.epochs))
 
-    Without validation images, later epochs are better.
-    """
-    return row.get("val_metric", row["epoch"]), -row["val_loss"]
+
+def _is_done(tail: TrainedTail, config: FinetuneConfig) -> bool:
+    epochs = len(tail.history)
+    if epochs == config.epochs:
+        return True
+    return config.patience is not None and epochs - tail.best_epoch >= config.patience
+
+
+def _take_weights(
+    tail: TrainedTail, config: FinetuneConfig, weights: Callable[[], list[np.ndarray]]
+) -> None:
+    """Updates a tail's weights after an epoch, if they depend on this epoch."""
+    epoch = len(tail.history)
+    if config.patience is not None:
+        losses = [row["val_loss"] for row in tail.history]
+        # Without rows to choose by, losses are NaN and later epochs are better.
+        if epoch == 1 or not losses[-1] >= losses[tail.best_epoch - 1]:
+            tail.best_epoch, tail.weights = epoch, weights()
+        return
+    # The mean of n values is that of the first n - 1, plus 1 / n of the difference.
+    count = epoch - (config.epochs - averaged_epochs(config))
+    if count == 1:
+        tail.best_epoch, tail.weights = epoch, weights()
+    elif count > 1:
+        pairs = zip(tail.weights, weights(), strict=True)
+        tail.best_epoch = epoch
+        tail.weights = [old + (new - old) / np.float32(count) for old, new in pairs]
 
 
 def images_per_second(tail: TrainedTail, images: int) -> float:
@@ -267,32 +294,35 @@ def predict_rows(
     """Applies a function to rows in batches.
 
     Args:
-        function: Returns probabilities of rows; see `probability_function`.
+        function: Computes outputs `[n, K]`, such as probabilities or features, of n
+            rows; see `inference_function`.
         rows: `[N, ...]` activations.
 
     Returns:
-        float32 `[N, num_classes]` probabilities.
+        float32 `[N, K]` outputs.
 
     Raises:
-        DivergenceError: If a probability is not finite.
+        DivergenceError: If an output is not finite.
     """
     starts = range(0, len(rows), _PREDICTION_BATCH)
     parts = (rows[start : start + _PREDICTION_BATCH] for start in starts)
     values = np.concatenate([function(tf.constant(part)).numpy() for part in parts])
     if not np.isfinite(values).all():
-        raise DivergenceError(f"The model's probabilities are not finite. {_FIX}")
+        raise DivergenceError(f"The model's outputs are not finite. {_FIX}")
     return values
 
 
-def probability_function(
+def inference_function(
     model: keras.Model, multi_label: bool | None = None
 ) -> Callable[[Any], Any]:
-    """Compiles a model in inference mode as a function from rows to probabilities.
+    """Compiles a model in inference mode as a function of rows.
+
+    It uses the model's current weights whenever it is called.
 
     Args:
-        model: Model from rows to probabilities, or to logits if `multi_label` is given.
-        multi_label: Whether logits are converted by a sigmoid (True) or a softmax
-            (False); None if the model returns probabilities.
+        model: Model from rows to any outputs; to logits if `multi_label` is given.
+        multi_label: Whether logits are converted to probabilities by a sigmoid (True)
+            or a softmax (False); None leaves outputs as they are.
     """
     activation = {
         None: keras.activations.linear,
@@ -330,9 +360,9 @@ class _Learner:
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
         optimizer.build(self._model.trainable_variables)
         self._optimizer = optimizer
-        loss = keras_loss(train.multi_label, from_logits=True)
+        loss = keras_loss(train.multi_label, train.weighting.logit_offset)
         self._model.compile(optimizer, loss, jit_compile=False)
-        self._predict = probability_function(self._model, train.multi_label)
+        self._predict = inference_function(self._model, train.multi_label)
         rows = train.views[0]
         self._signature = (
             tf.TensorSpec((None, *self._model.input_shape[1:]), rows.dtype),
@@ -487,7 +517,7 @@ def _save(path: Path, tail: TrainedTail, state: Sequence[np.ndarray]) -> None:
     )
     arrays = {"text": np.array(text)}
     arrays |= {f"state_{i}": value for i, value in enumerate(state)}
-    arrays |= {f"best_{i}": value for i, value in enumerate(tail.weights)}
+    arrays |= {f"kept_{i}": value for i, value in enumerate(tail.weights)}
     with replacing(path) as file:
         np.savez(file, allow_pickle=False, **arrays)
 
@@ -496,15 +526,15 @@ def _load(path: Path) -> tuple[TrainedTail, list[np.ndarray]]:
     try:
         with path.open("rb") as opened, np.load(opened) as file:
             text = json.loads(str(file["text"]))
-            best, state = (
+            kept, state = (
                 [
                     file[f"{kind}_{i}"]
                     for i in range(sum(k.startswith(kind) for k in file))
                 ]
-                for kind in ("best", "state")
+                for kind in ("kept", "state")
             )
     except Exception as error:  # zip, NumPy and JSON each raise their own types
         raise UsageError(
             f"{path} is damaged ({type(error).__name__}). Start over with resume=False."
         ) from None
-    return TrainedTail(weights=best, **text), state
+    return TrainedTail(weights=kept, **text), state

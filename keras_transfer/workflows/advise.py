@@ -19,7 +19,6 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from keras_transfer.advice.logme import logme
 from keras_transfer.advice.probe import (
-    FOLDS,
     SHARES,
     Probed,
     deal,
@@ -42,7 +41,7 @@ from keras_transfer.config import (
     HeadConfig,
 )
 from keras_transfer.data.tables import Splits, Table, count_classes
-from keras_transfer.evaluation.crossvalidation import estimate, fold_numbers
+from keras_transfer.evaluation.crossvalidation import FOLDS, estimate, fold_numbers
 from keras_transfer.events import Listener
 from keras_transfer.features.base import frozen_base
 from keras_transfer.features.engine import make_engine, predict, seconds_per_image
@@ -59,7 +58,7 @@ from keras_transfer.models.layer_groups import (
 from keras_transfer.models.torch_checkpoint import read_torch_checkpoint
 from keras_transfer.runs.files import numbered
 from keras_transfer.runs.manifest import Estimate
-from keras_transfer.training.head import LabelledFeatures
+from keras_transfer.training.labelled import LabelledFeatures, Weighting
 from keras_transfer.training.optim import group_multipliers, layer_patterns
 from keras_transfer.training.tail import TailRecipe, measure_training
 from keras_transfer.workflows.inputs import Inputs
@@ -121,7 +120,7 @@ def measure(
 
     # Probe the features, and measure what each method costs on this machine.
     listener.note(f"probing the features of {len(probed.table):,} training images")
-    curve, head_seconds = learning_curve(config, splits, probed, features)
+    curve, head_seconds = learning_curve(config, splits, probed)
     listener.note("measuring what methods take on this machine")
     costs = _costs(config, splits, part, loading + head_seconds)
     speed = images_per_second(part, splits, features)
@@ -183,7 +182,7 @@ def _evidence(
         class_counts=dict(zip(splits.class_names, counts.tolist(), strict=True)),
         accuracy=full,
         curve=curve,
-        gain=estimate(gains, 1 / FOLDS, lowest=-1.0),
+        gain=estimate(gains, 1 / FOLDS, (-1.0, 1.0)),
         # Score of a constant prediction: its accuracy or mean average precision.
         majority=float(counts.mean() if splits.multi_label else counts.max())
         / len(targets),
@@ -282,8 +281,7 @@ def _finetuning_costs(
         LabelledFeatures(
             [np.resize(rows, (size, *rows.shape[1:]))],
             np.resize(splits.train.targets, (size, *splits.train.targets.shape[1:])),
-            classes,
-            np.ones((2, classes), np.float32),
+            Weighting.equal(classes),
         ),
     )
     images = sum(len(table) for _, table in splits.items())

@@ -26,16 +26,25 @@ class Inputs:
     Attributes:
         config: The resolved config; all paths are absolute.
         run: The run that will be created.
+        makes_run: Whether it will be; else nothing is written.
     """
 
     config: Config
     run: NewRun
+    makes_run: bool = True
 
     @functools.cached_property
     def splits(self) -> Splits:
-        """The images in their splits, listed on first access."""
+        """The images in their splits, listed on first access.
+
+        Raises:
+            UsageError: If a run will be created and options do not fit the images.
+        """
         config = self.config
-        return load(config.data, config.splits, config.seed, config.data_dir)
+        splits = load(config.data, config.splits, config.seed, config.data_dir)
+        if self.makes_run:
+            _check_fit(config, splits)
+        return splits
 
     @property
     def need_tensorflow(self) -> bool:
@@ -67,7 +76,29 @@ def prepare(config: Config, makes_run: bool = True) -> Inputs:
                 "another runs_dir."
             )
     FeatureCache(config.cache_dir).check_usable()
-    return Inputs(config, run)
+    return Inputs(config, run, makes_run)
+
+
+def _check_fit(config: Config, splits: Splits) -> None:
+    """Checks that options fit the classes and the number of images.
+
+    Raises:
+        UsageError: If a class weight is for an unknown class, the metric does not exist
+            for the data, there cannot be as many folds, or there are too few images for
+            the accuracy of sure predictions.
+    """
+    # SciPy and scikit-learn take a second; mistakes in the data are found before.
+    from keras_transfer.evaluation.crossvalidation import head_folds
+    from keras_transfer.evaluation.metrics import deciding_metric
+    from keras_transfer.evaluation.thresholds import check_reachable
+    from keras_transfer.training.labelled import class_weighting
+
+    table, names, head = splits.train, splits.class_names, config.head
+    deciding_metric(table.targets, config.metric)
+    class_weighting(table.targets, names, head.class_weight, head.logit_adjustment)
+    if config.abstain_at_accuracy:
+        check_reachable(config.abstain_at_accuracy, table.targets, table.groups)
+    head_folds(table, len(names), config.folds, config.seed)
 
 
 def _resolve(config: Config) -> Config:

@@ -85,7 +85,7 @@ def _measured(
     features = frozen_features(part, splits, 0, storage, _Naming(row.name, listener))
     splits = usable_splits(config, splits, features.extraction)
     probed = probe(config, splits, features)
-    curve, _ = learning_curve(config, splits, probed, features, shares=(1.0,))
+    curve, _ = learning_curve(config, splits, probed, shares=(1.0,))
     targets, classes = probed.table.targets, len(splits.class_names)
     return {
         "base": row.name,

@@ -1,0 +1,235 @@
+"""Features and targets of images, with their weights in the loss."""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from keras_transfer.config import ClassWeight
+from keras_transfer.data.tables import count_classes, one_hot
+from keras_transfer.errors import UsageError
+from keras_transfer.features.cache import Features
+from keras_transfer.training.losses import losses_of_probabilities
+
+CHUNK_ROWS = 1024
+"""Rows of features to process at once."""
+
+_SHOWN_CLASSES = 5  # in an error, of up to thousands
+
+IN_MEMORY_BYTES = 2**30
+"""Features up to this size in bytes are read into memory."""
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """How much classes count in the loss, by class index.
+
+    Attributes:
+        absent: float32 `[C]` weights of images that do not show the class; for
+            single-label data they are not used.
+        present: float32 `[C]` weights of images that show the class.
+        logit_offset: float32 `[C]`, added to the logits in the loss only; see
+            `logit_offset`.
+    """
+
+    absent: np.ndarray
+    present: np.ndarray
+    logit_offset: np.ndarray
+
+    @classmethod
+    def equal(cls, num_classes: int) -> "Weighting":
+        """Returns weights of 1 without an offset."""
+        ones = np.ones(num_classes, np.float32)
+        return cls(ones, ones, np.zeros(num_classes, np.float32))
+
+
+@dataclass(frozen=True)
+class LabelledFeatures:
+    """Features and targets of the images of one split, in one or more views.
+
+    Attributes:
+        views: Features `[N, D]` (or rows `[N, ...]`) of each view, plain images first.
+        targets: Targets of the N images, as in `tables.Table`.
+        weighting: How much classes count in the loss.
+        sample_weight: float32 `[N]` weights of the images in the loss; None for 1.
+        chunk_rows: Number of rows per chunk.
+    """
+
+    views: Sequence[Features | np.ndarray]
+    targets: np.ndarray
+    weighting: Weighting
+    sample_weight: np.ndarray | None = None
+    chunk_rows: int = CHUNK_ROWS
+
+    def __len__(self) -> int:
+        return len(self.views) * len(self.targets)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.weighting.present)
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image may show several classes, or none."""
+        return self.targets.ndim == 2
+
+    def chunks(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yields (slice of the images, their features), view by view."""
+        for view in self.views:
+            for start in range(0, len(self.targets), self.chunk_rows):
+                rows = slice(start, start + self.chunk_rows)
+                yield rows, view[rows]
+
+    def labels(self, rows: slice | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns float32 (targets, loss weights), both `[n, num_classes]`."""
+        targets = one_hot(self.targets[rows], self.num_classes)
+        weighting = self.weighting
+        if self.multi_label:
+            weights = np.where(targets > 0, weighting.present, weighting.absent)
+        else:
+            weights = weighting.present[self.targets[rows]][:, None]
+            weights = np.broadcast_to(weights, targets.shape)
+        if self.sample_weight is not None:
+            weights = weights * self.sample_weight[rows][:, None]
+        return targets, weights
+
+    def losses_of(
+        self, probabilities: np.ndarray, rows: slice | np.ndarray = slice(None)
+    ) -> np.ndarray:
+        """Computes the weighted loss of images in nats, as float32 `[n]`.
+
+        Args:
+            probabilities: float32 `[n, C]`.
+            rows: The images.
+        """
+        targets, weights = self.labels(rows)
+        # softmax(logits + offset) is proportional to softmax(logits) * exp(offset)
+        shifted = probabilities * np.exp(self.weighting.logit_offset)
+        if not self.multi_label:
+            shifted /= shifted.sum(1, keepdims=True)
+        return losses_of_probabilities(shifted, targets, weights, self.multi_label)
+
+
+def label_features(
+    views: Sequence[Features],
+    targets: np.ndarray,
+    weighting: Weighting,
+    in_memory_bytes: int = IN_MEMORY_BYTES,
+) -> LabelledFeatures:
+    """Combines features and targets; small features are read into memory.
+
+    The arguments are the attributes of `LabelledFeatures`; views of up to
+    `in_memory_bytes` are read.
+    """
+    fits = sum(view.nbytes for view in views) <= in_memory_bytes
+    arrays = [view[:] if fits else view for view in views]
+    return LabelledFeatures(arrays, targets, weighting)
+
+
+def class_weighting(
+    targets: np.ndarray,
+    class_names: Sequence[str],
+    class_weight: ClassWeight = "none",
+    tau: float = 0.0,
+) -> Weighting:
+    """Computes weights in the loss from the training images.
+
+    `balanced` gives each class the same total weight, with a mean weight of 1 (King &
+    Zeng 2001, as in scikit-learn). For multi-label data, this applies to the presence
+    and absence of each class. A class that no image shows gets the weight 0 and is not
+    counted as a class. Weights by class name are used as they are, and 1 for classes
+    that are not named.
+
+    Args:
+        targets: Targets of the training images, as in `tables.Table`.
+        class_names: Class names in the order of the outputs.
+        class_weight: `none`, `balanced` or weights by class name.
+        tau: Strength of the logit adjustment; see `logit_offset`.
+
+    Raises:
+        UsageError: If a class is unknown, or logits of multi-label data are adjusted.
+    """
+    num_classes = len(class_names)
+    equal = Weighting.equal(num_classes)
+    offset = logit_offset(targets, num_classes, tau)
+    if isinstance(class_weight, Mapping):
+        _check_class_names(class_weight, class_names)
+        present = [class_weight.get(name, 1.0) for name in class_names]
+        return Weighting(equal.absent, np.array(present, np.float32), offset)
+    if class_weight == "none":
+        return Weighting(equal.absent, equal.present, offset)
+    counts = count_classes(targets, num_classes)
+    if targets.ndim == 1:
+        total = len(targets) / max(int(np.count_nonzero(counts)), 1)
+        both = np.stack([counts, counts])
+    else:
+        total = len(targets) / 2
+        both = np.stack([len(targets) - counts, counts])
+    weights = np.where(both > 0, total / np.maximum(both, 1), 0)
+    absent, present = weights.astype(np.float32)
+    return Weighting(absent, present, offset)
+
+
+def _check_class_names(class_weight: ClassWeight, class_names: Sequence[str]) -> None:
+    """Checks that weights are given for classes that exist.
+
+    Raises:
+        UsageError: If a class is unknown.
+    """
+    named = class_weight if isinstance(class_weight, Mapping) else {}
+    for name in named:
+        if name not in class_names:
+            near = difflib.get_close_matches(name, class_names, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            some = ", ".join(class_names[:_SHOWN_CLASSES])
+            end = ", ..." if len(class_names) > _SHOWN_CLASSES else "."
+            raise UsageError(
+                f"class_weight names a class that the data do not have. Received: "
+                f"{name!r}.{hint} Classes are {some}{end}"
+            )
+
+
+def logit_offset(targets: np.ndarray, num_classes: int, tau: float) -> np.ndarray:
+    """Computes what logit adjustment adds to the logits in the loss.
+
+    The loss is computed on logits plus tau times the logarithm of each class's share
+    of the training images, so that the logits themselves are those of classes which
+    are the more equally frequent the larger tau is. Source: Menon et al. 2021,
+    "Long-tail learning via logit adjustment".
+
+    Returns:
+        float32 `[num_classes]`; zeros for a tau of 0. A class without images counts as
+        if it had one.
+
+    Raises:
+        UsageError: If the data are multi-label and tau is not 0.
+    """
+    if not tau:
+        return np.zeros(num_classes, np.float32)
+    if targets.ndim == 2:
+        raise UsageError(
+            "Logits are adjusted where an image shows exactly one class. Received: "
+            f"logit_adjustment={tau:g} and multi-label data. Use class_weight instead."
+        )
+    counts = np.maximum(count_classes(targets, num_classes), 1)
+    shares = np.log(counts / counts.sum())
+    return (tau * shares).astype(np.float32)
+
+
+def mean_and_scale(data: LabelledFeatures) -> tuple[np.ndarray, float]:
+    """Computes the float64 `[D]` mean of each feature and one overall deviation.
+
+    There is one standard deviation for all features, because dividing each feature by
+    its own would amplify those that hardly vary, and with them the rounding differences
+    between engines.
+    """
+    mean = sum(chunk.sum(0, dtype=np.float64) for _, chunk in data.chunks())
+    mean = np.asarray(mean) / len(data)
+    single = mean.astype(np.float32)
+    square = sum(
+        float(np.square(chunk - single).sum(dtype=np.float64))
+        for _, chunk in data.chunks()
+    )
+    return mean, max(float(np.sqrt(square / (len(data) * len(mean)))), 1e-12)
