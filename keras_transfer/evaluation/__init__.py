@@ -1,4 +1,5 @@
 """Predictions -> metrics, with confidence intervals; a run -> its model and images.
 
-Reading order: metrics, comparison, crossvalidation, of_run, prediction.
+Reading order: metrics, intervals, crossvalidation, comparison, calibration, validation,
+decisions, thresholds, out_of_distribution, drift, of_run, prediction.
 """

@@ -1,5 +1,6 @@
 """Loads a run's model, its splits and its held-out images."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import keras
@@ -9,8 +10,9 @@ from keras_transfer.data.loading import load, load_all
 from keras_transfer.data.reading import Reader
 from keras_transfer.data.tables import Splits, Table
 from keras_transfer.errors import KerasTransferError
+from keras_transfer.evaluation.out_of_distribution import OutOfDistribution
 from keras_transfer.runs.manifest import Phase
-from keras_transfer.runs.run import Run
+from keras_transfer.runs.run import METRICS, Run
 
 
 def load_model(run: Run, phase: Phase | None = None) -> keras.Model:
@@ -43,6 +45,22 @@ def load_model(run: Run, phase: Phase | None = None) -> keras.Model:
     return model
 
 
+def load_detector(run: Run) -> OutOfDistribution | None:
+    """Loads what tells images that are far from a run's training images.
+
+    Returns:
+        The detector for the run's current model; None for a run of an earlier version,
+        which has none.
+
+    Raises:
+        KerasTransferError: If the file is damaged.
+    """
+    try:
+        return OutOfDistribution.load(run.far_path)
+    except FileNotFoundError:
+        return None
+
+
 def labelled_images(
     run: Run, source: str | Path | None, data_dir: Path | None
 ) -> tuple[str, Table, Reader]:
@@ -50,7 +68,7 @@ def labelled_images(
 
     Args:
         run: The run.
-        source: DATA, as for `loading.load`; None for the run's held-out images.
+        source: DATA, as for `loading.load`; None for the run's test images.
         data_dir: Directory where tensorflow-datasets keeps prepared data sets.
 
     Returns:
@@ -63,14 +81,15 @@ def labelled_images(
 
 
 def held_out_images(run: Run) -> tuple[str, Table, Reader]:
-    """Lists a run's test images, or its validation images if there are none.
+    """Lists a run's test images.
+
+    Of runs of version 0.1.0 without test images, these are the validation images.
 
     Returns:
         (name of the split, table, reader of its images).
 
     Raises:
-        KerasTransferError: If the data no longer exist, or the run has neither test nor
-            validation images.
+        KerasTransferError: If the data no longer exist, or the run has no such images.
     """
     splits = run_splits(run)
     for name in ("test", "val"):
@@ -78,8 +97,9 @@ def held_out_images(run: Run) -> tuple[str, Table, Reader]:
         if len(table):
             return name, table, splits.read
     raise KerasTransferError(
-        f"The run has no held-out images. Received: {run.run_dir}. Name labelled "
-        "images: kt evaluate RUN DATA."
+        f"The run has no test images. Received: {run.run_dir}. Name labeled images: kt "
+        "evaluate RUN DATA. Figures of the training images, out of fold, are in "
+        f"{METRICS}; kt fit shows them too."
     )
 
 
@@ -96,5 +116,11 @@ def run_splits(run: Run) -> Splits:
         config.seed,
         config.data_dir,
     )
-    used = {row["path"] for _, row in read_table(run.splits_path)}
-    return splits.keep(used).relabel(class_names)
+    split_of = {row["path"]: row["split"] for _, row in read_table(run.splits_path)}
+    splits = splits.keep(split_of).relabel(class_names)
+    # Version 0.1.0 chose models by validation images, which `load` gives another split.
+    val = {source for source, name in split_of.items() if name == "val"}
+    if not val:
+        return splits
+    found = splits.train if val & {*splits.train.sources} else splits.test
+    return replace(splits.keep({*split_of} - val), val=found.keep(val))

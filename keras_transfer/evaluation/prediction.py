@@ -10,7 +10,9 @@ from keras_transfer.data.decode import make_decoder
 from keras_transfer.data.reading import Reader, map_ahead
 from keras_transfer.data.tables import Prediction, Table
 from keras_transfer.errors import DecodeError
+from keras_transfer.evaluation.out_of_distribution import OutOfDistribution
 from keras_transfer.features.engine import KerasEngine
+from keras_transfer.models.classifier import with_features
 
 _BATCH_SIZE = 16
 
@@ -23,7 +25,11 @@ def prediction_engine(model: keras.Model) -> KerasEngine:
 
 
 def predict_sources(
-    model: keras.Model, sources: Sequence[str], read: Reader
+    model: keras.Model,
+    sources: Sequence[str],
+    read: Reader,
+    detector: OutOfDistribution | None = None,
+    engine: KerasEngine | None = None,
 ) -> Iterator[Prediction]:
     """Predicts images in the order in which a reader yields them.
 
@@ -31,6 +37,10 @@ def predict_sources(
         model: Keras model from [0, 255] RGB pixels to probabilities.
         sources: Identifiers of the images.
         read: Reads their encoded bytes.
+        detector: Tells from the model's features whether an image is far from the
+            training images; None leaves that unknown.
+        engine: The model's `prediction_engine`, if it is used several times; it uses
+            the model's current weights. Only without a detector.
 
     Yields:
         One prediction per image. For an unusable image it contains the reason instead
@@ -54,16 +64,42 @@ def predict_sources(
             usable = [pixels for _, pixels, _ in batch if pixels is not None]
             yield batch, np.reshape(usable, (-1, size, size, 3)).astype(np.uint8)
 
-    for batch, probabilities in prediction_engine(model).run(batches()):
-        rows = iter(probabilities)
+    num_classes = model.output_shape[-1]
+    joined = _features_beside(model) if detector else model
+    for batch, outputs in (engine or prediction_engine(joined)).run(batches()):
+        far = detector.is_far(outputs[:, num_classes:]) if detector else None
+        row = 0
         for source, pixels, error in batch:
-            yield Prediction(source, None if pixels is None else next(rows), error)
+            if pixels is None:
+                yield Prediction(source, None, error)
+                continue
+            is_far = None if far is None else bool(far[row])
+            yield Prediction(source, outputs[row, :num_classes], far=is_far)
+            row += 1
 
 
-def predict_table(model: keras.Model, table: Table, read: Reader) -> np.ndarray:
-    """Predicts a table's images, all usable, as float32 `[N, num_classes]`."""
+def _features_beside(model: keras.Model) -> keras.Model:
+    """Joins probabilities and features to one output `[N, num_classes + D]`."""
+    both = with_features(model)
+    joined = keras.layers.Concatenate()(
+        [both.output["probabilities"], both.output["features"]]
+    )
+    return keras.Model(model.input, joined)
+
+
+def predict_table(
+    model: keras.Model, table: Table, read: Reader, engine: KerasEngine | None = None
+) -> np.ndarray:
+    """Predicts a table's images, all usable, as float32 `[N, num_classes]`.
+
+    Args:
+        model: As for `predict_sources`.
+        table: The images.
+        read: Reads their encoded bytes.
+        engine: As for `predict_sources`.
+    """
     by_source = {
         prediction.source: prediction.probabilities
-        for prediction in predict_sources(model, table.sources, read)
+        for prediction in predict_sources(model, table.sources, read, engine=engine)
     }
     return np.stack([by_source[source] for source in table.sources])  # type: ignore[misc]
