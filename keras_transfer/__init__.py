@@ -37,6 +37,7 @@ __all__ = [
     "Run",
     "UsageError",
     "advise",
+    "drift",
     "evaluate",
     "export",
     "fit",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from keras_transfer.api import (
         Run,
         advise,
+        drift,
         evaluate,
         export,
         fit,

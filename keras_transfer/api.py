@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from keras_transfer.advice.ranking import RankResult
     from keras_transfer.data.tables import Prediction
     from keras_transfer.workflows.advise import Recommendation
+    from keras_transfer.workflows.drift import RunDrift
     from keras_transfer.workflows.evaluate import RunEvaluation
 
 
@@ -42,6 +43,12 @@ class Run(runs.Run):
     ) -> "RunEvaluation":
         """Evaluates the model; see `keras_transfer.evaluate`."""
         return evaluate(self, data, **options)
+
+    def drift(
+        self, paths: str | Path | Iterable[str | Path], **options: Any
+    ) -> "RunDrift":
+        """Compares new images with the run's own; see `keras_transfer.drift`."""
+        return drift(self, paths, **options)
 
     def predict(
         self, paths: str | Path | Iterable[str | Path], recursive: bool = False
@@ -97,6 +104,8 @@ def fit(
     from keras_transfer.workflows.inputs import prepare
 
     inputs = prepare(load_config(source, options))
+    if not inputs.need_tensorflow:
+        _ = inputs.splits
     from keras_transfer.workflows.fit import extract_and_fit
 
     return Run(extract_and_fit(inputs, Broadcast(listeners)).run.run_dir)
@@ -151,7 +160,8 @@ def evaluate(
     Args:
         run: A run, or its directory or name.
         data: Labeled images in any form that `fit` accepts, all of which are used; None
-            for the run's test split (its validation split if it has no test split).
+            for the run's test split (of runs of version 0.1.0 without one, the
+            validation split).
         data_dir: Directory where tensorflow-datasets keeps prepared data sets.
         phase: `fit` or `finetune`; None for the run's current model.
         listeners: Receive notes, and progress after each image.
@@ -169,6 +179,36 @@ def evaluate(
     from keras_transfer.workflows.evaluate import evaluate_run
 
     return evaluate_run(opened, data, data_dir, phase, Broadcast(listeners))
+
+
+def drift(
+    run: str | Path | runs.Run,
+    paths: str | Path | Iterable[str | Path],
+    *,
+    listeners: Iterable[Listener] = (),
+) -> "RunDrift":
+    """Compares predictions for new images with those for a run's held-out images.
+
+    Args:
+        run: A run, or its directory or name.
+        paths: An image file or a folder of images, searched recursively, or several of
+            them. No labels are needed.
+        listeners: Receive progress after each image.
+
+    Returns:
+        The shares of images far from the training images and of images predicted as
+        each class, their shifts with 95% confidence intervals, and a test of whether
+        the predicted classes differ.
+
+    Raises:
+        UsageError: If the run does not exist, or a folder contains no images.
+        KerasTransferError: If the run was made by an earlier version, which kept
+            nothing to compare with, or no image can be read.
+    """
+    opened = open_run(run)
+    from keras_transfer.workflows.drift import measure_drift
+
+    return measure_drift(opened, paths, Broadcast(listeners))
 
 
 def predict(
@@ -193,8 +233,7 @@ def predict(
     opened = open_run(run)
     from keras_transfer.workflows.predict import predict_run
 
-    _, predictions = predict_run(opened, paths, recursive)
-    return predictions
+    return predict_run(opened, paths, recursive).rows
 
 
 def export(

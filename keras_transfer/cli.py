@@ -11,7 +11,7 @@ import re
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,10 +20,11 @@ import click
 from keras_transfer import __version__
 from keras_transfer.config import (
     FLAGS,
-    ClassWeight,
+    Balance,
     Config,
     Format,
     HeadKind,
+    Metric,
     Precision,
     Quantization,
     TrainingPrecision,
@@ -37,12 +38,13 @@ from keras_transfer.config import (
 from keras_transfer.errors import KerasTransferError, UsageError, explaining_full_disk
 from keras_transfer.events import Broadcast
 from keras_transfer.models.bases import get_base
-from keras_transfer.runs.files import csv_line
+from keras_transfer.runs.files import check_output, check_sort_into
 from keras_transfer.runs.manifest import Phase
-from keras_transfer.runs.run import open_run
+from keras_transfer.runs.run import Run, open_run
 
 if TYPE_CHECKING:
-    from keras_transfer.data.tables import Prediction
+    from keras_transfer.data.tables import Predictions
+    from keras_transfer.reporting.predictions import Rows
     from keras_transfer.workflows.inputs import Inputs
 
 
@@ -158,6 +160,35 @@ def main(debug: bool) -> None:
         sys.excepthook = show_traceback
 
 
+class _ClassWeight(click.ParamType[Any]):
+    """Accepts `balanced`, `none`, or weights by class name such as `cat=2,dog=1`."""
+
+    name = "class weight"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Any:
+        if value in choices(Balance):
+            return value
+        weights: dict[str, float] = {}
+        for part in str(value).split(","):
+            name, _, number = part.rpartition("=")
+            name = name.strip()
+            try:
+                weight = float(number)
+            except ValueError:
+                name = ""
+            if not name or name in weights:
+                self.fail(
+                    f"{value!r} is not balanced, none or NAME=WEIGHT,..., with each "
+                    "name once, such as cat=2,dog=1.",
+                    param,
+                    ctx,
+                )
+            weights[name] = weight
+        return weights
+
+
 _PATH = click.Path(path_type=Path)
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -182,8 +213,20 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "help": "Maximum number of training iterations of the head.",
     },
     "head.class_weight": {
-        "type": click.Choice(choices(ClassWeight)),
-        "help": "Class weights in the loss.",
+        "type": _ClassWeight(),
+        "metavar": "balanced|none|NAME=WEIGHT,...",
+        "help": "Class weights in the loss; 1 for classes that are not named.",
+    },
+    "head.logit_adjustment": {
+        "type": float,
+        "metavar": "TAU",
+        "help": "Even out class frequencies: 0 keeps them, 1 predicts as if all were "
+        "equal.",
+    },
+    "metric": {
+        "type": click.Choice(choices(Metric)),
+        "help": "Metric that decides which model is better.  [default: accuracy, or "
+        "mean average precision for multi-label data]",
     },
     "augment": {
         "type": int,
@@ -193,8 +236,13 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "folds": {
         "type": int,
         "metavar": "K",
-        "help": "Cross-validate the head in K folds.  [default: only if there are few "
-        "test images, in up to 5]",
+        "help": "Choose the L2 strength by K-fold cross-validation.  [default: 5]",
+    },
+    "abstain_at_accuracy": {
+        "type": float,
+        "metavar": "SHARE",
+        "help": "Mark predictions as sure so that this share of them is correct, with "
+        "95% confidence, such as 0.95.  [default: mark none]",
     },
     "precision": {
         "type": click.Choice(choices(Precision)),
@@ -343,13 +391,17 @@ _CONFIG = click.option(
     metavar="FILE",
     help="YAML file of config keys.  [default: none]",
 )
+_JSON = click.option(
+    "--json", "as_json", is_flag=True, help="Print the result as JSON."
+)
 
 
 @main.command()
 @click.argument("data", required=False)
 @_config_options(
     *("base", "weights", "image_size", "head.kind", "head.epochs", "head.class_weight"),
-    *("augment", "folds", "precision", "splits.file", "max_skipped", "name"),
+    *("head.logit_adjustment", "metric", "augment", "folds", "abstain_at_accuracy"),
+    *("precision", "splits.file", "max_skipped", "name"),
 )
 @click.option(
     "--overwrite/--no-overwrite",
@@ -369,7 +421,10 @@ _CONFIG = click.option(
 )
 @_CONFIG
 @_SET
-def fit(file: Path | None, assignments: tuple[str, ...], **options: Any) -> None:
+@_JSON
+def fit(
+    file: Path | None, assignments: tuple[str, ...], as_json: bool, **options: Any
+) -> None:
     """Train a classifier on DATA with a frozen base and evaluate it.
 
     DATA is a folder of class folders, a folder of train/ val/ test/ folders, a CSV
@@ -385,7 +440,21 @@ def fit(file: Path | None, assignments: tuple[str, ...], **options: Any) -> None
 
     with terminal.listening() as listener:
         result = extract_and_fit(inputs, listener)
-    terminal.show_run(result)
+    if as_json:
+        manifest = result.run.manifest.model_dump(
+            include={
+                *("abstention", "base", "coverage", "folds", "l2", "notes", "skipped"),
+                *("thresholds", "timings"),
+            }
+        )
+        figures = {
+            name: found.model_dump() for name, found in result.evaluations.items()
+        }
+        _write_json(
+            {"run": str(result.run.run_dir), "evaluations": figures, **manifest}
+        )
+    else:
+        terminal.show_run(result)
 
 
 @main.command()
@@ -436,10 +505,17 @@ def unfreeze_and_finetune(
     help="Evaluate the model of this phase.  [default: the run's current model]",
 )
 @_config_options("data_dir")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@_JSON
+@click.option(
+    "--drift",
+    "is_drift",
+    is_flag=True,
+    help="Compare a folder of images without labels with the RUN's own.",
+)
 def evaluate(
     run: Path,
     data: str | None,
+    is_drift: bool,
     phase: Phase | None,
     data_dir: Path | None,
     as_json: bool,
@@ -448,20 +524,47 @@ def evaluate(
 
     \b
     kt evaluate saved_models/photos-efficientnet_lite0 --json
+    kt evaluate saved_models/photos-efficientnet_lite0 new/ --drift
     """
+    if is_drift and (data is None or phase or data_dir):
+        raise click.UsageError(
+            "--drift compares a folder of images with the run's current model. "
+            "Received: "
+            + ("no folder" if data is None else "another option beside it")
+            + ". Run: kt evaluate RUN FOLDER --drift"
+        )
     opened = open_run(run)
     _import_tensorflow()
+    if is_drift:
+        _show_drift(opened, Path(str(data)), as_json)
+        return
     from keras_transfer import terminal
     from keras_transfer.workflows.evaluate import evaluate_run
 
     with terminal.listening() as listener:
         found = evaluate_run(opened, data, data_dir, phase, listener)
     if as_json:
-        terminal.write_line(json.dumps(found.model_dump(), ensure_ascii=False))
+        _write_json(found.model_dump())
     else:
         terminal.show_evaluation(found, found.data)
+        if found.sure:
+            terminal.show_sure(found.sure, found.images)
         for path, reason in found.skipped.items():
             terminal.show_line(f"left out: {path}: {reason}")
+
+
+def _show_drift(run: Run, folder: Path, as_json: bool) -> None:
+    from keras_transfer import terminal
+    from keras_transfer.workflows.drift import measure_drift
+
+    with terminal.listening() as listener:
+        found = measure_drift(run, folder, listener)
+    if as_json:
+        _write_json(found.model_dump())
+        return
+    terminal.show_drift(found)
+    for path, reason in found.skipped.items():
+        terminal.show_line(f"left out: {path}: {reason}")
 
 
 @main.command()
@@ -487,37 +590,63 @@ def evaluate(
     default="csv",
     help="Output format.  [default: csv]",
 )
+@click.option(
+    "--output",
+    type=_PATH,
+    metavar="FILE",
+    help="Write the rows to a file, which is complete or not there.  [default: print "
+    "them]",
+)
+@click.option(
+    "--sort-into",
+    type=_PATH,
+    metavar="DIR",
+    help="Also link (or copy) each image into DIR/CLASS/, or DIR/_unsure/ if it is "
+    "not sure.  [default: none]",
+)
 def predict(
     run_and_paths: tuple[Path, ...],
     bundle: Path | None,
     recursive: bool,
     top: int,
-    form: str,
+    form: Any,
+    output: Path | None,
+    sort_into: Path | None,
 ) -> None:
     """Classify image files or folders of images; print one row per image.
 
+    A row is marked sure or not if the RUN was made with --abstain-at-accuracy. With
+    several classes per image, all that reach their thresholds are listed.
+
     \b
-    kt predict saved_models/photos-efficientnet_lite0 new/ --top 3 > result.csv
+    kt predict saved_models/photos-efficientnet_lite0 new/ --top 3 --output result.csv
+    kt predict saved_models/photos-efficientnet_lite0 new/ --sort-into sorted/
     kt predict --bundle saved_models/photos-efficientnet_lite0/1 new/
     """
     paths = run_and_paths if bundle else run_and_paths[1:]
     if not paths:
         wanted = "images" if bundle else "a RUN and images"
         raise click.UsageError(f"Name {wanted}. Received: {len(run_and_paths)} paths.")
+    if output:
+        check_output(output)
+    if sort_into:
+        check_sort_into(sort_into)
     if bundle:
         from keras_transfer import terminal
         from keras_transfer.serving.server import predict_bundle
 
         with terminal.quiet_stderr():
-            class_names, predictions = predict_bundle(bundle, paths, recursive)
+            found = predict_bundle(bundle, paths, recursive)
     else:
         opened = open_run(run_and_paths[0])
         _import_tensorflow()
         from keras_transfer.workflows.predict import predict_run
 
-        class_names, predictions = predict_run(opened, paths, recursive)
-    write = _csv_rows if form == "csv" else _json_rows
-    classified, failed = write(predictions, class_names, min(top, len(class_names)))
+        found = predict_run(opened, paths, recursive)
+    from keras_transfer.reporting.predictions import Rows
+
+    rows = Rows(found.class_names, found.columns, form, top)
+    classified, failed = _write_rows(found, rows, output, sort_into)
     if failed:
         from keras_transfer.terminal import show_line
 
@@ -667,7 +796,7 @@ class _Minutes(click.ParamType[Any]):
     "limit]",
 )
 @_config_options(*_MEASURED)
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@_JSON
 def advise(data: str, budget: float | None, as_json: bool, **options: Any) -> None:
     """Recommend a method for DATA, based on measurements on this machine.
 
@@ -681,8 +810,7 @@ def advise(data: str, budget: float | None, as_json: bool, **options: Any) -> No
     with terminal.listening() as listener:
         found = measure(inputs, options, budget, listener)
     if as_json:
-        for line in json.dumps(found.model_dump(mode="json"), indent=1).split("\n"):
-            terminal.write_line(line)
+        _write_json(found.model_dump(mode="json"))
     else:
         terminal.show_recommendation(found)
 
@@ -704,7 +832,8 @@ def advise(data: str, budget: float | None, as_json: bool, **options: Any) -> No
     help="PNG file to write.",
 )
 @_config_options(*_MEASURED)
-def rank(data: str, bases: str, chart: Path, **options: Any) -> None:
+@_JSON
+def rank(data: str, bases: str, chart: Path, as_json: bool, **options: Any) -> None:
     """Compare bases on DATA by accuracy of a linear probe, speed and size.
 
     \b
@@ -726,8 +855,17 @@ def rank(data: str, bases: str, chart: Path, **options: Any) -> None:
         result = measure_bases(inputs, names, listener)
         draw_chart(result.ranked, chart)
         listener.artifact(chart, "chart")
-    terminal.show_ranking(result)
-    terminal.write_line(f"Chart: {chart}")
+    if as_json:
+        ranked = [
+            {**vars(one), "accuracy": one.accuracy.model_dump()}
+            for one in result.ranked
+        ]
+        _write_json(
+            {"ranked": ranked, "left_out": dict(result.left_out), "chart": str(chart)}
+        )
+    else:
+        terminal.show_ranking(result)
+        terminal.write_line(f"Chart: {chart}")
 
 
 @main.command()
@@ -829,52 +967,42 @@ def _import_tensorflow() -> None:
     import_tensorflow()
 
 
-def _csv_rows(
-    predictions: Iterable["Prediction"], class_names: list[str], top: int
-) -> tuple[int, int]:
-    """Writes one CSV row per image; returns the numbers of successes and failures."""
+def _write_json(document: Any) -> None:
+    """Writes a JSON document to stdout, which holds nothing else then."""
     from keras_transfer.terminal import write_line
 
-    ranks = range(1, top + 1)
-    names = [f"{c}_{k}" for k in ranks for c in ("class", "score")]
-    write_line(csv_line(["path", "error", *names]))
-    count = Counter[bool]()
-    for prediction in predictions:
-        best = _best(prediction, class_names, top)
-        cells = [cell for name, score in best for cell in (name, f"{score:.6f}")]
-        cells += [""] * (len(names) - len(cells))
-        write_line(csv_line([prediction.source, prediction.error, *cells]))
-        count[not prediction.error] += 1
-    return count[True], count[False]
+    # A terminal escapes line breaks inside a line, so each is written by itself.
+    for line in json.dumps(document, indent=1, ensure_ascii=False).split("\n"):
+        write_line(line)
 
 
-def _json_rows(
-    predictions: Iterable["Prediction"], class_names: list[str], top: int
+def _write_rows(
+    found: "Predictions", rows: "Rows", output: Path | None, sort_into: Path | None
 ) -> tuple[int, int]:
-    """Writes one JSON object per line and image; returns the same as `_csv_rows`."""
-    from keras_transfer.terminal import write_line
+    """Writes one row per image, and sorts the images if a directory is given.
 
+    Returns:
+        (number of classified images, number of unusable images).
+    """
+    from keras_transfer import terminal
+    from keras_transfer.data.sorting import SortedFolders
+
+    folders = SortedFolders(sort_into, found.class_names) if sort_into else None
     count = Counter[bool]()
-    for prediction in predictions:
-        row: dict[str, Any] = {"path": prediction.source}
-        if prediction.error:
-            row["error"] = prediction.error
-        else:
-            row["predictions"] = [
-                {"class": name, "score": round(score, 6)}
-                for name, score in _best(prediction, class_names, top)
-            ]
-        write_line(json.dumps(row, ensure_ascii=False))
-        count[not prediction.error] += 1
+    with terminal.writing_rows(output) as (write, listener):
+        for line in rows.header():
+            write(line)
+        for done, prediction in enumerate(found.rows, start=1):
+            write(rows.line(prediction))
+            if folders:
+                folders.put(prediction)
+            count[not prediction.error] += 1
+            listener.progress("predict", done, found.total)
+    if output:
+        terminal.show_line(f"Predictions: {output}")
+    if folders:
+        terminal.show_sorted(folders.directory, folders.counts)
     return count[True], count[False]
-
-
-def _best(
-    prediction: "Prediction", class_names: list[str], top: int
-) -> Iterator[tuple[str, float]]:
-    if prediction.probabilities is not None:
-        for index in prediction.probabilities.argsort()[::-1][:top]:
-            yield class_names[index], float(prediction.probabilities[index])
 
 
 if __name__ == "__main__":

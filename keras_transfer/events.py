@@ -22,8 +22,8 @@ class Listener:
         """Called while a step makes progress.
 
         Args:
-            step: `features`, `head`, `folds`, `training`, `evaluate`, or the name of
-                the base being measured.
+            step: `features`, `head`, `folds`, `training`, `evaluate`, `predict`, or
+                the name of the base being measured.
             done: Number of images, L2 strengths, folds or batches processed so far.
             total: Number of them in all; 0 if unknown.
         """

@@ -1,6 +1,7 @@
 """The output of `kt`: progress bars and tables, without noise from libraries."""
 
 import contextlib
+import functools
 import io
 import os
 import re
@@ -8,9 +9,10 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -26,18 +28,32 @@ from rich.text import Text
 
 from keras_transfer.advice.rules import METHODS
 from keras_transfer.errors import KerasTransferError
-from keras_transfer.events import Listener, duration
+from keras_transfer.events import SILENT, Listener, duration
 from keras_transfer.models.bases import BASES, weights_path
+from keras_transfer.runs.files import replacing
 
 if TYPE_CHECKING:
     from keras_transfer.advice.ranking import RankResult
+    from keras_transfer.evaluation.drift import Shift
     from keras_transfer.evaluation.metrics import Evaluation
+    from keras_transfer.evaluation.thresholds import SureEvaluation
     from keras_transfer.workflows.advise import Recommendation
+    from keras_transfer.workflows.drift import RunDrift
     from keras_transfer.workflows.finetune import FinetuneResult
     from keras_transfer.workflows.fit import FitResult
 
 
 _MOST_CLASSES = 30
+
+_METRICS = {
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "macro_f1": "macro F1",
+    "mean_average_precision": "mean average precision",
+    "roc_auc": "ROC AUC",
+    "log_loss": "log loss",
+}
+"""Labels of the metrics of an evaluation, in the order in which they are shown."""
 
 # Control characters (which terminals obey), line separators, bidirectional controls,
 # and surrogates (which stand for bytes that are not valid text).
@@ -66,6 +82,8 @@ console = _Console(
 )
 messages = _Console(stderr=True, width=None if sys.stderr.isatty() else 200)
 
+
+_EXACT = sys.getfilesystemencodeerrors()  # keeps names that are not valid text
 
 _QUIET_SECONDS = 10.0  # between progress lines when there are no progress bars
 
@@ -117,7 +135,7 @@ class _Shown(Listener):
         if phase == "finetune":
             shown = ", ".join(
                 f"{name.replace('_', ' ')} {figures[name]:.4f}"
-                for name in ("loss", "val_loss", "val_metric")
+                for name in ("loss", "val_loss")
                 if name in figures
             )
             self.note(f"epoch {number}: {shown}, {duration(figures['seconds'])}")
@@ -155,19 +173,52 @@ def import_tensorflow() -> None:
         import tensorflow  # noqa: F401
 
 
-def write_line(line: object) -> None:
-    """Writes a line to stdout: exact for a file or pipe, escaped on a terminal.
+@contextlib.contextmanager
+def writing_rows(
+    output: Path | None,
+) -> Iterator[tuple[Callable[[str], object], Listener]]:
+    """Yields a function that writes a line of results, and a listener for progress.
+
+    Args:
+        output: File to write, which is replaced when the block succeeds; None for
+            stdout. If that is a terminal, the lines themselves are the progress.
+    """
+    if output:
+        # A link stays one; what it names is replaced.
+        with replacing(output.resolve()) as file, listening() as listener:
+            yield lambda line: file.write(f"{line}\n".encode(errors=_EXACT)), listener
+    elif sys.stdout.isatty():
+        yield write_line, SILENT
+    else:
+        write = functools.partial(write_line, to=sys.stdout)
+        with listening() as listener:  # which redirects stdout
+            yield write, listener
+
+
+def write_line(line: object, to: TextIO | None = None) -> None:
+    """Writes a line of results: exact for a file or pipe, escaped on a terminal.
 
     Exact output is UTF-8 regardless of the locale, except for file names that are not
     valid text, which are written byte for byte.
+
+    Args:
+        line: The line.
+        to: The stream; None for stdout.
     """
-    text = str(line)
-    if sys.stdout.isatty():
+    text, stream = str(line), to or sys.stdout
+    if stream.isatty():
         text = printable(text)
-    elif isinstance(sys.stdout, io.TextIOWrapper):
-        errors = sys.getfilesystemencodeerrors()
-        sys.stdout.reconfigure(encoding="utf-8", errors=errors)
-    print(text, flush=True)
+    elif isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(encoding="utf-8", errors=_EXACT)
+    print(text, file=stream, flush=True)
+
+
+def show_sorted(directory: Path, counts: Mapping[str, int]) -> None:
+    """Shows how many images were sorted into each folder, on stderr."""
+    most = sorted(counts, key=lambda name: (-counts[name], name))
+    shown = ", ".join(f"{name} {counts[name]:,}" for name in most[:_MOST_CLASSES])
+    more = f" and {len(most) - _MOST_CLASSES} more" if most[_MOST_CLASSES:] else ""
+    show_line(f"Sorted into {directory}: {shown or 'none'}{more}")
 
 
 def show_line(text: str) -> None:
@@ -189,13 +240,17 @@ def _show_lines(text: str) -> None:
 
 def show_run(result: "FitResult") -> None:
     """Shows the result of `kt fit`; its notes were shown as they were made."""
-    run, found, folds = result.run, result.evaluations, result.cross_validation
-    manifest = run.manifest
-    if folds:
-        console.print(f"cross-validation, {len(folds.values)} folds: {folds}")
-    name = "test" if "test" in found else "val"
-    if name in found:
-        show_evaluation(found[name], name)
+    run, manifest = result.run, result.run.manifest
+    for place, (name, found) in enumerate(result.evaluations.items()):
+        if place == 0:
+            show_evaluation(found, _words(name))
+        else:
+            console.print(f"{_words(name)}: {found}")
+    if manifest.abstention:
+        console.print(str(manifest.abstention))
+    if result.sure:
+        console.print("Of the test images:")
+        show_sure(result.sure, result.evaluations["test"].images)
     if manifest.skipped:
         console.print(
             f"- {manifest.skipped} images were left out: {run.run_dir / 'skipped.csv'}",
@@ -225,32 +280,28 @@ def show_note(text: str) -> None:
 
 
 def show_finetuning(result: "FinetuneResult") -> None:
-    """Shows the result of `kt unfreeze-and-finetune`, one row per phase."""
+    """Shows the result of `kt unfreeze-and-finetune`, one row per phase.
+
+    The reason, which is shown before, has the figures of the deciding images.
+    """
     run, report = result.run, result.report
-    metrics = {name: one.model_dump() for name, one in result.evaluations.items()}
-    phase, phases = run.manifest.phase, run.metrics
-    if phase == "finetune" and not report.kept:  # the run keeps an earlier model
-        phases["not kept"] = metrics
-    table = Table(box=None, pad_edge=False)
-    table.add_column("phase")
-    splits = [name for name in metrics if all(name in x for x in phases.values())]
-    for split in splits:
-        table.add_column(f"{split} {report.metric.replace('_', ' ')}", justify="right")
-        table.add_column(f"{split} log loss", justify="right")
-    table.add_column("")
-    for name, figures in phases.items():
-        cells = [
-            f"{figures[split][key]:.4f}"
-            for split in splits
-            for key in (report.metric, "log_loss")
-        ]
-        mark = "<- the run's model" if name == phase else ""
-        table.add_row(name, *cells, mark)
-    console.print(table)
+    _show_phases(result)
+    if report.calibration:
+        found = report.calibration
+        text = (
+            f"Temperature {found.temperature:.2f}: log loss of the deciding images "
+            f"{found.log_loss_before:.3g} -> {found.log_loss_after:.3g}"
+        )
+        if found.ece_before is not None and found.ece_after is not None:
+            text += f", ECE {found.ece_before:.3f} -> {found.ece_after:.3f}"
+        console.print(text)
     groups = ", ".join(f"{name} {rate:.1e}" for name, rate in report.groups.items())
+    weights = f"weights of epoch {report.best_epoch}"
+    if report.averaged_epochs > 1:
+        weights = f"mean weights of the last {report.averaged_epochs}"
     console.print(
         f"Trained {report.trained_parameters:,} parameters ({groups}) for "
-        f"{report.epochs} epochs, best after {report.best_epoch}; alpha "
+        f"{report.epochs} epochs, {weights}; alpha "
         f"{report.alpha:g}, {report.precision}, "
         f"{report.images_per_second:,.0f} images/s.",
     )
@@ -266,38 +317,140 @@ def show_finetuning(result: "FinetuneResult") -> None:
     )
 
 
+def _show_phases(result: "FinetuneResult") -> None:
+    """Shows a table of phases: the images of each row, and their figures.
+
+    These are the test images, if there are any. Otherwise the head-only model's figures
+    are those out of fold, and the fine-tuned model's those of the deciding images.
+    """
+    from keras_transfer.evaluation.metrics import Evaluation
+
+    run, report = result.run, result.report
+    phases = {
+        name: {split: Evaluation.model_validate(x) for split, x in splits.items()}
+        for name, splits in run.metrics.items()
+    }
+    if run.manifest.phase == "finetune" and not report.kept:  # an earlier one stays
+        phases["not kept"] = dict(result.evaluations)
+    table = Table(box=None, pad_edge=False)
+    for column in ("phase", "images", f"{_words(report.metric)} (95% interval)"):
+        table.add_column(column)
+    for column in ("log loss", "ECE"):
+        table.add_column(column, justify="right")
+    table.add_column("")
+    for phase, evaluations in phases.items():
+        # `val` is of version 0.1.0, which chose models by these images.
+        order = ("test", "out_of_fold", "deciding", "val")
+        split = next((name for name in order if name in evaluations), None)
+        cells = ["none", "", "", ""]
+        if split is not None:
+            found = evaluations[split]
+            ece = "" if found.ece is None else f"{found.ece:.3f}"
+            figures = found.describe(report.metric), f"{found.log_loss:.3g}", ece
+            cells = [_words(split), *figures]
+        mark = "<- the run's model" if phase == run.manifest.phase else ""
+        table.add_row(phase, *cells, mark)
+    console.print(table)
+
+
 def show_evaluation(found: "Evaluation", of: str) -> None:
-    """Shows a table of metrics and a table of classes.
+    """Shows a headline, a table of metrics and a table of classes.
 
     Args:
         found: The metrics.
-        of: Name of the images, such as `test`.
+        of: Name of the images as it is shown, such as `test` or that of DATA.
     """
-    evaluation = found.model_dump()
-    console.print(f"{evaluation['images']:,} {of} images")
-    figures = Table(box=None, show_header=False, pad_edge=False)
-    for key in ("accuracy", "balanced_accuracy", "macro_f1", "log_loss"):
-        figures.add_row(key.replace("_", " "), f"{evaluation[key]:.4f}")
-    if evaluation["mean_average_precision"] is not None:
-        value = evaluation["mean_average_precision"]
-        figures.add_row("mean average precision", f"{value:.4f}")
+    console.print(f"{of}: {found}")
+    figures = Table(box=None, pad_edge=False)
+    figures.add_column("")
+    figures.add_column("(95% interval)")
+    for name, label in _METRICS.items():
+        if name != found.headline and getattr(found, name) is not None:
+            figures.add_row(label, found.describe(name))
+    if found.ece is not None:
+        figures.add_row(
+            "ECE",
+            f"{found.ece:.3f} ({found.ece_if_calibrated:.3f} if perfectly calibrated)",
+        )
     console.print(figures)
     table = Table(box=None, pad_edge=False)
     table.add_column("class")
-    for column in ("precision", "recall", "F1", "images"):
+    table.add_column("recall (95% interval)")
+    for column in ("precision", "F1", "images"):
         table.add_column(column, justify="right")
-    classes = evaluation["classes"]
-    worst = sorted(classes, key=lambda name: classes[name]["f1"])[:_MOST_CLASSES]
+    classes = found.classes
+    worst = sorted(classes, key=lambda name: classes[name].f1)[:_MOST_CLASSES]
     for name in (name for name in classes if name in set(worst)):
         row = classes[name]
         table.add_row(
             name,
-            *(f"{row[key]:.3f}" for key in ("precision", "recall", "f1")),
-            f"{row['support']:,}",
+            row.describe("recall"),
+            f"{row.precision:.3f}",
+            f"{row.f1:.3f}",
+            f"{row.support:,}",
         )
     console.print(table)
     if len(classes) > len(worst):
         console.print(f"(the {len(worst)} worst of {len(classes)} classes)")
+
+
+def _words(name: str) -> str:
+    """Writes the name of a metric or split in words: `macro_f1` becomes macro F1."""
+    return _METRICS.get(name) or name.replace("_", " ")
+
+
+def show_sure(found: "SureEvaluation", images: int) -> None:
+    """Shows how many of `images` predictions are sure, and how many are correct."""
+    figures = Table(box=None, show_header=False, pad_edge=False)
+    for name, value, ends, count in (
+        ("sure", found.coverage, found.coverage_interval, images),
+        (
+            "accuracy of the sure",
+            found.accuracy,
+            found.accuracy_interval,
+            found.images,
+        ),
+    ):
+        if value is not None and ends is not None:
+            low, high = ends
+            part = f"{round(value * count):,} of {count:,}"
+            figures.add_row(name, f"{value:.3f} ({low:.3f} to {high:.3f}), {part}")
+    console.print(figures)
+
+
+def show_drift(found: "RunDrift") -> None:
+    """Shows how new images differ from a run's held-out images, per class."""
+    console.print(
+        f"{found.images:,} new images beside {found.reference_images:,} of the run "
+        f"({found.reference})"
+    )
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for column in ("run", "new", "shift (95% interval)"):
+        table.add_column(column, justify="right")
+    table.add_column("")
+
+    def add(name: str, one: "Shift") -> None:
+        table.add_row(
+            name,
+            f"{one.reference.value:.3f}",
+            f"{one.new.value:.3f}",
+            f"{one.difference:+.3f} ({one.low:+.3f} to {one.high:+.3f})",
+            "<- differs" if one.is_clear else "",
+        )
+
+    add("far from the training images", found.far)
+    classes = found.classes
+    most = sorted(classes, key=lambda name: -abs(classes[name].difference))
+    for name in most[:_MOST_CLASSES]:
+        add(f"predicted {name}", classes[name])
+    console.print(table)
+    if len(most) > _MOST_CLASSES:
+        console.print(f"(the {_MOST_CLASSES} of {len(most)} classes that differ most)")
+    console.print(
+        "Predicted classes as different as this, if both are drawn from the same "
+        f"images: p = {found.p_value:.4f}"
+    )
 
 
 def show_recommendation(found: "Recommendation") -> None:

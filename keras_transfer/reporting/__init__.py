@@ -1,4 +1,4 @@
-"""Charts for people to look at.
+"""What people look at: charts, and tables of predictions.
 
-Reading order: charts.
+Reading order: predictions, charts.
 """

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from keras_transfer.errors import KerasTransferError, explaining_full_disk
+from keras_transfer.errors import KerasTransferError, UsageError, explaining_full_disk
 
 try:
     import fcntl
@@ -218,6 +218,39 @@ def is_writable(directory: Path) -> bool:
     """Returns whether a directory can be written to, or created if it is missing."""
     existing = nearest_directory(directory)
     return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+
+
+def check_sort_into(directory: Path) -> None:
+    """Checks that images can be sorted into a directory, which may not exist yet.
+
+    Raises:
+        UsageError: If it is not a directory or cannot be written.
+    """
+    if not is_writable(directory):
+        raise UsageError(
+            f"Images are sorted into a directory that can be written. Received: "
+            f"sort_into={directory}. Name another."
+        )
+
+
+def check_output(file: Path) -> None:
+    """Checks that a file can be written by `replacing`, before any work is done.
+
+    Raises:
+        UsageError: If its folder does not exist or cannot be written, or there is
+            something else than a regular file in its place.
+    """
+    folder = file.absolute().parent
+    if not folder.is_dir() or not is_writable(folder):
+        raise UsageError(
+            f"output names a file in a folder that exists and can be written. "
+            f"Received: output={file}. Name another."
+        )
+    if file.exists() and not file.is_file():  # a device or pipe would be replaced
+        raise UsageError(
+            f"output names a regular file. Received: output={file}, which is none. "
+            "Name another, or leave it out to print the rows."
+        )
 
 
 def sync(path: Path) -> None:

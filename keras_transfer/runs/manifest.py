@@ -43,8 +43,85 @@ class Estimate(BaseModel):
         return f"{self.mean:.4f} ({self.low:.4f} to {self.high:.4f})"
 
 
+class CoveragePoint(BaseModel):
+    """The accuracy of those predictions whose largest probability is large enough."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    threshold: float
+    """Smallest of their largest probabilities, from 0 to 1."""
+    coverage: float
+    """Their share of all images, from 0 to 1."""
+    accuracy: float
+    """Share of them that is correct, from 0 to 1."""
+    images: int
+    """Their number."""
+
+
+class Abstention(BaseModel):
+    """A threshold from which on predictions are `sure`.
+
+    It is found on images that the model did not learn from: the training images, out of
+    fold; after fine-tuning, those that were set aside.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    target: float
+    """Accuracy that sure predictions have at least, in (0, 1), with a one-sided 95%
+    bound."""
+    threshold: float
+    """Smallest largest probability of a sure prediction, from 0 to 1, as float32."""
+    coverage: float
+    """Share of the predictions of these images that is sure, from 0 to 1."""
+    accuracy: float
+    """Share of the sure ones among them that is correct, from 0 to 1."""
+    images: int
+    """Number of these images."""
+    independent: int
+    """Number of them that the bound was computed on: all, or one per group."""
+
+    def __str__(self) -> str:
+        return (
+            f"sure from a probability of {self.threshold:.4f} on: "
+            f"{self.coverage:.1%} of {self.images:,} images that were not learned "
+            f"from, {self.accuracy:.1%} of them correct"
+        )
+
+
+class Calibration(BaseModel):
+    """How far the temperature of a fine-tuned model makes its probabilities true.
+
+    The figures are of the images that decide: each half of them with the temperature
+    fitted on the other half. The temperature in the model is between both, so they are
+    not exactly its own.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    temperature: float
+    """What the logits of the head were divided by; the geometric mean of both
+    halves'."""
+    log_loss_before: float
+    """Mean cross-entropy in nats without a temperature."""
+    log_loss_after: float
+    """Mean cross-entropy in nats with it."""
+    ece_before: float | None = None
+    """Expected calibration error without a temperature, from 0 to 1; None for
+    multi-label data."""
+    ece_after: float | None = None
+    """Expected calibration error with it."""
+
+
 class FinetuneReport(BaseModel):
-    """The record of `kt unfreeze-and-finetune` in `manifest.json`."""
+    """The record of `kt unfreeze-and-finetune` in `manifest.json`.
+
+    Each half of the images that decide chose a mix of the weights before and after
+    training, and a temperature, for the other half to judge. The final model has the
+    mean of both mixes and the geometric mean of both temperatures. Where the halves
+    chose differently, no image judged exactly this model: `after` and `calibration` are
+    those of two models of which it lies in between.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -57,22 +134,35 @@ class FinetuneReport(BaseModel):
     reason: str
     """Why it was kept or not, as a sentence."""
     metric: str
-    """The metric that decided: `accuracy`, or `mean_average_precision` for multi-label
-    data."""
+    """The metric that decided, as `metrics.deciding_metric` returns it: `accuracy`, or
+    `mean_average_precision` for multi-label data, unless the config names another."""
     before: float | None
-    """That metric of the run's previous model on the validation images, from 0 to 1;
-    None without validation images."""
+    """That metric of the model before on the images that decide; None without such
+    images. They were set aside from the training images: fine-tuning starts from the
+    run's head trained again without them. That is also the model before, unless the run
+    has a fine-tuned model already that was judged by the same images."""
     after: float | None
-    """That metric of the fine-tuned model on the same images, from 0 to 1; None without
-    validation images."""
+    """That metric of the fine-tuned model on the same images; None without such
+    images. Each half of them chose the mix that the other half judges."""
     p_value: float | None
     """Probability of a gain like this if the new model is not better (0 to 1); None
-    without validation images."""
+    without images that decide."""
+    attempts: int = 1
+    """Number of fine-tunings of this run that were judged, including this one."""
+    deciding_images: int = 0
+    """Number of images that decide; 0 in runs of version 0.1.0."""
+    images_needed: int | None = None
+    """Estimated number of images that would recognize a model that is 5 points better
+    (0.05, of a metric from 0 to 1) in 4 of 5 cases; None if the log loss decides, and
+    without images that decide."""
+    calibration: Calibration | None = None
+    """The temperature of the fine-tuned model; None if it has none."""
     alpha: float
     """Fraction of the fine-tuned weights in the final mix with the weights before
-    training, from 0 to 1."""
+    training, from 0 to 1; the mean of both halves' choices, which differ if it is none
+    of `alphas`."""
     alphas: dict[str, float]
-    """The metric on the validation images for each alpha that was tried."""
+    """The metric on all images that decide for each alpha that was tried."""
     groups: dict[str, float]
     """Peak learning rate of each trained layer group."""
     trained_parameters: int
@@ -82,7 +172,10 @@ class FinetuneReport(BaseModel):
     activation_bytes: int
     """Bytes on disk of one image's cached activation."""
     best_epoch: int
-    """Epoch whose weights were used, starting at 1."""
+    """Epoch whose weights were used, starting at 1; with a mean of several epochs, the
+    last of them."""
+    averaged_epochs: int = 1
+    """Number of epochs whose weights were averaged."""
     epochs: int
     """Number of epochs trained, including those before a `--resume`."""
     engine: str
@@ -107,8 +200,9 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: int = 1
-    """Changes when a key changes its meaning."""
+    schema_version: int = 2
+    """Changes when a key of this file or of metrics.json changes its meaning, or when
+    metrics.json gains keys. 2 added intervals."""
     created: str
     """UTC time at which the run was completed, ISO 8601."""
     data: str
@@ -139,10 +233,18 @@ class Manifest(BaseModel):
     notes: list[str]
     """Decisions made along the way, each with its measurement."""
     folds: Estimate | None = None
-    """If the head was cross-validated, the accuracy of each fold (for multi-label data,
-    the mean average precision), with mean and 95% interval."""
+    """The deciding metric of each fold, corrected for the choice of the L2 strength,
+    with mean and 95% interval; None without several folds."""
+    coverage: tuple[CoveragePoint, ...] | None = None
+    """The accuracy-coverage curve of the same images as in `Abstention`, by increasing
+    coverage; None for multi-label data and without such images."""
+    abstention: Abstention | None = None
+    """The threshold of sure predictions, with `abstain_at_accuracy`."""
+    thresholds: dict[str, float] | None = None
+    """For multi-label data, the probability in (0, 1) from which on a class is
+    predicted, by class name, chosen as in `Abstention`; None stands for 0.5."""
     l2: float
-    """The head's L2 strength, chosen on the validation split if there is one."""
+    """The head's L2 strength, chosen by cross-validation on the training images."""
     parity: dict[str, float]
     """Agreement of `model.keras` with the head on cached features: `images`,
     `top1_agreement` (0 to 1), `max_probability_difference` and `tolerance`."""
@@ -164,6 +266,14 @@ class Manifest(BaseModel):
     `model.PHASE.keras`."""
     finetune: FinetuneReport | None = None
     """Record of the last fine-tuning that is stored in the run, if any."""
+    attempts: int = 0
+    """Number of fine-tunings that were judged, including any that are not stored."""
+
+    @property
+    def next_attempt(self) -> int:
+        """The number of the next fine-tuning, starting at 1."""
+        stored = self.finetune.attempts if self.finetune else 0
+        return max(self.attempts, stored) + 1
 
     def to_json(self) -> str:
         """Formats the manifest as ASCII JSON, since not every path is valid UTF-8."""

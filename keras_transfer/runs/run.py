@@ -45,8 +45,11 @@ MODEL = "model.keras"
 SKIPPED = "skipped.csv"
 SPLITS = "splits.csv"
 
-OUT_OF_FOLD = "out_of_fold.csv"
-"""Out-of-fold predictions from cross-validating the head on the training images."""
+FAR = "far.npz"
+"""What tells images far from the training images; see `out_of_distribution`."""
+
+PREDICTIONS = "predictions.csv"
+"""A prediction of every image; those of training images out of fold, if there are."""
 
 CHECKPOINT = "checkpoint"
 """Folder with the state of an unfinished phase."""
@@ -167,6 +170,16 @@ class Run:
     def images_path(self) -> Path:
         """Path of the image table; `features.image_table` documents its columns."""
         return self.run_dir / IMAGES
+
+    @property
+    def far_path(self) -> Path:
+        """Path of what tells far images; missing in runs of earlier versions."""
+        return self.run_dir / FAR
+
+    @property
+    def predictions_path(self) -> Path:
+        """Path of predictions.csv, with one line per image of the run."""
+        return self.run_dir / PREDICTIONS
 
     @property
     def splits_path(self) -> Path:

@@ -14,10 +14,10 @@ from keras_transfer.errors import KerasTransferError, UsageError
 from keras_transfer.evaluation.of_run import load_model, run_splits
 from keras_transfer.events import Listener
 from keras_transfer.features.image_table import changed_images, known_images
+from keras_transfer.models.classifier import with_features
 from keras_transfer.runs.manifest import Manifest
 from keras_transfer.runs.run import Run, read_together
 from keras_transfer.runtime.c_api import Arrays
-from keras_transfer.serving.signatures import with_features
 
 BATCHES = (1, 8)
 """Numbers of images in the requests for verification and warm-up."""

@@ -21,9 +21,10 @@ from tensorflow.python.saved_model.fingerprinting_utils import write_fingerprint
 
 from keras_transfer.data.decode import DECODER_VERSION
 from keras_transfer.errors import KerasTransferError
+from keras_transfer.evaluation.decisions import NO_RULE, DecisionRule
 from keras_transfer.models.classifier import weights_digest
 from keras_transfer.runs.files import rename_to_first_free, settle, temporary_directory
-from keras_transfer.runs.manifest import now, versions
+from keras_transfer.runs.manifest import Manifest, now, versions
 from keras_transfer.runs.run import Run, committing, version_dirs
 from keras_transfer.runtime.c_api import Arrays, Request, answer_elsewhere
 from keras_transfer.serving.sample import BATCHES, Sample, Trained
@@ -91,6 +92,15 @@ def _finish_graph(saved: Path) -> None:
     write_fingerprint(str(saved))
 
 
+def decisions(manifest: Manifest) -> dict[str, Any]:
+    """Returns the manifest's keys that say how probabilities become decisions."""
+    found = manifest.abstention
+    return {
+        "abstention": found.model_dump() if found else None,
+        "thresholds": manifest.thresholds,
+    }
+
+
 def describe(
     run: Run, trained: Trained, is_folded: bool, saved: Path
 ) -> dict[str, Any]:
@@ -112,6 +122,7 @@ def describe(
         "phase": manifest.phase,
         "labels": trained.class_names,
         "multi_label": manifest.multi_label,
+        **decisions(manifest),
         "image_size": manifest.image_size,
         "decoder_version": DECODER_VERSION,
         "batch_normalization_folded": is_folded,
@@ -158,8 +169,19 @@ def _warmup_requests(sample: Sample) -> list[Request]:
     ]
 
 
-def verify(saved: Path, sample: Sample, class_names: Sequence[str]) -> None:
+def verify(
+    saved: Path,
+    sample: Sample,
+    class_names: Sequence[str],
+    rule: DecisionRule = NO_RULE,
+) -> None:
     """Runs every signature as TensorFlow Serving would and compares the outputs.
+
+    Args:
+        saved: Directory of the SavedModel.
+        sample: The images, with the model's outputs.
+        class_names: Class names in the order of the outputs.
+        rule: The rule that the SavedModel decides by.
 
     Raises:
         KerasTransferError: If an output differs from the model's, a request or a
@@ -177,6 +199,7 @@ def verify(saved: Path, sample: Sample, class_names: Sequence[str]) -> None:
             answer
             if isinstance(answer, str)
             else difference(answer, sample, rows, class_names)
+            or undecided(answer, rule)
         )
         if wrong:
             raise KerasTransferError(
@@ -219,6 +242,30 @@ def difference(
         by_index = np.array([name.encode() for name in class_names], object)
         if (by_index[answer["indices"]] != classes).any():
             return "indices are not those of the classes"
+    return ""
+
+
+def undecided(answer: Arrays, rule: DecisionRule) -> str:
+    """Describes how an answer's decisions differ from a rule's; "" if they agree.
+
+    They must agree exactly: they follow from the answer's own probabilities.
+
+    Args:
+        answer: Outputs of a signature by name.
+        rule: The rule that the SavedModel decides by.
+    """
+    if "probabilities" not in answer:
+        return ""
+    probabilities = answer["probabilities"]
+    expected = {"sure": rule.is_sure(probabilities)}
+    expected["predicted"] = (
+        None if rule.classes is None else rule.predicted(probabilities)
+    )
+    for name, decisions in expected.items():
+        if (decisions is None) != (name not in answer):
+            return f"{name} is {'missing' if name not in answer else 'not expected'}"
+        if decisions is not None and not np.array_equal(answer[name], decisions):
+            return f"{name} does not follow from the probabilities"
     return ""
 
 

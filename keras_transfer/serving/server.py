@@ -13,11 +13,12 @@ import numpy as np
 
 from keras_transfer.data.folders import image_files
 from keras_transfer.data.reading import read_files
-from keras_transfer.data.tables import Prediction
+from keras_transfer.data.tables import Prediction, Predictions
 from keras_transfer.errors import KerasTransferError, UsageError, refusal
+from keras_transfer.evaluation.decisions import NO_RULE, names_of
 from keras_transfer.runs.files import write_atomic
 from keras_transfer.runs.run import SERVING, Run, open_run, version_dirs
-from keras_transfer.runtime.c_api import Request, Session
+from keras_transfer.runtime.c_api import Arrays, Request, Session
 
 IMAGE = "tensorflow/serving:2.20.0"
 """Container image of TensorFlow Serving; the first version that decodes WebP."""
@@ -26,6 +27,7 @@ DAEMON_SECONDS = 10.0
 """Seconds to wait for an answer of docker's daemon."""
 
 _BATCH = 16
+_SIGNATURE = "serving_default"
 
 _MODELS = """\
 # tensorflow_model_server --model_config_file=THIS_FILE
@@ -60,7 +62,7 @@ def predict_bundle(
     bundle: str | Path,
     paths: str | Path | Iterable[str | Path],
     recursive: bool = False,
-) -> tuple[list[str], Iterator[Prediction]]:
+) -> Predictions:
     """Classifies images with an exported SavedModel and TensorFlow's C++ runtime.
 
     Args:
@@ -69,8 +71,8 @@ def predict_bundle(
         recursive: Whether to search subfolders too.
 
     Returns:
-        (class names in the order of the probabilities, one prediction per image in
-        order).
+        One prediction per image. They have no `classes` if a version of multi-label
+        data was exported before it had thresholds.
 
     Raises:
         UsageError: If the directory was not made by `kt export`, or a folder contains
@@ -79,7 +81,14 @@ def predict_bundle(
     """
     sources = list(image_files(paths, recursive))
     session = Session(Path(bundle))
-    return session.about["labels"], _predictions(session, sources)
+    outputs = session.about["signatures"][_SIGNATURE]["outputs"]
+    columns = {"classes": "predicted", "sure": "sure"}
+    return Predictions(
+        session.about["labels"],
+        tuple(column for column, output in columns.items() if output in outputs),
+        len(sources),
+        _predictions(session, sources),
+    )
 
 
 def _predictions(session: Session, sources: Sequence[str]) -> Iterator[Prediction]:
@@ -96,25 +105,48 @@ def _predictions(session: Session, sources: Sequence[str]) -> Iterator[Predictio
 def _predict_batch(
     session: Session, batch: Sequence[tuple[str, bytes | OSError]]
 ) -> Iterator[Prediction]:
-    def probabilities(files: Sequence[bytes]) -> np.ndarray:
+    def predict(sources: Sequence[str], files: Sequence[bytes]) -> list[Prediction]:
         inputs = {"image_bytes": np.array(files, object)}
-        return session.run(Request("serving_default", inputs))["probabilities"]
+        return _decided(session, sources, session.run(Request(_SIGNATURE, inputs)))
 
-    files = [encoded for _, encoded in batch if isinstance(encoded, bytes)]
+    usable = [item for item in batch if isinstance(item[1], bytes)]
     try:
-        rows: Iterator[np.ndarray] | None = iter(probabilities(files) if files else ())
+        rows: Iterator[Prediction] | None = iter(
+            predict(*zip(*usable, strict=True)) if usable else ()
+        )
     except KerasTransferError:
         rows = None  # an image is unusable; predict one by one to find out which
     for source, encoded in batch:
         if isinstance(encoded, OSError):
             yield Prediction(source, None, f"cannot be read: {encoded.strerror}")
         elif rows is not None:
-            yield Prediction(source, next(rows))
+            yield next(rows)
         else:
             try:
-                yield Prediction(source, probabilities([encoded])[0])
+                yield from predict([source], [encoded])
             except KerasTransferError as error:
                 yield Prediction(source, None, refusal(str(error), len(encoded)))
+
+
+def _decided(
+    session: Session, sources: Sequence[str], outputs: Arrays
+) -> list[Prediction]:
+    """Converts the outputs of a request to predictions."""
+    labels = session.about["labels"]
+    probabilities = outputs["probabilities"]
+    sure = outputs.get("sure", [None] * len(sources))
+    predicted = outputs.get("predicted")
+    if predicted is None and not session.about["multi_label"]:
+        predicted = NO_RULE.predicted(probabilities)
+    return [
+        Prediction(
+            source,
+            row,
+            classes=() if predicted is None else names_of(predicted[i], row, labels),
+            sure=None if sure[i] is None else bool(sure[i]),
+        )
+        for i, (source, row) in enumerate(zip(sources, probabilities, strict=True))
+    ]
 
 
 def server_command(

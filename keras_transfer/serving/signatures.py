@@ -16,7 +16,8 @@ from tensorflow.python.framework.convert_to_constants import (
 
 from keras_transfer.data.decode import decode_image, require, resize_image
 from keras_transfer.errors import KerasTransferError
-from keras_transfer.models.classifier import POOL
+from keras_transfer.evaluation.decisions import NO_RULE, DecisionRule
+from keras_transfer.models.classifier import with_features
 from keras_transfer.models.fold import folded_copy
 
 TOLERANCE = 1e-5
@@ -40,13 +41,6 @@ _PARALLEL = 2
 Network = Callable[[tf.Tensor], dict[str, tf.Tensor]]
 """Takes float32 `[N, image_size, image_size, 3]` pixels in [0, 255]; returns
 `probabilities` float32 `[N, C]` and `features` float32 `[N, D]`."""
-
-
-def with_features(model: keras.Model) -> keras.Model:
-    """Extends a classifier to also return its head's input; outputs as in `Network`."""
-    features = model.get_layer(POOL).output
-    outputs = {"probabilities": model.output, "features": features}
-    return keras.Model(model.input, outputs)
 
 
 def disagreement(
@@ -121,14 +115,22 @@ class ServingBundle:
     `image_bytes` is string `[N]`, the content of files that `decode.decode_image`
     accepts. A classification consists of `probabilities` float32 `[N, C]` and, for the
     k = min(5, C) most likely classes, `classes` string `[N, k]`, `scores` float32
-    `[N, k]` and `indices` int32 `[N, k]`.
+    `[N, k]` and `indices` int32 `[N, k]`. If the rule has a threshold for it, there is
+    also `sure` bool `[N]`; for multi-label data, `predicted` bool `[N, C]`.
 
     Attributes:
         signatures: Functions of one tensor by signature name.
     """
 
-    def __init__(self, network: Network, image_size: int, class_names: Sequence[str]):
+    def __init__(
+        self,
+        network: Network,
+        image_size: int,
+        class_names: Sequence[str],
+        rule: DecisionRule = NO_RULE,
+    ):
         self._network = network
+        self._rule = rule
         self._image_size = image_size
         self._class_names = list(class_names)
         square = (None, image_size, image_size, 3)
@@ -176,12 +178,17 @@ class ServingBundle:
         probabilities = self._network(images)["probabilities"]
         top = min(TOP, len(self._class_names))
         scores, indices = tf.math.top_k(probabilities, top)
-        return {
+        found = {
             "probabilities": probabilities,
             "classes": tf.gather(tf.constant(self._class_names), indices),
             "scores": scores,
             "indices": indices,
         }
+        if self._rule.sure is not None:
+            found["sure"] = tf.reduce_max(probabilities, 1) >= self._rule.sure
+        if self._rule.classes is not None:
+            found["predicted"] = probabilities >= self._rule.classes
+        return found
 
     def _classify(self, inputs: tf.Tensor) -> dict[str, tf.Tensor]:
         """Serialized tf.Examples with `image/encoded` -> `classes` and `scores`."""

@@ -1,4 +1,5 @@
 """One module per command, each readable like the method section of a paper.
 
-Reading order: inputs, fit, evaluate, predict, finetune, export, advise, rank.
+Reading order: inputs, fit, judging, evaluate, drift, predict, finetune, gate, export,
+advise, rank.
 """

@@ -7,9 +7,11 @@ import numpy as np
 
 from keras_transfer.data.reading import hashing
 from keras_transfer.errors import KerasTransferError
+from keras_transfer.evaluation.decisions import DecisionRule
 from keras_transfer.evaluation.metrics import Evaluation, evaluate
 from keras_transfer.evaluation.of_run import labelled_images, load_model
 from keras_transfer.evaluation.prediction import predict_sources
+from keras_transfer.evaluation.thresholds import SureEvaluation, evaluate_sure
 from keras_transfer.events import SILENT, Listener
 from keras_transfer.features.image_table import (
     changed_images,
@@ -27,6 +29,8 @@ class RunEvaluation(Evaluation):
     """Name of the run's split, or the DATA argument."""
     skipped: dict[str, str]
     """Reason why an image was left out, by source."""
+    sure: SureEvaluation | None = None
+    """Coverage and accuracy of the sure predictions, if the run has a threshold."""
 
 
 def evaluate_run(
@@ -41,7 +45,7 @@ def evaluate_run(
     Args:
         run: The run.
         source: Labeled images in any form that `fit` accepts; None for the run's test
-            split (its validation split if it has no test split).
+            split (of runs of version 0.1.0 without one, the validation split).
         data_dir: Directory where tensorflow-datasets keeps prepared data sets.
         phase: `fit` or `finetune`; None for the run's current model.
         listener: Receives notes, and progress after each image.
@@ -54,15 +58,17 @@ def evaluate_run(
         KerasTransferError: If a label is not one of the run's classes, or no image can
             be read.
     """
-    model, class_names, known, (name, table, read) = read_together(
+    model, class_names, (rule, lacks_thresholds), known, images = read_together(
         run,
         lambda: (
             load_model(run, phase),
             run.class_names,
+            _rule(run, phase),
             known_images(run.images_path, listener),
             labelled_images(run, source, data_dir),
         ),
     )
+    name, table, read = images
     by_source = {}
     skipped = {}
     digests: dict[str, bytes] = {}
@@ -75,12 +81,31 @@ def evaluate_run(
         else:
             by_source[prediction.source] = prediction.probabilities
     _note_changed_or_trained(known, digests, source is None, listener)
+    if lacks_thresholds:
+        listener.note(
+            f"Thresholds are kept for the run's current model only: figures of {phase} "
+            "are without those of its own."
+        )
     if not by_source:
         raise KerasTransferError(f"None of the {len(table)} images can be read.")
     table = table.keep(by_source)
     probabilities = np.stack([by_source[source] for source in table.sources])
-    found = evaluate(table.targets, probabilities, class_names)
-    return RunEvaluation(**dict(found), data=name, skipped=skipped)
+    found = evaluate(
+        table.targets, probabilities, class_names, table.groups, rule.classes
+    )
+    sure = None
+    if rule.sure is not None:
+        sure = evaluate_sure(probabilities, table.targets, rule.sure, table.groups)
+    return RunEvaluation(**dict(found), data=name, skipped=skipped, sure=sure)
+
+
+def _rule(run: Run, phase: Phase | None) -> tuple[DecisionRule, bool]:
+    """Returns (rule of a phase's model, whether it lacks thresholds that it had)."""
+    manifest, lacks = run.manifest, False
+    if phase not in (None, manifest.phase):  # whose thresholds were replaced
+        lacks = bool(manifest.abstention or manifest.thresholds)
+        manifest = manifest.model_copy(update={"abstention": None, "thresholds": None})
+    return DecisionRule.of(manifest, run.class_names), lacks
 
 
 def _note_changed_or_trained(

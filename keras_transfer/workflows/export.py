@@ -9,6 +9,7 @@ import numpy as np
 from keras_transfer.config import Format, Quantization
 from keras_transfer.data.decode import make_decoder
 from keras_transfer.errors import KerasTransferError, explaining_full_disk
+from keras_transfer.evaluation.decisions import DecisionRule
 from keras_transfer.evaluation.metrics import evaluate
 from keras_transfer.evaluation.of_run import held_out_images
 from keras_transfer.events import SILENT, Listener
@@ -33,6 +34,7 @@ from keras_transfer.serving.sample import (
     sample_of_run,
 )
 from keras_transfer.serving.savedmodel import (
+    decisions,
     describe,
     prune_versions,
     publish,
@@ -74,12 +76,13 @@ def export_savedmodel(
             "BatchNormalization is not folded: it would change what is predicted"
         )
     image_size = trained.manifest.image_size
-    bundle = ServingBundle(network, image_size, trained.class_names)
+    rule = DecisionRule.of(trained.manifest, trained.class_names)
+    bundle = ServingBundle(network, image_size, trained.class_names, rule)
     with temporary_directory(run.run_dir) as staging:
         write_savedmodel(staging, bundle, sample)
         about = describe(run, trained, is_folded, staging)
         write_atomic(staging / ABOUT, json.dumps(about, indent=1, ensure_ascii=False))
-        verify(staging, sample, trained.class_names)
+        verify(staging, sample, trained.class_names, rule)
         version = publish(staging, run.run_dir, trained.identity)
     if keep is not None:
         prune_versions(run.run_dir, keep)
@@ -197,6 +200,8 @@ def _describe(
         "created": now(),
         "base": manifest.base,
         "phase": manifest.phase,
+        "multi_label": manifest.multi_label,
+        **decisions(manifest),
         "image_size": manifest.image_size,
         "quantize": quantize,
         "max_difference": exported.max_difference,
@@ -226,5 +231,8 @@ def _accuracies(run: Run, predict: Predict) -> tuple[tuple[float, float], int]:
     }
     table = table.keep(said)
     probabilities = np.stack([said[source] for source in table.sources])
-    after = evaluate(table.targets, probabilities, run.class_names)
+    rule = DecisionRule.of(run.manifest, run.class_names)
+    after = evaluate(
+        table.targets, probabilities, run.class_names, table.groups, rule.classes
+    )
     return (before.accuracy, after.accuracy), len(table)

@@ -15,11 +15,11 @@ from keras_transfer.config import Config, to_yaml
 from keras_transfer.data.decode import DECODER_VERSION
 from keras_transfer.data.samples import sample_images
 from keras_transfer.data.tables import Splits
-from keras_transfer.errors import KerasTransferError, UnusableImagesError, UsageError
-from keras_transfer.evaluation.crossvalidation import estimate, fold_numbers
-from keras_transfer.evaluation.metrics import Evaluation, evaluate, selection_key
+from keras_transfer.errors import KerasTransferError, UnusableImagesError
+from keras_transfer.evaluation.metrics import Evaluation
 from keras_transfer.evaluation.prediction import prediction_engine
-from keras_transfer.events import SILENT, Broadcast, Listener
+from keras_transfer.evaluation.thresholds import SureEvaluation
+from keras_transfer.events import Broadcast, Listener
 from keras_transfer.features.base import frozen_base, image_size_of
 from keras_transfer.features.engine import predict
 from keras_transfer.features.frozen_part import (
@@ -47,28 +47,15 @@ from keras_transfer.runs.run import (
     MANIFEST,
     METRICS,
     MODEL,
-    OUT_OF_FOLD,
     SKIPPED,
     SPLITS,
     Run,
     building,
 )
-from keras_transfer.training.head import (
-    TrainedHead,
-    class_weights,
-    label_features,
-    predict_head,
-    train_head,
-)
+from keras_transfer.training.head import TrainedHead, predict_head, train_on_features
 from keras_transfer.workflows.export import export_savedmodel
 from keras_transfer.workflows.inputs import Inputs
-
-FEW_IMAGES = 30
-"""With fewer test images than this, the head is cross-validated by default. At an
-accuracy of 0.9 on 30 images, the 95% confidence interval is 0.74 to 0.97 (Wilson)."""
-
-_FOLDS = 5
-_MOST_CROSS_VALIDATED = 20_000  # training images; with more it would take minutes
+from keras_transfer.workflows.judging import FEW_IMAGES, Judgement, judge_head
 
 _STORAGE: dict[str, Sequence[Storage]] = {
     "auto": (Storage("auto"), Storage("f32"), Storage("f32", "keras")),
@@ -85,20 +72,21 @@ class FitResult:
 
     Attributes:
         run: The finished run.
-        evaluations: Metrics of the classifier by held-out split (`val`, `test`).
-        cross_validation: The deciding metric (accuracy, or mean average precision for
-            multi-label data) over folds of the training images; None without
-            cross-validation.
+        evaluations: Metrics of the classifier by `out_of_fold` (training images, each
+            by a head that did not learn from it) and `test`, the more telling first.
+        cross_validation: The deciding metric over folds of the training images; None
+            without folds.
+        sure: Coverage and accuracy of the sure predictions of test images; None without
+            `abstain_at_accuracy` or test images.
     """
 
     run: Run
     evaluations: Mapping[str, Evaluation]
     cross_validation: Estimate | None
+    sure: SureEvaluation | None = None
 
     def __repr__(self) -> str:
         figures = [f"{name}: {value}" for name, value in self.evaluations.items()]
-        if self.cross_validation:
-            figures.insert(0, f"cross-validation: {self.cross_validation}")
         return f"FitResult({self.run.run_dir}, {', '.join(figures)})"
 
 
@@ -118,7 +106,7 @@ def extract_and_fit(inputs: Inputs, listener: Listener) -> FitResult:
     once = {"overwrite": False, "reread": False}  # must not apply when config is reused
     config = inputs.config.model_copy(update=once)
     told = Broadcast([listener])  # keeps the notes for the manifest
-    warn_of_data(config, inputs.splits, told)
+    _warn_of_data(inputs.splits, told)
 
     # Each image goes through the frozen base once; the head is trained on its features.
     part = frozen_base(inputs.config)
@@ -130,28 +118,20 @@ def extract_and_fit(inputs: Inputs, listener: Listener) -> FitResult:
     ):
         told.note(text)
 
-    # Cross-validate the same kind of head on the training images.
-    folds = folds_of(config, trained.splits)
-    estimated, out_of_fold = None, None
-    if folds:
-        estimated, out_of_fold = _cross_validate(config, trained, folds, told)
-
-    # Evaluate on held-out images and write everything to disk atomically.
-    evaluations = _evaluate(trained)
+    # Evaluate out of fold and on test images, and write everything to disk atomically.
+    judged = judge_head(config, trained.splits, trained.features, trained.head)
     with building(inputs.run) as staging:
         images = image_table(inputs.splits, trained.features.extraction)
         with (staging / IMAGES).open("wb") as file:  # its path may not be valid UTF-8
             pq.write_table(images, file, compression="zstd")
-        _write(staging, config, trained, evaluations)
-        if out_of_fold:
-            write_atomic(staging / OUT_OF_FOLD, out_of_fold)
-        manifest = _manifest(config, part, trained, estimated, told.notes, started)
+        _write(staging, config, trained, judged)
+        manifest = _manifest(config, part, trained, judged, told.notes, started)
         write_atomic(staging / MANIFEST, manifest.to_json())
     run = Run(inputs.run.run_dir)
     told.artifact(run.run_dir, "run")
     if config.export:
         export_savedmodel(run, listener=told)
-    return FitResult(run, evaluations, estimated)
+    return FitResult(run, judged.evaluations, judged.folds, judged.sure)
 
 
 @contextlib.contextmanager
@@ -174,15 +154,14 @@ def _listing_unusable(path: Path) -> Iterator[None]:
     path.unlink(missing_ok=True)
 
 
-def warn_of_data(config: Config, splits: Splits, listener: Listener) -> None:
+def _warn_of_data(splits: Splits, listener: Listener) -> None:
     """Sends notes on doubtful properties of the data before any work is done."""
     for warning in splits.warnings:
         listener.note(warning)
-    folds = folds_of(config, splits)
-    if folds and folds != config.folds:
+    if len(splits.test) < FEW_IMAGES and len(splits.test):
         listener.note(
-            f"{len(splits.test)} test images say little: the training images are "
-            f"cross-validated too, in {folds} folds, and that figure comes first."
+            f"{len(splits.test)} test images say little: figures of the training "
+            "images, out of fold, come first."
         )
 
 
@@ -229,7 +208,7 @@ def _train_classifier(
         features = frozen_features(part, splits, config.augment, storage, listener)
         usable = usable_splits(config, splits, features.extraction)
         started = time.perf_counter()
-        head = _train_head(config, usable, features, listener)
+        head = train_on_features(config, usable, features, listener)
         trained = time.perf_counter()
         model = attach_head(part.model, head.model)
         found = _compare(model, head, features, usable)
@@ -251,22 +230,6 @@ def _train_classifier(
     )
 
 
-def _train_head(
-    config: Config, splits: Splits, features: FrozenFeatures, listener: Listener
-) -> TrainedHead:
-    train, val, num_classes = splits.train, splits.val, len(splits.class_names)
-    balanced = config.head.class_weight == "balanced"
-    weights = class_weights(train.targets, num_classes, balanced)
-    views = [features.rows(train.sources, view) for view in range(config.augment + 1)]
-    return train_head(
-        config.head,
-        label_features(views, train.targets, num_classes, weights),
-        label_features([features.rows(val.sources)], val.targets, num_classes, weights),
-        config.seed,
-        listener,
-    )
-
-
 def _compare(
     model: keras.Model, head: TrainedHead, features: FrozenFeatures, splits: Splits
 ) -> dict[str, float]:
@@ -279,95 +242,17 @@ def _compare(
     return parity(expected, actual, PARITY_TOLERANCE[features.precision])
 
 
-def folds_of(config: Config, splits: Splits) -> int | None:
-    """Returns the number of cross-validation folds; None for no cross-validation.
-
-    If the config does not say, training images are cross-validated if there are few
-    test images, in as many folds as possible up to 5.
-
-    Args:
-        config: The resolved config.
-        splits: The images.
-
-    Raises:
-        UsageError: If the requested number of folds is not possible.
-    """
-
-    def deal(folds: int) -> int:
-        fold_numbers(splits.train, len(splits.class_names), folds, config.seed)
-        return folds
-
-    if config.folds:
-        return deal(config.folds)
-    if len(splits.test) < FEW_IMAGES and len(splits.train) <= _MOST_CROSS_VALIDATED:
-        for folds in range(_FOLDS, 1, -1):
-            with contextlib.suppress(UsageError):
-                return deal(folds)
-    return None
-
-
-def _cross_validate(
-    config: Config, trained: _Classifier, folds: int, listener: Listener
-) -> tuple[Estimate, str]:
-    """Trains and evaluates one head per fold, training on the other folds.
-
-    As for the run's own head, each L2 strength is chosen on the validation images, so
-    the fold that a head is evaluated on has no influence on it.
-
-    Returns:
-        (estimate of the deciding metric, text of out_of_fold.csv).
-    """
-    splits, features = trained.splits, trained.features
-    table, num_classes = splits.train, len(splits.class_names)
-    numbers = fold_numbers(table, num_classes, folds, config.seed)
-    probabilities = np.zeros((len(table), num_classes), np.float32)
-    values = []
-    for fold in range(folds):
-        inside = [s for s, n in zip(table.sources, numbers, strict=True) if n != fold]
-        others = replace(splits, train=table.keep(inside))
-        head = _train_head(config, others, features, SILENT)
-        held_out = np.flatnonzero(numbers == fold)
-        rows = features.rows([table.sources[i] for i in held_out])
-        probabilities[held_out] = predict_head(head.model, rows)
-        evaluation = evaluate(
-            table.targets[held_out], probabilities[held_out], splits.class_names
-        )
-        values.append(selection_key(evaluation)[0])
-        listener.progress("folds", fold + 1, folds)
-    header = ("path", "fold", *splits.class_names)
-    lines = (
-        (source, number, *(f"{value:.6f}" for value in row))
-        for source, number, row in zip(
-            table.sources, numbers, probabilities, strict=True
-        )
-    )
-    return estimate(values, 1 / folds), csv_text(header, lines)
-
-
-def _evaluate(trained: _Classifier) -> dict[str, Evaluation]:
-    """Evaluates the head on each held-out split that has images."""
-    splits = trained.splits
-    return {
-        name: evaluate(
-            table.targets,
-            predict_head(trained.head.model, trained.features.rows(table.sources)),
-            splits.class_names,
-        )
-        for name, table in splits.items()
-        if name != "train" and len(table)
-    }
-
-
 def _write(
     staging: Path,
     config: Config,
     trained: _Classifier,
-    evaluations: Mapping[str, Evaluation],
+    judged: Judgement,
 ) -> None:
     """Writes the model, config, labels, splits, history and metrics of a new run."""
     trained.model.save(staging / MODEL)
+    judged.write(staging, trained.splits.class_names)
     figures = {
-        name: evaluation.model_dump() for name, evaluation in evaluations.items()
+        name: evaluation.model_dump() for name, evaluation in judged.evaluations.items()
     }
     skipped = trained.features.extraction.skipped
     history = trained.head.history
@@ -388,7 +273,7 @@ def _manifest(
     config: Config,
     part: FrozenPart,
     trained: _Classifier,
-    estimated: Estimate | None,
+    judged: Judgement,
     notes: list[str],
     started: float,
 ) -> Manifest:
@@ -411,7 +296,8 @@ def _manifest(
         precision=features.precision,
         notes=notes,
         parity=trained.parity,
-        folds=estimated,
+        folds=judged.folds,
+        **vars(judged.choices),
         l2=trained.head.l2,
         seed=config.seed,
         versions=versions(),
