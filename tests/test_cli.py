@@ -16,10 +16,11 @@ from click.testing import CliRunner
 
 from keras_transfer.cli import main
 from keras_transfer.config import load_config
+from keras_transfer.evaluation.metrics import evaluate
 from keras_transfer.features.cache import FeatureCache
 from keras_transfer.features.shards import FeatureSpec
 from keras_transfer.models.bases import BASES
-from keras_transfer.terminal import printable
+from keras_transfer.terminal import printable, show_evaluation
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -73,6 +74,13 @@ def test_the_command_line_starts_without_what_only_some_commands_need():
         (["fit", "digits", "--base", "resnet5"], ["resnet5", "ResNet50"]),
         (["fit", "digits", "--set", "hed.kind=mlp"], ["'hed'", "'head'"]),
         (["fit", "digits", "--head", "tree"], ["tree", "linear"]),
+        (["fit", "digits", "--class-weight", "1=-2"], ["head.class_weight", "-2"]),
+        (["fit", "digits", "--class-weight", "1=nan"], ["head.class_weight", "nan"]),
+        (["fit", "digits", "--logit-adjustment", "11"], ["logit_adjustment", "11"]),
+        (["fit", "digits", "--metric", "f1"], ["f1", "macro_f1"]),
+        (["fit", "digits", "--folds", "1"], ["folds", "at least 2"]),
+        (["fit", "digits", "--abstain-at-accuracy", "1"], ["abstain_at", "below 1"]),
+        (["fit", "digits", "--set", "splits.val=0.1"], ["splits.val", "splits.test"]),
         (["fit", "digits", "--name", "7"], ["--name '7'"]),
         (["fit", "digits", "--weights", "nope.h5"], ["nope.h5"]),
         (["fit", "digits", "--image-size", "3"], ["image_size", "3"]),
@@ -92,6 +100,48 @@ def test_a_mistake_in_usage_is_one_line_and_exits_with_2(kt, arguments, words):
         assert word in last
     assert "Traceback" not in result.output
     assert not list(Path("saved_models").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("balanced", "balanced"),
+        ("none", "none"),
+        ("cat=2,dog=1", {"cat": 2, "dog": 1}),
+        (" cat = 2 , red fox=.5 ", {"cat": 2, "red fox": 0.5}),
+        ("a.b=1e-3,head.kind=0", {"a.b": 1e-3, "head.kind": 0}),
+        ("a=b=2,none=3", {"a=b": 2, "none": 3}),
+        ("狐=2,1=3", {"狐": 2, "1": 3}),
+    ],
+)
+def test_weights_of_classes_are_names_and_numbers(text, expected):
+    context = commands()["kt fit"].make_context("fit", ["x", "--class-weight", text])
+    given = context.params["head__class_weight"]
+    assert given == expected
+    config = load_config(None, {"data": "x", "head.class_weight": given})
+    assert config.head.class_weight == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "cat",
+        "cat=",
+        "=2",
+        "cat=2,dog",
+        "cat=x",
+        "cat=2,",
+        "cat=2,cat=3",
+        "Balanced",
+    ],
+)
+def test_weights_of_another_form_are_a_mistake_in_usage(kt, text):
+    result = kt("fit", "/nowhere", "--class-weight", text)
+    assert result.exit_code == 2
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("Error: Invalid value for '--class-weight'")
+    assert repr(text) in last and "cat=2,dog=1" in last
 
 
 @pytest.mark.parametrize("command", ["fit", "advise", "rank"])
@@ -136,6 +186,54 @@ def test_mistakes_are_found_before_tensorflow_is_imported(
     assert done.stdout.split() == []
     (line,) = done.stderr.splitlines()
     assert line.startswith("Error: ") and all(word in line for word in words)
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "words"),
+    [
+        ("photos", ["--class-weight", "sqare=2"], ["'sqare'", "'square'?", "circle, "]),
+        ("photos", ["--abstain-at-accuracy", "0.95"], ["--abstain-at", "59", "51"]),
+        ("photos", ["--folds", "60"], ["60 folds", "51"]),
+        ("several.csv", ["--metric", "accuracy"], ["--metric accuracy", "multi-label"]),
+        ("several.csv", ["--logit-adjustment", "1"], ["--logit-adjustment 1"]),
+        (
+            "many.csv",
+            ["--class-weight", "x=2"],
+            ["'x'. Classes are c0, c1, c10, c11, "],
+        ),
+    ],
+)
+def test_options_that_do_not_fit_the_images_are_found_before_tensorflow_is_imported(
+    tmp_path, photos, data, options, words
+):
+    rows = [f"{i}.jpg,a{'|b' * (i % 2)}" for i in range(40)]
+    (tmp_path / "several.csv").write_text("\n".join(["path,label", *rows]))
+    rows = [f"{i}.jpg,c{i // 2}" for i in range(80)]
+    (tmp_path / "many.csv").write_text("\n".join(["path,label", *rows]))
+    for i in range(80):
+        (tmp_path / f"{i}.jpg").touch()
+    script = (
+        "import sys\n"
+        "import keras_transfer.cli\n"
+        "try:\n"
+        f"    keras_transfer.cli.main({['fit', *[data], *options]!r})\n"
+        "finally:\n"
+        "    print(*{'tensorflow', 'keras', 'openvino'} & set(sys.modules))\n"
+    ).replace("'photos'", repr(str(photos)))
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stdout.split() == []
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("Error: ") and all(word in line for word in words)
+    assert "c13" not in line
+
+
+def test_the_name_of_data_is_shown_as_it_is(capsys):
+    found = evaluate(np.arange(20) % 2, np.eye(2, dtype="f4")[np.arange(20) % 2], "ab")
+    show_evaluation(found, "my_photos_x")
+    assert capsys.readouterr().out.startswith("my_photos_x: accuracy 1.000")
 
 
 def test_nothing_but_our_own_words_is_printed(photos, tmp_path):
@@ -231,6 +329,7 @@ def test_a_path_is_escaped_on_a_terminal():
     assert b"\x1b" not in written
 
 
+@pytest.mark.long
 @posix
 def test_names_of_classes_and_images_never_end_in_a_fault(kt, photos, tmp_path):
     data, new = tmp_path / "data", tmp_path / "new"

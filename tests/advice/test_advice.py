@@ -1,6 +1,5 @@
 """Which method, which base: probes, scores, rules, and folds."""
 
-import csv
 import json
 import shlex
 import shutil
@@ -11,9 +10,8 @@ import numpy as np
 import pytest
 import scipy.optimize
 import scipy.stats
-from conftest import CLASSES, RUN_FILES, Told
+from conftest import CLASSES, Told
 from PIL import Image
-from sklearn.metrics import accuracy_score
 
 import keras_transfer
 from keras_transfer.advice.logme import logme
@@ -136,42 +134,8 @@ def test_an_estimate_is_its_formula():
     assert found.mean == pytest.approx(0.9)
     assert found.high == 1 < 0.9 + half  # no share is larger
     assert found.low == pytest.approx(0.9 - half)
-    gain = estimate([-0.1, 0.0], 0.2, lowest=-1.0)
+    gain = estimate([-0.1, 0.0], 0.2, (-1.0, 1.0))
     assert gain.mean == pytest.approx(-0.05) and gain.low < -0.1
-
-
-def test_a_cross_validated_fit_keeps_what_each_head_said(kt, photos):
-    options = ("--image-size", 64, "--folds", 4)
-    result = kt("fit", photos, *options)
-    assert result.exit_code == 0, result.output
-    assert "cross-validation, 4 folds" in result.stdout
-    (run_dir,) = Path("saved_models").iterdir()
-    run = keras_transfer.open_run(run_dir)
-    assert {path.name for path in run.run_dir.iterdir()} == RUN_FILES | {
-        "out_of_fold.csv"
-    }
-    assert run.manifest.images_forwarded == 60  # each once, for five heads
-    with (run.run_dir / "splits.csv").open(newline="") as file:
-        label = {
-            r["path"]: r["label"] for r in csv.DictReader(file) if r["split"] == "train"
-        }
-    with (run.run_dir / "out_of_fold.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert {row["path"] for row in rows} == set(label)
-    assert len(rows) == len(label)
-    accuracies = []
-    for fold in range(4):
-        inside = [row for row in rows if row["fold"] == str(fold)]
-        said = [max(CLASSES, key=lambda name: float(row[name])) for row in inside]
-        accuracies.append(accuracy_score([label[row["path"]] for row in inside], said))
-    folds = run.manifest.folds
-    assert folds.values == pytest.approx(accuracies)
-    assert folds.low <= folds.mean <= folds.high
-    without = kt("fit", photos, "--image-size", 64, "--name", "without")
-    assert without.exit_code == 0
-    assert (
-        run.metrics == keras_transfer.open_run("without").metrics
-    )  # the run's own head knows nothing of the folds
 
 
 # Rules
@@ -319,7 +283,7 @@ def test_advice_as_json(kt, photos, tmp_path, shared_cache):
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     evidence = found["evidence"]
-    assert evidence["class_counts"] == dict.fromkeys(CLASSES, 16)
+    assert evidence["class_counts"] == dict.fromkeys(CLASSES, 17)
     assert 0.5 < evidence["accuracy"]["mean"] <= 1
     assert set(evidence["curve"]) == {"0.25", "0.5", "1.0"}
     assert 0 < evidence["imagenet_confidence"] < 1
@@ -379,6 +343,13 @@ def test_bases_are_ranked_and_drawn(kt, photos, tmp_path, monkeypatch):
     assert "weights are not on this machine" in result.stdout
     with Image.open("chart.png") as image:
         assert image.format == "PNG" and image.size[0] >= 800
+    options = ("--image-size", 64, "--chart", "chart.png", "--json")
+    document = json.loads(kt("rank", photos, *options).stdout)
+    (one,) = document["ranked"]
+    assert one["base"] == "efficientnet_lite0" and one["is_best"]
+    assert one["accuracy"]["low"] <= one["accuracy"]["mean"] <= one["accuracy"]["high"]
+    assert document["left_out"]["alexnet"] == "weights are not on this machine"
+    assert document["chart"] == "chart.png"
 
 
 def test_named_bases_are_measured_side_by_side(photos):

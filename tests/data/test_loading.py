@@ -30,7 +30,7 @@ from keras_transfer.data.tables import Splits
 from keras_transfer.errors import KerasTransferError, UsageError
 from keras_transfer.runs.files import csv_text
 
-NAMES = ("train", "val", "test")
+NAMES = ("train", "test")
 
 
 def write(folder: Path, *paths: str) -> Path:
@@ -64,6 +64,11 @@ def split_of(splits: Splits) -> dict[str, str]:
     return dict(found)
 
 
+def sizes(splits: Splits) -> list[int]:
+    """Number of images in train, val and test."""
+    return [len(part) for _, part in splits.items()]
+
+
 def label_of(splits: Splits) -> dict[str, str]:
     return {
         source: splits.class_names[target]
@@ -92,7 +97,7 @@ def test_class_folders_name_the_classes_of_all_their_images(photos):
     assert len(labels) == 60
     assert all(source.startswith(f"{label}/") for source, label in labels.items())
     assert splits.train.targets.dtype == np.int64
-    assert [len(part) for _, part in splits.items()] == [48, 6, 6]
+    assert sizes(splits) == [51, 0, 9]
 
 
 def test_read_yields_each_file_asked_for_once(photos):
@@ -127,36 +132,68 @@ def test_split_folders_are_kept(tmp_path, train, val, test):
     for folder in (train, val, test):
         classes(tmp_path / folder, a=3, b=2)
     splits = load(str(tmp_path))
-    kept = {train: "train", val: "val", test: "test"}
+    kept = {train: "train", val: "train", test: "test"}
     found = split_of(splits)
     assert len(found) == 15
     assert all(kept[source.split("/")[0]] == split for source, split in found.items())
     assert all(source.split("/")[1] == y for source, y in label_of(splits).items())
-    assert splits.warnings == ()
+    assert splits.warnings == (TRAINED_ON,)
 
 
-def test_split_folders_without_a_test_split_are_warned_of(tmp_path):
-    for folder in ("train", "val"):
-        classes(tmp_path / folder, a=9, b=9)
-    splits = load(str(tmp_path))
-    assert [len(part) for _, part in splits.items()] == [18, 18, 0]
-    assert ["no test split" in line for line in splits.warnings] == [True]
+TRAINED_ON = (
+    "Validation images are trained on too: the L2 strength is chosen by "
+    "cross-validation."
+)
+TESTED_ON = "Validation images are the test split: nothing is chosen with them."
 
 
 @pytest.mark.parametrize("kind", ["folders", "csv"])
-def test_a_part_of_train_becomes_the_missing_val_split(tmp_path, kind):
-    folders = [classes(tmp_path / folder, a=50, b=10) for folder in ("train", "test")]
+@pytest.mark.parametrize(
+    ("folders", "test", "warnings"),
+    [
+        (["train", "test"], ["test"], ()),
+        (["train", "val"], ["val"], (TESTED_ON,)),
+        (["train", "val", "test"], ["test"], (TRAINED_ON,)),
+        (["train", "dev", "Testing"], ["Testing"], (TRAINED_ON,)),
+    ],
+)
+def test_what_the_data_hold_out_is_tested_on_and_all_else_is_trained_on(
+    tmp_path, folders, test, warnings, kind
+):
+    for folder in folders:
+        classes(tmp_path / folder, a=50, b=10)
     data = str(tmp_path)
     if kind == "csv":
-        paths = sorted(p.relative_to(tmp_path) for f in folders for p in f.rglob("*.*"))
+        paths = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.jpg"))
         rows = [f"{path},{path.parts[1]},{path.parts[0]}" for path in paths]
         data = table(tmp_path, "\n".join(["path,label,split", *rows]))
-    splits = load(data)
-    assert splits.class_counts()["test"] == {"a": 50, "b": 10}
-    found = split_of(splits)
-    assert all((s == "test") == p.startswith("test/") for p, s in found.items())
-    assert 1 <= splits.class_counts()["val"]["b"] <= 2
-    assert 5 <= splits.class_counts()["val"]["a"] <= 10
+    for seed in (0, 1):
+        splits = load(data, SplitsConfig(test=0.4), seed)
+        found = split_of(splits)
+        assert len(found) == 60 * len(folders)
+        assert all(
+            split == ("test" if source.split("/")[0] in test else "train")
+            for source, split in found.items()
+        )
+        assert splits.class_counts()["test"] == {"a": 50, "b": 10}
+        assert splits.warnings == warnings
+
+
+def test_train_alone_is_divided_as_if_it_were_not_named(tmp_path):
+    paths = [f"{name}/{i}.jpg" for name in "ab" for i in range(40)]
+    rows = [
+        f"{path},{path[0]},{'train' if i % 3 else ''}," for i, path in enumerate(paths)
+    ]
+    named = load(table(tmp_path, "\n".join(["path,label,split,group", *rows])), seed=5)
+    classes(tmp_path / "data", a=40, b=40)
+    assert split_of(named) == split_of(
+        load(
+            table(tmp_path, "\n".join(["path,label", *(f"{x},{x[0]}" for x in paths)])),
+            seed=5,
+        )
+    )
+    assert sizes(named) == [68, 0, 12]
+    assert named.warnings == ()
 
 
 @pytest.mark.parametrize("names", [("Training", "Testing"), ("train", "test-set")])
@@ -355,7 +392,7 @@ def test_pipes_devices_and_sockets_are_unusable_and_never_opened(tmp_path):
 
 def test_a_path_that_cannot_be_is_one_unusable_row(tmp_path):
     data = table(tmp_path, "path,label\na\0.jpg,a\n/dev/zero,b\n.,b\n")
-    splits = load(data, SplitsConfig(val=0, test=0))
+    splits = load(data, SplitsConfig(test=0))
     errors = [error.strerror for _, error in splits.read(splits.train.sources)]
     assert "NUL" in errors[0]
     assert errors[1:] == ["it is not a regular file"] * 2
@@ -436,12 +473,12 @@ def test_a_table_names_path_label_split_and_group(
     assert splits.class_names == ("Füchse", "red fox")
     assert split_of(splits) == {
         "x/1.jpg": "train",
-        "x/2.jpg": "val",
+        "x/2.jpg": "train",
         "x/3.jpg": "test",
         "x/4.jpg": "train",
     }
     assert label_of(splits)["x/4.jpg"] == "Füchse"
-    assert splits.train.groups == ("p1", "p1")
+    assert splits.train.groups == ("p1", "p2", "p1")
     assert splits.test.groups == ("",)
     assert dict(splits.read(["x/2.jpg"])) == {"x/2.jpg": b"x/2.jpg"}
 
@@ -503,43 +540,35 @@ def test_a_file_that_is_no_text_is_refused(tmp_path):
 # Splits
 
 
-def shares_are_kept(counts: dict[str, dict[str, int]], val: float, test: float) -> None:
+def shares_are_kept(counts: dict[str, dict[str, int]], test: float) -> None:
     for name in counts["train"]:
         total = sum(counts[split][name] for split in NAMES)
-        for split, share in zip(NAMES, (1 - val - test, val, test), strict=True):
-            assert abs(counts[split][name] - share * total) <= 1, (name, split)
+        assert abs(counts["test"][name] - test * total) <= 1, name
+        assert counts["val"][name] == 0
 
 
-@pytest.mark.parametrize(
-    ("val", "test"), [(0.1, 0.1), (0.25, 0.0), (0.0, 0.3), (0.4, 0.4), (0.0, 0.0)]
-)
-def test_every_class_is_divided_in_the_shares_asked_for(tmp_path, val, test):
-    sizes = {f"c{n}": n for n in (1, 2, 3, 4, 5, 9, 10, 11, 37)}
-    classes(tmp_path, **sizes)
-    splits = load(str(tmp_path), SplitsConfig(val=val, test=test))
-    assert len(split_of(splits)) == sum(sizes.values())
-    counts = splits.class_counts()
-    shares_are_kept(counts, val, test)
-    assert (val, test) != (0, 0) or len(splits.train) == sum(sizes.values())
+@pytest.mark.parametrize("test", [None, 0.0, 0.1, 0.25, 0.5, 0.8])
+def test_every_class_is_divided_in_the_share_asked_for(tmp_path, test):
+    counts = {f"c{n}": n for n in (1, 2, 3, 4, 5, 9, 10, 11, 37)}
+    classes(tmp_path, **counts)
+    config = None if test is None else SplitsConfig(test=test)
+    splits = load(str(tmp_path), config)
+    assert len(split_of(splits)) == sum(counts.values())
+    shares_are_kept(splits.class_counts(), 0.15 if test is None else test)
+    assert test != 0 or len(splits.train) == sum(counts.values())
 
 
-@pytest.mark.parametrize(
-    ("val", "test"),
-    [
-        (0.1, 0.1),
-        (0.3, 0.3),
-        (0.4, 0.4),
-    ],
-)
-def test_a_class_of_one_image_is_trained_on(tmp_path, val, test):
+@pytest.mark.parametrize("test", [0.15, 0.5, 0.9])
+def test_a_class_of_one_image_is_trained_on(tmp_path, test):
     classes(tmp_path, lonely=1, other=20)
-    splits = load(str(tmp_path), SplitsConfig(val=val, test=test))
+    splits = load(str(tmp_path), SplitsConfig(test=test))
     assert splits.class_counts()["train"]["lonely"] == 1
+    assert len(splits.test) == pytest.approx(21 * test, abs=1)
 
 
 def test_many_small_classes_add_up_to_the_shares(tmp_path):
     splits = load(str(classes(tmp_path, **{f"c{i}": 5 for i in range(40)})))
-    assert [len(part) for _, part in splits.items()] == [160, 20, 20]
+    assert sizes(splits) == [170, 0, 30]
 
 
 def test_the_seed_alone_decides_which_images_go_where(tmp_path):
@@ -562,40 +591,43 @@ def grouped_rows(rng: np.random.Generator) -> list[tuple[str, str, str]]:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-@pytest.mark.parametrize(("val", "test"), [(0.1, 0.1), (0.2, 0.3), (0.0, 0.25)])
-def test_classes_too_small_to_be_divided_meet_the_shares_together(
-    tmp_path, size, val, test
-):
+@pytest.mark.parametrize("test", [0.1, 0.15, 0.25, 0.5])
+def test_classes_too_small_to_be_divided_meet_the_share_together(tmp_path, size, test):
     splits = load(
         str(classes(tmp_path, **{f"c{i:03d}": size for i in range(200)})),
-        SplitsConfig(val=val, test=test),
+        SplitsConfig(test=test),
     )
-    found = [len(splits.val), len(splits.test)]
     assert all(splits.class_counts()["train"].values())
     if size > 1:
-        assert found == pytest.approx([200 * size * val, 200 * size * test], abs=1)
+        assert len(splits.test) == pytest.approx(200 * size * test, abs=1)
     else:
-        assert found == [0, 0]
-        assert "no image is held out" in splits.warnings[0]
+        assert len(splits.test) == 0
+        assert "There is no test split" in splits.warnings[0]
 
 
 def test_of_two_groups_one_is_tested_on(tmp_path):
     rows = [f"{i}.jpg,{'ab'[i % 2]},g{i // 20}" for i in range(40)]
     splits = load(table(tmp_path, "\n".join(["path,label,group", *rows])))
-    assert [len(part) for _, part in splits.items()] == [20, 0, 20]
-    assert "no validation split" in splits.warnings[0]
+    assert sizes(splits) == [20, 0, 20]
+    assert splits.warnings == ()
 
 
 def test_groups_that_the_data_divide_are_counted_and_warned_of(tmp_path):
     rows = [f"{i}.jpg,{'ab'[i % 2]},train,p{i // 4}" for i in range(40)]
-    rows += [f"v{i}.jpg,{'ab'[i % 2]},val,p{i}" for i in range(5)]
-    rows += [f"t{i}.jpg,{'ab'[i % 2]},test,p{i + 3}" for i in range(12)]
-    splits = load(table(tmp_path, "\n".join(["path,label,split,group", *rows])))
-    assert splits.warnings == (
-        "5 of 5 val images are of a group that is in train too: their figures flatter.",
-        "7 of 12 test images are of a group that is in train too: their figures "
+    rows += [f"v{i}.jpg,{'ab'[i % 2]},val,p{i + 8}" for i in range(5)]
+    test = [f"t{i}.jpg,{'ab'[i % 2]},test,p{i + 3}" for i in range(12)]
+    header = "path,label,split,group"
+    splits = load(table(tmp_path, "\n".join([header, *rows, *test])))
+    assert splits.warnings == (  # p3 to p9 are in train, p10 to p12 were in val
+        TRAINED_ON,
+        "10 of 12 test images are of a group that is in train too: their figures "
         "flatter.",
-        "2 of 12 test images are of a group that is in val too: their figures flatter.",
+    )
+    splits = load(table(tmp_path, "\n".join([header, *rows])))
+    assert splits.warnings == (
+        TESTED_ON,
+        "2 of 5 test images are of a group that is in train too: their figures "
+        "flatter.",
     )
 
 
@@ -611,7 +643,7 @@ def test_groups_that_a_kept_assignment_divides_are_warned_of(tmp_path):
 @pytest.mark.parametrize("kind", ["csv", "no share"])
 def test_whoever_has_no_test_split_is_warned(tmp_path, kind):
     if kind == "csv":
-        rows = [f"{i}.jpg,{'ab'[i % 2]},{'val' if i < 9 else ''}" for i in range(40)]
+        rows = [f"{i}.jpg,{'ab'[i % 2]},{'train' if i < 9 else ''}" for i in range(40)]
         rows = ["path,label,split", *rows]
         splits = load(table(tmp_path, "\n".join(rows)), SplitsConfig(test=0))
     else:
@@ -625,7 +657,7 @@ def test_whoever_has_no_test_split_is_warned(tmp_path, kind):
 def test_a_group_is_never_torn_apart(tmp_path, seed):
     rows = grouped_rows(np.random.default_rng(seed))
     text = "\n".join(["path,label,group", *map(",".join, rows)])
-    splits = load(table(tmp_path, text), SplitsConfig(val=0.2, test=0.2), seed)
+    splits = load(table(tmp_path, text), SplitsConfig(test=0.2), seed)
     found = split_of(splits)
     assert len(found) == len(rows)
     used = defaultdict(set)
@@ -634,8 +666,7 @@ def test_a_group_is_never_torn_apart(tmp_path, seed):
     assert used.pop("") == set(NAMES)
     assert all(len(names) == 1 for names in used.values())
     counts = Counter(found.values())
-    assert counts["train"] / len(rows) == pytest.approx(0.6, abs=0.07)
-    assert counts["val"] / len(rows) == pytest.approx(0.2, abs=0.07)
+    assert counts["test"] / len(rows) == pytest.approx(0.2, abs=0.03)
 
 
 def test_images_without_a_split_join_those_of_their_group(tmp_path):
@@ -643,28 +674,30 @@ def test_images_without_a_split_join_those_of_their_group(tmp_path):
     rows += [f"{i}.jpg,{'ab'[i % 2]},," for i in range(10, 60)]
     splits = load(table(tmp_path, "\n".join(["path,label,split,group", *rows])))
     assert splits.test.sources == tuple(f"{i}.jpg" for i in range(10))
-    assert len(splits.val) > 0
+    assert splits.train.sources == tuple(f"{i}.jpg" for i in range(10, 60))
 
 
 @pytest.mark.parametrize("named", [4, 30, 60])
-def test_a_named_test_split_is_kept_and_the_rest_divided(tmp_path, named):
-    rows = [f"{i}.jpg,{'ab'[i % 2]},{'test' if i < named else ''}" for i in range(100)]
+@pytest.mark.parametrize("name", ["test", "val"])
+def test_a_named_test_split_is_kept_and_the_rest_trained_on(tmp_path, named, name):
+    rows = [f"{i}.jpg,{'ab'[i % 2]},{name if i < named else ''}" for i in range(100)]
     splits = load(table(tmp_path, "\n".join(["path,label,split", *rows])))
     assert splits.test.sources == tuple(f"{i}.jpg" for i in range(named))
-    assert 0.08 <= len(splits.val) / (100 - named) <= 0.12
+    assert splits.train.sources == tuple(f"{i}.jpg" for i in range(named, 100))
 
 
 def test_multi_label_images_are_divided_by_their_rarest_class(tmp_path):
-    rare = [f"r{i}.jpg,common|rare" for i in range(10)]
-    rows = [*rare, *(f"c{i}.jpg,common" for i in range(90)), "n.jpg,"]
+    rare = [f"r{i}.jpg,common|rare" for i in range(20)]
+    rows = [*rare, *(f"c{i}.jpg,common" for i in range(80)), "n.jpg,"]
     splits = load(table(tmp_path, "\n".join(["path,label", *rows])))
-    assert [splits.class_counts()[name]["rare"] for name in NAMES] == [8, 1, 1]
+    assert [splits.class_counts()[name]["rare"] for name in NAMES] == [17, 3]
+    assert [splits.class_counts()[name]["common"] for name in NAMES] == [85, 15]
     assert len(split_of(splits)) == 101
 
 
 def test_an_old_assignment_is_kept_and_only_new_images_are_assigned(tmp_path):
     data = classes(tmp_path / "data", a=30, b=30)
-    old = load(str(data), SplitsConfig(val=0.3, test=0.2), seed=7)
+    old = load(str(data), SplitsConfig(test=0.3), seed=7)
     file = tmp_path / "splits.csv"
     file.write_text(old.to_csv())
     write(data, *(f"a/new{i}.jpg" for i in range(30)))
@@ -675,8 +708,25 @@ def test_an_old_assignment_is_kept_and_only_new_images_are_assigned(tmp_path):
     assert {path: found[path] for path in expected} == expected
     assert len(found) == len(expected) + 30
     counts = splits.class_counts()
-    assert counts["val"]["a"] == 9  # above its share already: nothing new
-    assert counts["train"]["a"] > 15
+    assert counts["test"]["a"] == 9  # its share of 15% already: nothing new
+    assert counts["train"]["a"] == 51
+
+
+@pytest.mark.parametrize("has_test", [True, False])
+def test_old_validation_images_are_no_split_of_their_own(tmp_path, has_test):
+    rows = [f"{i}.jpg,{'ab'[i % 2]},p{i // 4}" for i in range(80)]
+    data = table(tmp_path, "\n".join(["path,label,group", *rows]))
+    # Of each group, one image is new. Version 0.1.0 held p0 to p3 out for validation.
+    old = {f"{i}.jpg": "val" if i < 16 else "train" for i in range(80) if i % 4}
+    if has_test:
+        old |= {path: "test" for path in old if 16 <= int(path[:-4]) < 32}
+    lines = [f"{path},?,{split}" for path, split in old.items()]
+    file = table(tmp_path, "\n".join(["path,label,split", *lines]), "old.csv")
+    splits = load(data, SplitsConfig(file=Path(file)))
+    first, warning = (16, TRAINED_ON) if has_test else (0, TESTED_ON)
+    assert splits.test.sources == tuple(f"{i}.jpg" for i in range(first, first + 16))
+    assert sizes(splits) == [64, 0, 16]
+    assert splits.warnings == (warning,)
 
 
 def test_an_old_assignment_of_other_data_is_refused(tmp_path):
@@ -700,8 +750,8 @@ def test_splits_written_as_a_table_are_data_again(tmp_path, multi_label):
     again = load(table(tmp_path, splits.to_csv(), "splits.csv"), seed=99)
     assert again.class_names == splits.class_names
     assert again.multi_label == multi_label
-    for (name, part), (_, other) in zip(splits.items(), again.items(), strict=True):
-        assert len(part) > 0, name
+    assert len(splits.test) > 0
+    for (_, part), (_, other) in zip(splits.items(), again.items(), strict=True):
         assert part.sources == other.sources
         assert part.groups == other.groups
         np.testing.assert_array_equal(part.targets, other.targets)
@@ -751,37 +801,108 @@ def _images(draw: st.DrawFn) -> list[tuple[str, str, str, str]]:
     ]
 
 
+def check_kept(
+    splits: Splits,
+    named: dict[str, str],
+    groups: dict[str, str],
+    others: tuple[str, ...] = ("train", "test"),
+) -> None:
+    """Compares splits with those named for some images.
+
+    Images without a name are with their group: in one of the splits that its other
+    images are named for, if any, else all in one of `others`.
+    """
+    val = "train" if "test" in named.values() else "test"
+    found = split_of(splits)
+    kept = {path: val if name == "val" else name for path, name in named.items()}
+    assert {path: found[path] for path in kept} == kept
+    fixed, free = defaultdict(set), defaultdict(set)
+    for path, group in groups.items():
+        if path in kept:
+            fixed[group or path].add(kept[path])
+        else:
+            free[group or path].add(found[path])
+    for group, used in free.items():
+        assert len(used) == 1
+        assert used <= (fixed[group] or {*others})
+    assert len(splits.val) == 0
+    said = [line for line in splits.warnings if line.startswith("Validation")]
+    assert said == (
+        []
+        if "val" not in named.values()
+        else [TRAINED_ON if val == "train" else TESTED_ON]
+    )
+
+
 @settings(
     deadline=None,
     max_examples=100,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(rows=_images(), seed=st.integers(0, 3))
-def test_any_table_is_divided_whole_and_its_splits_read_back(tmp_path, rows, seed):
+@given(rows=_images(), test=st.sampled_from([0.2, 0.6]), seed=st.integers(0, 3))
+def test_any_table_is_divided_whole_and_its_splits_read_back(
+    tmp_path, rows, test, seed
+):
     data = tmp_path / "any.csv"
     text = csv_text(("path", "label", "split", "group"), rows)
     data.write_bytes(text.encode(errors="surrogateescape"))
-    splits = load(str(data), SplitsConfig(val=0.2, test=0.2), seed)
+    splits = load(str(data), SplitsConfig(test=test), seed)
     found, labels = split_of(splits), label_of(splits)
     expected = {Path(path.strip()).as_posix(): row for path, *row in rows}
     assert labels == {path: label for path, (label, _, _) in expected.items()}
-    named = {path: split for path, (_, split, _) in expected.items() if split}
-    kept = {"train": "train", "val": "val", "Testing": "test"}
-    frees_train = "val" not in named.values()
-    for path, split in named.items():
-        assert found[path] == kept[split] or (frees_train and split == "train")
-    used = defaultdict(set)
-    for path, (_, split, group) in expected.items():
-        if group.strip() and not split:
-            used[group.strip()].add(found[path])
-    assert named or all(len(names) == 1 for names in used.values())
+    names = {"train": "train", "val": "val", "Testing": "test"}
+    named = {path: names[split] for path, (_, split, _) in expected.items() if split}
+    groups = {path: group.strip() for path, (_, _, group) in expected.items()}
+    if {"val", "test"} & {*named.values()}:
+        check_kept(splits, named, groups, others=("train",))
+    else:
+        check_kept(splits, {}, groups)
+        if not any(groups.values()):
+            shares_are_kept(splits.class_counts(), test)
 
     file = tmp_path / "splits.csv"
     file.write_bytes(splits.to_csv().encode(errors="surrogateescape"))
     again = load(str(data), SplitsConfig(file=file), seed=99)
     assert again.to_csv() == splits.to_csv()
     assert {row["path"] for _, row in read_table(file)} == set(found)
+
+
+@settings(
+    deadline=None,
+    max_examples=60,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    rows=_images(),
+    names=st.lists(
+        st.sampled_from(["train", "val", "test", ""]), min_size=30, max_size=30
+    ),
+    seed=st.integers(0, 3),
+)
+def test_any_old_splits_are_kept_and_new_images_join_their_group(
+    tmp_path, rows, names, seed
+):
+    data, file = tmp_path / "any.csv", tmp_path / "old.csv"
+    rows = [(path, label, group) for path, label, _, group in rows]
+    text = csv_text(("path", "label", "group"), rows)
+    data.write_bytes(text.encode(errors="surrogateescape"))
+    groups = {Path(path.strip()).as_posix(): group.strip() for path, _, group in rows}
+    named = dict(zip(groups, ["train", *names], strict=False))
+    named = {path: name for path, name in named.items() if name}
+
+    def divided(named: dict[str, str]) -> Splits:
+        old = csv_text(
+            ("path", "label", "split"), [(x, "?", y) for x, y in named.items()]
+        )
+        file.write_bytes(old.encode(errors="surrogateescape"))
+        return load(str(data), SplitsConfig(test=0.2, file=file), seed)
+
+    splits = divided(named)
+    check_kept(splits, named, groups)
+    found = split_of(splits)
+    assert divided({path: found[path] for path in named}).to_csv() == splits.to_csv()
 
 
 @settings(
@@ -829,17 +950,18 @@ def test_the_fingerprint_tells_bytes_labels_names_and_splits_apart(tmp_path):
         digests = {s: sha256(s.encode()).digest() for s in label_of(splits)}
         return splits.fingerprint(digests | {"1.jpg": sha256(content).digest()})
 
-    rows = "1.jpg,a,train\n2.jpg,b,train\n3.jpg,b,val\n"
+    rows = "1.jpg,a,train\n2.jpg,b,train\n3.jpg,b,train\n4.jpg,b,test\n"
     same = fingerprint(rows)
     assert same == fingerprint(rows)
     others = {
         fingerprint(rows, b"other bytes"),
         fingerprint(rows.replace("1.jpg,a", "1.jpg,b").replace("2.jpg,b", "2.jpg,a")),
-        fingerprint(rows.replace("2.jpg", "4.jpg")),
-        fingerprint(rows.replace("val", "test")),
+        fingerprint(rows.replace("2.jpg", "5.jpg")),
+        fingerprint(rows.replace("3.jpg,b,train", "3.jpg,b,test")),
         fingerprint(rows.replace(",b,", ",c,")),
     }
     assert len(others | {same}) == 6
+    assert fingerprint(rows.replace("3.jpg,b,train", "3.jpg,b,val")) == same
 
 
 def test_keep_leaves_only_the_images_named(tmp_path):
@@ -921,7 +1043,7 @@ def test_digits_are_the_images_of_scikit_learn():
     labels = label_of(splits)
     assert len(labels) == 1797
     assert splits.class_names == tuple("0123456789")
-    shares_are_kept(splits.class_counts(), 0.1, 0.1)
+    shares_are_kept(splits.class_counts(), 0.15)
     bunch = load_digits()
     names = sorted(labels)
     assert [labels[name] for name in names] == list(map(str, bunch.target))
@@ -999,29 +1121,34 @@ def test_a_tfds_data_set_of_one_split_is_divided(tmp_path, form, version):
     stored = prepare(tmp_path, "kt_whole", {"train": 40}, form)
     splits = load(f"tfds:kt_whole{version}", data_dir=tmp_path)
     assert splits.class_names == ("yes", "no")
-    assert [len(part) for _, part in splits.items()] == [32, 4, 4]
+    assert sizes(splits) == [34, 0, 6]
     labels = label_of(splits)
     read = list(splits.read(sorted(labels)))
     assert len(read) == len(stored) == 40
     assert {encoded: labels[source] for source, encoded in read} == stored
-    some = splits.val.sources
+    some = splits.test.sources
     assert sorted(source for source, _ in splits.read(some)) == sorted(some)
 
 
-def test_the_splits_of_a_tfds_data_set_are_kept(tmp_path):
-    prepare(tmp_path, "kt_split", {"train": 20, "validation": 6, "test": 9})
-    splits = load("tfds:kt_split", data_dir=tmp_path)
-    for name, part in splits.items():
-        read = [encoded for _, encoded in splits.read(part.sources)]
-        assert len(read) == {"train": 20, "val": 6, "test": 9}[name]
-        assert all({"val": b"validation"}.get(name, name.encode()) in e for e in read)
-
-
-def test_a_tfds_data_set_without_validation_gives_up_a_part_of_train(tmp_path):
-    prepare(tmp_path, "kt_no_val", {"train": 30, "test": 9})
-    splits = load("tfds:kt_no_val", data_dir=tmp_path)
-    assert len(splits.test) == 9
-    assert 1 <= len(splits.val) <= 6
+@pytest.mark.parametrize(
+    ("given", "train", "test"),
+    [
+        ({"train": 20, "validation": 6, "test": 9}, ["train", "validation"], "test"),
+        ({"train": 20, "validation": 6}, ["train"], "validation"),
+        ({"train": 30, "test": 9}, ["train"], "test"),
+    ],
+    ids=["all", "no_test", "no_val"],
+)
+def test_the_splits_of_a_tfds_data_set_are_kept(tmp_path, request, given, train, test):
+    name = f"kt_split_{request.node.callspec.id}"
+    stored = prepare(tmp_path, name, given)
+    splits = load(f"tfds:{name}", data_dir=tmp_path)
+    for part, names in ((splits.train, train), (splits.test, [test])):
+        read = {encoded for _, encoded in splits.read(part.sources)}
+        assert len(read) == len(part) == sum(given[x] for x in names)
+        wanted = {f"{x}{i}".encode() for x in names for i in range(given[x])}
+        assert read == {x for x in stored if x.endswith(tuple(wanted))}
+    assert len(splits.val) == 0
 
 
 def test_a_tfds_data_set_is_all_one_table(tmp_path):

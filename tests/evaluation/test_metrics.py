@@ -5,11 +5,18 @@ import math
 
 import numpy as np
 import pytest
-import scipy.stats
+from sklearn import metrics
 from sklearn.metrics import average_precision_score
 
-from keras_transfer.evaluation.comparison import Comparison, compare
-from keras_transfer.evaluation.metrics import ClassEvaluation, evaluate, selection_key
+from keras_transfer.errors import UsageError
+from keras_transfer.evaluation.metrics import (
+    Evaluation,
+    calibration_error,
+    deciding_metric,
+    error_if_calibrated,
+    evaluate,
+    score,
+)
 
 LN2 = math.log(2)
 
@@ -20,6 +27,11 @@ def one_hot_rows(predicted, num_classes, probability=1.0):
     rows = np.full((len(predicted), num_classes), rest, np.float32)
     rows[np.arange(len(predicted)), predicted] = probability
     return rows
+
+
+def counted(one) -> tuple[float, float, float, int]:
+    """The figures of a class that follow from counts of its predictions."""
+    return one.precision, one.recall, one.f1, one.support
 
 
 def test_figures_of_three_classes_are_those_computed_by_hand():
@@ -41,13 +53,14 @@ def test_figures_of_three_classes_are_those_computed_by_hand():
     assert result.confusion == [[2, 1, 0], [0, 1, 1], [0, 1, 0]]
     a, b, c = result.classes.values()
     assert list(result.classes) == ["a", "b", "c"]
-    assert a.model_dump() == pytest.approx(
-        {"precision": 1.0, "recall": 2 / 3, "f1": 0.8, "support": 3}
-    )
-    assert b.model_dump() == pytest.approx(
-        {"precision": 1 / 3, "recall": 1 / 2, "f1": 0.4, "support": 2}
-    )
-    assert c == ClassEvaluation(precision=0, recall=0, f1=0, support=1)
+    assert result.correct == 3
+    assert counted(a) == pytest.approx((1.0, 2 / 3, 0.8, 3))
+    assert counted(b) == pytest.approx((1 / 3, 1 / 2, 0.4, 2))
+    assert counted(c) == (0, 0, 0, 1)
+    # Of the images without a, b or c: 3 of 3, 2 of 4 and 4 of 5 are not taken for it.
+    assert [x.specificity for x in (a, b, c)] == pytest.approx([1, 2 / 4, 4 / 5])
+    # Each a (1/2, 1/2, 1/4) against each other image (1/4, 1/4, 1/4), ties by half.
+    assert a.roc_auc == pytest.approx((3 + 3 + 1.5) / 9)
     assert result.balanced_accuracy == pytest.approx(7 / 18)  # (2/3 + 1/2 + 0) / 3
     assert result.macro_f1 == pytest.approx(0.4)  # (0.8 + 0.4 + 0) / 3
     # -ln of 1/2, 1/2, 1/4, 1/2, 1/4 and 1/8
@@ -59,9 +72,11 @@ def test_a_class_that_does_not_occur_counts_only_where_it_was_predicted():
     targets = np.array([0, 0, 1, 1])
     unseen = evaluate(targets, one_hot_rows([0, 0, 1, 0], 3), ["a", "b", "c"])
     assert unseen.confusion == [[2, 0, 0], [1, 1, 0], [0, 0, 0]]
-    assert unseen.classes["c"] == ClassEvaluation(
-        precision=0, recall=0, f1=0, support=0
-    )
+    assert counted(unseen.classes["c"]) == (0, 0, 0, 0)
+    assert unseen.classes["c"].specificity == 1
+    assert unseen.classes["c"].roc_auc is None
+    assert unseen.classes["c"].average_precision is None
+    assert list(unseen.classes["c"].intervals) == ["specificity"]
     assert unseen.balanced_accuracy == pytest.approx(3 / 4)  # (1 + 1/2) / 2
     assert unseen.macro_f1 == pytest.approx(11 / 15)  # (4/5 + 2/3) / 2
 
@@ -73,9 +88,7 @@ def test_a_class_that_does_not_occur_counts_only_where_it_was_predicted():
 
 def test_a_class_that_is_never_predicted_has_no_precision():
     result = evaluate(np.array([0, 1, 2]), one_hot_rows([0, 1, 0], 3), "abc")
-    assert result.classes["c"] == ClassEvaluation(
-        precision=0, recall=0, f1=0, support=1
-    )
+    assert counted(result.classes["c"]) == (0, 0, 0, 1)
     assert result.accuracy == pytest.approx(2 / 3)
     assert result.balanced_accuracy == pytest.approx(2 / 3)
     assert result.macro_f1 == pytest.approx(5 / 9)  # (2/3 + 1 + 0) / 3
@@ -154,66 +167,44 @@ def test_figures_are_json(multi_label):
     assert list(values["classes"]) == ["a", "ü", 'c"']
 
 
-def right_and_wrong(right: list[bool]) -> tuple[np.ndarray, np.ndarray]:
-    """(targets, probabilities) of two classes: as many images, so many right."""
-    targets = np.arange(len(right)) % 2
-    return targets, one_hot_rows(np.where(right, targets, 1 - targets), 2, 0.75)
+def drawn(images: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(targets, probabilities) of a model that is often right."""
+    rng = np.random.default_rng(seed)
+    targets = rng.integers(0, classes, images)
+    logits = rng.normal(size=(images, classes)) + 1.5 * np.eye(classes)[targets]
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    return targets, probabilities.astype(np.float32)
 
 
-def compare_counts(both: int, gained: int, lost: int, neither: int) -> Comparison:
-    was = [True] * both + [False] * gained + [True] * lost + [False] * neither
-    now = [True] * both + [True] * gained + [False] * lost + [False] * neither
-    targets, before = right_and_wrong(was)
-    _, after = right_and_wrong(now)
-    return compare(targets, before, after, "ab")
-
-
-@pytest.mark.parametrize(
-    ("gained", "lost", "p_value"),
-    [
-        (0, 0, 1.0),
-        (1, 0, 1 / 2),
-        (2, 0, 1 / 4),
-        (3, 0, 1 / 8),
-        (0, 1, 1.0),
-        (1, 1, 3 / 4),
-        (2, 1, 1 / 2),  # (3 + 1) / 8
-        (3, 1, 5 / 16),  # (4 + 1) / 16
-        (4, 1, 6 / 32),  # (5 + 1) / 32
-        (5, 2, 29 / 128),  # (21 + 7 + 1) / 128
-        (1, 3, 15 / 16),
-    ],
-)
-def test_mcnemars_test_is_that_of_a_coin_computed_by_hand(gained, lost, p_value):
-    result = compare_counts(4, gained, lost, 3)
-    images = 7 + gained + lost
-    assert result.metric == "accuracy"
-    assert result.before == pytest.approx((4 + lost) / images)
-    assert result.after == pytest.approx((4 + gained) / images)
-    assert result.p_value == pytest.approx(p_value)
-    assert result.is_better == (gained > lost and p_value <= 0.25)
-
-
-def test_mcnemars_test_is_that_of_scipy_and_ignores_where_models_agree():
-    rng = np.random.default_rng(0)
-    for _ in range(30):
-        both, gained, lost, neither = rng.integers(0, 30, 4).tolist()
-        result = compare_counts(both + 1, gained, lost, neither)
-        if gained + lost:
-            test = scipy.stats.binomtest(
-                gained, gained + lost, 0.5, alternative="greater"
-            )
-            assert result.p_value == pytest.approx(test.pvalue)
-        assert result.p_value == compare_counts(5, gained, lost, 0).p_value
-
-
-@pytest.mark.parametrize("multi_label", [False, True])
-def test_a_model_is_not_better_than_itself(multi_label):
-    targets = MANY if multi_label else np.array([0, 1, 0, 1])
-    result = compare(targets, SCORES, SCORES, "abc")
-    assert result.before == result.after
-    assert result.p_value == 1.0
-    assert not result.is_better
+def test_single_label_figures_are_those_of_scikit_learn():
+    targets, probabilities = drawn(200, 4)
+    result = evaluate(targets, probabilities, "abcd")
+    predicted = probabilities.argmax(1)
+    kept = probabilities.astype(np.float64)
+    assert result.correct == (predicted == targets).sum()
+    assert result.accuracy == metrics.accuracy_score(targets, predicted)
+    assert result.balanced_accuracy == pytest.approx(
+        metrics.balanced_accuracy_score(targets, predicted)
+    )
+    f1 = metrics.f1_score(targets, predicted, average="macro")
+    assert result.macro_f1 == pytest.approx(f1)
+    one_hot = np.eye(4)[targets]
+    area = metrics.roc_auc_score(one_hot, kept, average="macro")
+    assert result.roc_auc == pytest.approx(area)
+    loss = -np.log(kept[np.arange(200), targets]).mean()
+    assert result.log_loss == pytest.approx(loss)
+    assert result.confusion == metrics.confusion_matrix(targets, predicted).tolist()
+    for index, one in enumerate(result.classes.values()):
+        mine, said = targets == index, predicted == index
+        assert one.recall == pytest.approx(metrics.recall_score(mine, said))
+        assert one.precision == pytest.approx(metrics.precision_score(mine, said))
+        assert one.specificity == pytest.approx(metrics.recall_score(~mine, ~said))
+        assert one.roc_auc == pytest.approx(
+            metrics.roc_auc_score(mine, probabilities[:, index])
+        )
+        assert one.average_precision == pytest.approx(
+            average_precision_score(mine, probabilities[:, index])
+        )
 
 
 def several_labels(images: int = 80) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -224,73 +215,181 @@ def several_labels(images: int = 80) -> tuple[np.ndarray, np.ndarray, np.ndarray
     return targets, 0.3 * targets + 0.7 * noise[0], noise[1]
 
 
-def test_of_multi_label_models_the_better_is_found():
-    targets, good, random = several_labels()
-    better = compare(targets, random, good, "abc")
-    assert better.metric == "mean_average_precision"
-    by_hand = [average_precision_score(targets[:, i], good[:, i]) for i in range(3)]
-    assert better.after == pytest.approx(np.mean(by_hand))
-    assert better.after > better.before + 0.2
-    assert better.p_value == 0
-    assert better.is_better
-    worse = compare(targets, good, random, "abc")
-    assert (worse.before, worse.after) == (better.after, better.before)
-    assert worse.p_value == 1
-    assert not worse.is_better
+def test_every_figure_lies_in_its_interval():
+    targets, probabilities = drawn(60, 3)
+    several, good, _ = several_labels()
+    groups = [f"patient {i // 3}" for i in range(60)]
+    for result in (
+        evaluate(targets, probabilities, "abc"),
+        evaluate(targets, probabilities, "abc", groups),
+        evaluate(several, good, "abc"),
+    ):
+        names = {"accuracy", "balanced_accuracy", "macro_f1", "log_loss", "roc_auc"}
+        if result.mean_average_precision is not None:
+            names.add("mean_average_precision")
+        assert result.intervals.keys() == names
+        for one in (result, *result.classes.values()):
+            for name, (low, high) in one.intervals.items():
+                assert 0 <= low < getattr(one, name) < high
+                assert high <= 1 or name == "log_loss"
 
 
-def test_what_a_single_image_gains_may_be_an_accident():
-    targets, good, _ = several_labels()
-    worst = abs(targets - good).max(axis=1).argmax()
-    mended = good.copy()
-    mended[worst] = targets[worst]
-    result = compare(targets, good, mended, "abc")
-    assert result.after > result.before
-    # A resampled set is without one of 80 images with probability (79/80)^80.
-    assert result.p_value == pytest.approx((79 / 80) ** 80, abs=0.1)
-    assert not result.is_better
+def test_of_few_images_the_log_loss_has_no_interval():
+    targets, probabilities = drawn(10, 3)
+    few = evaluate(targets[:9], probabilities[:9], "abc")
+    assert "log_loss" not in few.intervals and "accuracy" in few.intervals
+    assert few.describe("log_loss") == f"{few.log_loss:.3f}"
+    _, high = evaluate(targets, probabilities, "abc").intervals["log_loss"]
+    wrong = one_hot_rows(1 - targets % 2, 3)
+    _, highest = evaluate(targets % 2, wrong, "abc").intervals["log_loss"]
+    assert high <= highest == pytest.approx(7 * math.log(10))
 
 
-def test_the_bootstrap_is_seeded():
-    targets, good, random = several_labels(12)
-    mixed = 0.1 * good + 0.9 * random
-    values = [compare(targets, random, mixed, "abc", s).p_value for s in (5, 5, 6)]
-    assert values[0] == values[1] != values[2]
-    assert values[0] == pytest.approx(values[2], abs=0.15)
+def test_a_model_without_a_mistake_is_not_certain_to_make_none():
+    result = evaluate(np.arange(20) % 2, one_hot_rows(np.arange(20) % 2, 2, 0.9), "ab")
+    assert result.accuracy == result.macro_f1 == result.roc_auc == 1
+    for name in ("accuracy", "balanced_accuracy", "macro_f1", "roc_auc"):
+        low, high = result.intervals[name]
+        assert low < 0.9 and high == 1
+    assert str(result) == "accuracy 1.000 (0.839 to 1.000), 20 of 20"
 
 
-def test_classes_that_no_image_shows_decide_nothing():
-    targets, good, random = several_labels()
-    rare = np.zeros_like(targets)
-    rare[:, 0] = targets[:, 0]
-    rare[7, 1] = 1  # most resampled sets do with one image of it, or none
-    result = compare(rare, random, good, "abc")
-    assert 0 <= result.p_value <= 1
-    assert math.isfinite(result.before) and math.isfinite(result.after)
-    only_first = rare * np.array([1, 0, 0], np.uint8)
-    assert compare(only_first, random, good, "abc").is_better
-    spoilt = good.copy()
-    spoilt[:, 1:] = random[:, 1:]
-    assert compare(only_first, good, spoilt, "abc").p_value == 1
-    nothing = compare(np.zeros_like(targets), random, good, "abc")
-    assert (nothing.before, nothing.after, nothing.p_value) == (0, 0, 1)
-    assert not nothing.is_better
+def test_groups_widen_intervals_where_their_images_resemble_each_other():
+    rng = np.random.default_rng(0)
+    targets = np.repeat(np.arange(80) % 2, 5)
+    right_together = np.repeat(rng.random(80) < 0.8, 5)
+    groups = [f"g{i // 5}" for i in range(400)]
+    said = one_hot_rows(np.where(right_together, targets, 1 - targets), 2, 0.75)
+    alone, grouped = (evaluate(targets, said, "ab", g) for g in ((), groups))
+    for name, (low, high) in alone.intervals.items():
+        wide_low, wide_high = grouped.intervals[name]
+        assert wide_high - wide_low > 1.8 * (high - low)  # at most sqrt(5), and t
+    own = [f"g{i}" for i in range(400)]
+    single = evaluate(targets, said, "ab", own)
+    for name in ("accuracy", "balanced_accuracy", "macro_f1", "roc_auc"):
+        assert single.intervals[name] == pytest.approx(alone.intervals[name], abs=0.01)
 
 
-def test_better_takes_a_better_figure_that_is_no_accident():
-    assert Comparison("accuracy", 0.5, 0.6, 0.25).is_better
-    assert not Comparison("accuracy", 0.5, 0.6, 0.26).is_better
-    assert not Comparison("accuracy", 0.6, 0.6, 0.0).is_better
-    assert not Comparison("accuracy", 0.6, 0.5, 0.0).is_better
+def test_an_image_without_a_group_is_its_own():
+    targets, probabilities = drawn(40, 3)
+    given = evaluate(targets, probabilities, "abc", ["x"] * 4 + [""] * 36)
+    named = [f"n{i}" for i in range(36)]
+    spelt = evaluate(targets, probabilities, "abc", ["x"] * 4 + named)
+    assert given == spelt
+    assert evaluate(targets, probabilities, "abc", [""] * 40) == evaluate(
+        targets, probabilities, "abc"
+    )
 
 
-def test_of_equal_figures_the_surer_model_is_selected():
-    targets = np.array([0, 1, 2, 2])
-    sure = evaluate(targets, one_hot_rows([0, 1, 2, 2], 3, 0.9), "abc")
-    unsure = evaluate(targets, one_hot_rows([0, 1, 2, 2], 3, 0.5), "abc")
-    wrong = evaluate(targets, one_hot_rows([0, 1, 2, 1], 3, 0.99), "abc")
-    assert selection_key(sure) > selection_key(unsure) > selection_key(wrong)
-    assert selection_key(sure) == (1.0, -sure.log_loss)
-    several = evaluate(MANY, SCORES, "abc")
-    assert selection_key(several) == (several.mean_average_precision, -several.log_loss)
-    assert several.mean_average_precision != several.accuracy
+def test_thresholds_replace_a_half():
+    low = evaluate(MANY, SCORES, "abc", thresholds=np.array([0.5, 0.25, 0.9]))
+    _, b, c = low.classes.values()
+    # b is said of the first three images, and shown by the second and third.
+    assert (b.precision, b.recall, b.specificity) == pytest.approx((2 / 3, 1, 1 / 2))
+    assert c.specificity == 1
+    assert low.correct == 2  # predicted: three times [a, b], and nothing
+    assert low.roc_auc == evaluate(MANY, SCORES, "abc").roc_auc
+
+
+def test_metrics_of_version_0_1_0_can_still_be_read():
+    one = {"precision": 0.9, "recall": 0.8, "f1": 0.85, "support": 10}
+    old = {
+        "images": 180,
+        "accuracy": 175 / 180,
+        "balanced_accuracy": 0.97,
+        "macro_f1": 0.97,
+        "log_loss": 0.1,
+        "mean_average_precision": None,
+        "classes": {"a": one},
+        "confusion": [[1]],
+    }
+    read = Evaluation.model_validate(old)
+    assert read.correct == 175
+    assert str(read) == "accuracy 0.972, 175 of 180"
+    assert read.roc_auc is None and read.intervals == {}
+    assert read.describe("auc") == "undefined"
+    assert read.classes["a"].describe("recall") == "0.800"
+
+
+@pytest.mark.parametrize(
+    ("multi_label", "names"),
+    [
+        (False, ["accuracy", "balanced_accuracy", "macro_f1", "log_loss", "auc"]),
+        (True, ["mean_average_precision", "macro_f1", "log_loss", "auc"]),
+    ],
+)
+def test_scores_are_the_figures_that_are_reported(multi_label, names):
+    targets, probabilities = drawn(90, 3)
+    if multi_label:
+        targets, probabilities, _ = several_labels()
+    result = evaluate(targets, probabilities, "abc")
+    assert deciding_metric(targets) == names[0]
+    for name in names:
+        assert deciding_metric(targets, name) == name
+        expected = getattr(result, "roc_auc" if name == "auc" else name)
+        sign = -1 if name == "log_loss" else 1
+        assert score(name, targets, probabilities) == pytest.approx(sign * expected)
+
+
+def test_a_metric_must_exist_for_the_data():
+    for targets, name in (
+        (MANY, "accuracy"),
+        (MANY, "balanced_accuracy"),
+        (np.array([0, 1]), "mean_average_precision"),
+        (np.array([0, 1]), "recall"),
+    ):
+        with pytest.raises(UsageError, match=rf"Received: metric={name} and .*-label"):
+            deciding_metric(targets, name)
+
+
+def test_a_score_that_is_undefined_is_0():
+    one_class, probabilities = np.zeros(4, int), SCORES
+    assert score("auc", one_class, probabilities) == 0
+    nothing = np.zeros((4, 3), np.uint8)
+    assert score("mean_average_precision", nothing, probabilities) == 0
+
+
+def test_the_calibration_error_is_that_computed_bin_by_bin():
+    rng = np.random.default_rng(0)
+    confidence = rng.permutation(np.linspace(0.3, 0.99, 150))
+    is_right = rng.random(150) < 0.6
+    order = np.argsort(confidence)
+    bins = np.array_split(order, 15)
+    by_hand = np.mean([abs((is_right[b] - confidence[b]).mean()) for b in bins])
+    found = calibration_error(confidence, is_right)
+    assert found == pytest.approx(by_hand, abs=0.01)  # one image may be a bin farther
+    assert calibration_error(np.full(10, 0.75), np.arange(10) < 5) == 0.25
+    assert calibration_error(np.ones(3), np.ones(3, bool)) == 0
+    # Equal confidences share a bin, so the order of the images does not matter.
+    tied = np.r_[np.full(20, 0.9), np.full(10, 0.6)]
+    right = np.arange(30) % 3 > 0
+    shuffled = rng.permutation(30)
+    assert calibration_error(tied, right) == pytest.approx(
+        calibration_error(tied[shuffled], right[shuffled])
+    )
+
+
+def test_perfect_calibration_has_an_error_too():
+    # One bin of n images of confidence p: the mean of |share right - p| is about
+    # sqrt(2 p (1 - p) / (pi n)).
+    found = error_if_calibrated(np.full(400, 0.8), seed=0)
+    assert found == pytest.approx(math.sqrt(2 * 0.16 / math.pi / 400), rel=0.2)
+    assert error_if_calibrated(np.ones(10), seed=0) == 0
+    rng = np.random.default_rng(1)
+    confidence = rng.uniform(0.4, 1, 500)
+    drawn_errors = [
+        calibration_error(confidence, rng.random(500) < confidence) for _ in range(200)
+    ]
+    expected = error_if_calibrated(confidence, seed=0)
+    assert expected == pytest.approx(np.mean(drawn_errors), rel=0.05)
+
+
+def test_overconfidence_shows():
+    targets, probabilities = drawn(500, 3)
+    honest = evaluate(targets, probabilities, "abc")
+    sharp = probabilities.astype(np.float64) ** 4
+    sharp /= sharp.sum(1, keepdims=True)
+    sure = evaluate(targets, sharp.astype(np.float32), "abc")
+    assert sure.ece > 3 * sure.ece_if_calibrated
+    assert sure.ece > honest.ece
+    assert evaluate(MANY, SCORES, "abc").ece is None

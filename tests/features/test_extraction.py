@@ -713,9 +713,9 @@ def test_auto_computes_float32_where_bfloat16_cannot_be_added_to(
     reason = "engine keras: there is a GPU" if make is a_gpu else "precision f32: "
     assert any(note.startswith(reason) for note in told.notes)
     pixels = [
-        make_decoder(SMALL)((photos / s).read_bytes()) for s in splits.val.sources
+        make_decoder(SMALL)((photos / s).read_bytes()) for s in splits.test.sources
     ]
-    rows = found.rows(splits.val.sources)[:]
+    rows = found.rows(splits.test.sources)[:]
     assert difference(rows, by_keras(part.model, np.stack(pixels))) < 1e-4
 
     again = frozen_features(part, splits, 0, Storage("auto"))

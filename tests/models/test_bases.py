@@ -220,7 +220,7 @@ def test_weights_file_parameters_and_stage_ends_of_every_base(base, monkeypatch)
     assert [*below, base.parameters] == sorted({*below, base.parameters})
 
 
-@pytest.mark.parametrize("base", SMALLEST, ids=lambda base: base.name)
+@pytest.mark.parametrize("base", FAMILIES_IN_TIME)
 def test_a_base_cut_in_two_computes_the_same(base):
     size = 75  # the least that all of them take
     model = build_base(base, "none", size, seed=0)
@@ -300,7 +300,9 @@ def test_images_too_small_for_a_base_are_refused(name, size):
 
 
 # BGR by an operation without weights, and a scaling per channel
-@pytest.mark.parametrize("name", ["VGG16", "DenseNet121"])
+@pytest.mark.parametrize(
+    "name", ["VGG16", pytest.param("DenseNet121", marks=pytest.mark.families)]
+)
 def test_a_saved_model_gives_the_same_bits(tmp_path, name):
     base = build_base(get_base(name), "none", 32, seed=0)
     head = build_head(HeadConfig(), base.output_shape[1], 3, multi_label=False)

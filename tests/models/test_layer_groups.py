@@ -162,9 +162,11 @@ def check_cut(model, base, unfrozen, exact: bool) -> None:
     [
         ("MobileNetV2", "stages:2"),
         ("MobileNetV2", "from:block_14_depthwise"),
-        ("ResNet50", "from:conv5_block1_2_conv"),
+        pytest.param(
+            "ResNet50", "from:conv5_block1_2_conv", marks=pytest.mark.families
+        ),
         ("VGG16", "from:block3_conv2"),
-        ("Xception", "stages:3"),
+        pytest.param("Xception", "stages:3", marks=pytest.mark.families),
         ("ConvNeXtTiny", "from:convnext_tiny_stage_2_block_3_pointwise_conv_1"),
     ],
 )
@@ -395,8 +397,8 @@ def test_every_normalization_of_these_is_folded(name, count):
     ("name", "layer"),
     [
         ("MobileNetV2", "block_14_depthwise"),
-        ("ResNet50", "conv5_block2_2_conv"),
-        ("DenseNet121", "conv5_block15_2_conv"),
+        pytest.param("ResNet50", "conv5_block2_2_conv", marks=pytest.mark.families),
+        pytest.param("DenseNet121", "conv5_block15_2_conv", marks=pytest.mark.families),
         ("EfficientNetB0", "block7a_se_expand"),
     ],
 )
@@ -435,6 +437,7 @@ def test_frozen_normalization_does_not_move_where_others_are_trained():
     assert {id(v) in changed for v in moving} == {True, False}
 
 
+@pytest.mark.long
 def test_everything_can_be_trained_from_the_pixels_up():
     base = get_base("MobileNetV3Small")  # which scales its input itself
     model = classifier(base, 48)

@@ -27,6 +27,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
     folders = {"runs_dir": runs_dir, "cache_dir": runs_dir / "cache"}
     run = keras_transfer.fit(str(photos), **folders, **options)
     tiny_model().save(run.run_dir / "model.keras")
+    run.far_path.unlink()  # of the features of the model before
     return run.run_dir
 
 
@@ -61,6 +62,7 @@ def test_predictions_of_a_bundle_are_those_of_its_run(
     of_bundle = kt("predict", "--bundle", exported, *paths)
     assert of_bundle.exit_code == 0, of_bundle.output
     of_run = kt("predict", trained, *paths)
+    assert of_run.exit_code == 0, of_run.output
     one, other = (
         list(csv.DictReader(io.StringIO(result.stdout)))
         for result in (of_bundle, of_run)
@@ -111,8 +113,8 @@ PREDICT = (
     "import sys\n"
     "from keras_transfer.serving.server import predict_bundle\n"
     "def predict():\n"
-    "    _, predictions = predict_bundle(*sys.argv[1:2], sys.argv[2:3])\n"
-    "    return [row.probabilities.tolist() for row in predictions]\n"
+    "    found = predict_bundle(*sys.argv[1:2], sys.argv[2:3])\n"
+    "    return [row.probabilities.tolist() for row in found.rows]\n"
 )
 HANDSHAKE = """
 import socket, ssl, threading

@@ -14,6 +14,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+import yaml
 from conftest import CLASSES, RUN_FILES, Told, draw, encode, fill
 from PIL import Image
 
@@ -22,7 +23,8 @@ from keras_transfer import terminal
 from keras_transfer.config import load_config
 from keras_transfer.data.loading import load as load_data
 from keras_transfer.data.samples import sample_images
-from keras_transfer.errors import UsageError
+from keras_transfer.errors import KerasTransferError, UsageError
+from keras_transfer.evaluation import crossvalidation
 from keras_transfer.evaluation.of_run import run_splits
 from keras_transfer.features.base import frozen_base
 from keras_transfer.features.frozen_part import Storage, frozen_features
@@ -71,12 +73,12 @@ def test_a_run_directory_holds_exactly_what_is_documented(run, photos):
     manifest = run.manifest
     assert manifest.data == str(photos)
     assert manifest.images_decoded == manifest.images_forwarded == 60
-    assert manifest.class_counts["train"] == dict.fromkeys(CLASSES, 16)
+    assert manifest.class_counts["train"] == dict.fromkeys(CLASSES, 17)
     assert manifest.parity["top1_agreement"] == 1.0
     assert manifest.parity["max_probability_difference"] < 1e-3
     splits = rows(run.splits_path.read_text())
     assert len(splits) == 60
-    assert {row["split"] for row in splits} == {"train", "val", "test"}
+    assert {row["split"] for row in splits} == {"train", "test"}
     history = rows((run.run_dir / "history.csv").read_text())
     best = min(history, key=lambda row: float(row["val_loss"]))
     assert float(best["l2"]) == manifest.l2
@@ -147,7 +149,7 @@ def test_a_second_fit_computes_nothing_again(run, photos, workspace):
     mlp = keras_transfer.fit(
         str(photos),
         name="mlp",
-        head={"kind": "mlp", "hidden": [16], "l2": [1e-4], "epochs": 10},
+        head={"kind": "mlp", "hidden": [16], "l2": [1e-3], "epochs": 20},
         folds=2,
         **options,
     )
@@ -292,7 +294,7 @@ def test_augmented_views_are_cached_and_trained_on(kt, photos):
     assert kt(*arguments, "views").exit_code == 0
     run = keras_transfer.open_run("views")
     assert run.manifest.images_decoded == 60
-    assert run.manifest.images_forwarded == 60 + 2 * 48
+    assert run.manifest.images_forwarded == 60 + 2 * 51
     assert kt(*arguments, "again").exit_code == 0
     again = keras_transfer.open_run("again")
     assert again.manifest.images_forwarded == 0
@@ -343,10 +345,11 @@ def test_copies_across_splits_are_reported(kt, photos, tmp_path):
     assert manifest.images_forwarded == 60
     copies = [note for note in manifest.notes if "byte for byte in" in note]
     assert copies == [
-        "60 of 60 val images are byte for byte in train too: their figures flatter.",
-        "60 of 60 test images are byte for byte in train too: their figures flatter.",
-        "60 of 60 test images are byte for byte in val too: their figures flatter.",
+        "60 of 60 test images are byte for byte in train too: their figures flatter."
     ]
+    joined = "Validation images are trained on too"
+    assert any(note.startswith(joined) for note in manifest.notes)
+    assert manifest.class_counts["train"] == dict.fromkeys(CLASSES, 40)
     assert all(note in result.stderr for note in copies)
 
 
@@ -364,7 +367,7 @@ def test_copies_with_different_labels_are_reported(kt, photos, cached, tmp_path)
     assert told in keras_transfer.open_run("torn").manifest.notes
 
 
-def test_few_test_images_are_said_before_the_work_and_cross_validated(
+def test_of_few_test_images_out_of_fold_figures_come_first(
     kt, photos, cached, workspace
 ):
     noted: list[list[str]] = []
@@ -372,21 +375,146 @@ def test_few_test_images_are_said_before_the_work_and_cross_validated(
     options = {"image_size": 64, "cache_dir": workspace / "cache"}
     made = keras_transfer.fit(photos, name="told", listeners=[told], **options)
     assert told.steps[0][0] == "features"
-    assert any("6 test images say little" in text for text in noted[0])
+    assert any("9 test images say little" in text for text in noted[0])
     assert len(made.manifest.folds.values) == 5
-    assert (made.run_dir / "out_of_fold.csv").is_file()
+    assert list(made.metrics["fit"]) == ["out_of_fold", "test"]
     result = kt("fit", photos, *cached, "--name", "shown")
     lines = result.stdout.splitlines()
-    assert lines[0].startswith("cross-validation, 5 folds: ")
-    assert lines[1] == "6 test images"
+    assert lines[0].startswith("out of fold: accuracy ")
+    (test,) = (line for line in lines if line.startswith("test: accuracy "))
+    assert test.endswith(" of 9")
+    document = json.loads(kt("fit", photos, *cached, "--name", "j", "--json").stdout)
+    written = keras_transfer.open_run(document["run"])
+    assert document["evaluations"] == written.metrics["fit"]
+    assert document["folds"]["values"] == list(written.manifest.folds.values)
+    assert document["timings"].keys() == written.manifest.timings.keys()
+    assert document["notes"] == written.manifest.notes
 
 
-def test_enough_test_images_are_not_cross_validated(photos, run, workspace):
+def test_of_enough_test_images_the_test_comes_first(photos, run, workspace):
     options = {"image_size": 64, "cache_dir": workspace / "cache"}
-    splits = {"val": 0.1, "test": 0.5}
-    made = keras_transfer.fit(photos, name="many", splits=splits, **options)
+    made = keras_transfer.fit(photos, name="many", splits={"test": 0.5}, **options)
     assert made.manifest.class_counts["test"] == dict.fromkeys(CLASSES, 10)
+    assert list(made.metrics["fit"]) == ["test", "out_of_fold"]
+    # Folds that agree by chance do not make the figure certain.
+    low, high = made.metrics["fit"]["out_of_fold"]["intervals"]["accuracy"]
+    assert low < 0.95 and (low, high) == (made.manifest.folds.low, high)
+
+
+def test_every_image_has_its_prediction(run):
+    said = rows((run.run_dir / "predictions.csv").read_text())
+    splits = {r["path"]: r for r in rows(run.splits_path.read_text())}
+    assert {row["path"] for row in said} == set(splits)
+    for row in said:
+        assert row["split"] == splits[row["path"]]["split"]
+        assert row["label"] == splits[row["path"]]["label"]
+        assert row["how"] == {"train": "out of fold", "test": "test"}[row["split"]]
+        scores = {name: float(row[f"p_{name}"]) for name in CLASSES}
+        assert sum(scores.values()) == pytest.approx(1, abs=1e-4)
+        assert row["predicted"] == max(scores, key=scores.get)
+        assert row["sure"] == "" and row["far"] in ("true", "false")
+    test = [row for row in said if row["how"] == "test"]
+    right = sum(row["predicted"] == row["label"] for row in test)
+    assert right == run.metrics["fit"]["test"]["correct"]
+
+
+def test_a_part_of_the_images_may_be_held_out_instead_of_folds(
+    photos, run, workspace, monkeypatch
+):
+    monkeypatch.setattr(crossvalidation, "MOST_CROSS_VALIDATED", 20)
+    options = {"image_size": 64, "cache_dir": workspace / "cache"}
+    made = keras_transfer.fit(photos, name="tenth", **options)
     assert made.manifest.folds is None
+    found = made.metrics["fit"]["out_of_fold"]
+    assert found["images"] in (5, 6)
+    how = [row["how"] for row in rows((made.run_dir / "predictions.csv").read_text())]
+    assert how.count("out of fold") == found["images"]
+    assert how.count("fitted") == 51 - found["images"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"head": {"class_weight": {"cat": 2.0}}}, ["'cat'", "circle, square"]),
+        ({"metric": "macro"}, ["metric", "macro_f1"]),
+        ({"abstain_at_accuracy": 0.999}, ["2,995", "51"]),
+        ({"folds": 60}, ["60 folds", "51"]),
+    ],
+)
+def test_options_that_do_not_fit_the_data_are_refused_at_once(
+    photos, tmp_path, options, words
+):
+    with pytest.raises(UsageError) as raised:
+        keras_transfer.fit(photos, cache_dir=tmp_path / "cache", **options)
+    message = str(raised.value)
+    assert "\n" not in message
+    assert all(word in message for word in words)
+    assert not list(tmp_path.glob("cache/**/*.index"))
+
+
+@pytest.mark.parametrize("metric", ["macro_f1", "log_loss", "auc"])
+def test_the_metric_that_is_asked_for_decides(photos, run, workspace, metric):
+    options = {"image_size": 64, "cache_dir": workspace / "cache", "metric": metric}
+    made = keras_transfer.fit(photos, name="decided", overwrite=True, **options)
+    found = made.metrics["fit"]["out_of_fold"]
+    field = {"auc": "roc_auc"}.get(metric, metric)
+    assert found["intervals"][field] == [
+        made.manifest.folds.low,
+        made.manifest.folds.high,
+    ]
+    assert made.manifest.folds.low <= found[field] <= made.manifest.folds.high
+
+
+def test_thresholds_are_of_the_current_model_only(run, tmp_path):
+    tuned = tmp_path / "tuned"
+    shutil.copytree(run.run_dir, tuned)
+    shutil.copy(tuned / "model.keras", tuned / "model.fit.keras")
+    manifest = json.loads((tuned / "manifest.json").read_text())
+    sure = {"target": 0.9, "threshold": 0.5, "coverage": 1, "accuracy": 1}
+    manifest["abstention"] = {**sure, "images": 50, "independent": 50}
+    manifest["phase"] = "finetune"
+    (tuned / "manifest.json").write_text(json.dumps(manifest))
+    told = Told()
+    found = keras_transfer.evaluate(tuned, phase="fit", listeners=[told])
+    assert found.sure is None
+    assert any("Thresholds are kept for the run's current" in x for x in told.notes)
+    told = Told()
+    assert keras_transfer.evaluate(tuned, listeners=[told]).sure is not None
+    assert not told.notes
+
+
+def test_a_run_without_test_images_names_what_else_there_is(run, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(run.run_dir, bare)
+    splits = (bare / "splits.csv").read_text().replace(",test,", ",train,")
+    (bare / "splits.csv").write_text(splits)
+    with pytest.raises(KerasTransferError, match=r"labeled images.* metrics\.json"):
+        keras_transfer.evaluate(bare)
+
+
+def test_old_runs_with_validation_images_are_read(run, kt, tmp_path):
+    old = tmp_path / "old"
+    shutil.copytree(run.run_dir, old)
+    config = yaml.safe_load((old / "config.yaml").read_text())
+    config["splits"] |= {"val": 0.1, "test": 0.1}
+    for key in ("metric", "abstain_at_accuracy"):
+        del config[key]
+    (old / "config.yaml").write_text(yaml.safe_dump(config))
+    splits = rows((old / "splits.csv").read_text())
+    trained = [row for row in splits if row["split"] == "train"]
+    for row in trained[::8]:
+        row["split"] = "val"
+    with (old / "splits.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, splits[0])
+        writer.writeheader()
+        writer.writerows(splits)
+    for name in ("far.npz", "predictions.csv"):
+        (old / name).unlink()
+    found = run_splits(keras_transfer.open_run(old))
+    assert (len(found.train), len(found.val), len(found.test)) == (44, 7, 9)
+    assert json.loads(kt("evaluate", old, "--json").stdout)["images"] == 9
+    predicted = rows(kt("predict", old, run.config.data + "/circle").stdout)
+    assert len(predicted) == 20 and "far" not in predicted[0]
 
 
 def test_names_that_are_hard_to_write_survive_every_command(
@@ -469,6 +597,7 @@ def test_decisions_are_made_on_training_images_only(photos, tmp_path):
     assert [source for source, _, _ in sample] == list(splits.train.sources)
 
 
+@pytest.mark.long
 def test_a_killed_fit_keeps_its_features_and_leaves_no_run(photos, tmp_path):
     script = (
         "import keras_transfer.features.cache as f\n"
