@@ -40,7 +40,7 @@ class Estimate(BaseModel):
     """The individual measurements."""
 
     def __str__(self) -> str:
-        return f"{self.mean:.4f} ({self.low:.4f} to {self.high:.4f})"
+        return f"{self.mean:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
 class CoveragePoint(BaseModel):
