@@ -149,7 +149,7 @@ def features_of(data: str) -> tuple[np.ndarray, np.ndarray]:
     part = frozen_base(inputs.config)
     features = frozen_features(part, inputs.splits, 0, Storage("auto"), SILENT)
     splits = usable_splits(inputs.config, inputs.splits, features.extraction)
-    tables = [table for _, table in splits.items()]
+    tables = [table for _, table in splits.items() if len(table)]
     rows = [features.rows(table.sources)[:] for table in tables]
     return np.concatenate(rows), np.concatenate([table.targets for table in tables])
 
