@@ -37,11 +37,15 @@ class Table:
     def keep(self, sources: Iterable[str]) -> "Table":
         """Returns a table with only the given images."""
         wanted = set(sources)
-        rows = [i for i, source in enumerate(self.sources) if source in wanted]
+        return self.select(np.array([x in wanted for x in self.sources], bool))
+
+    def select(self, rows: np.ndarray) -> "Table":
+        """Returns a table of the images with the given indices or mask, in order."""
+        picked = np.arange(len(self))[rows]
         return Table(
-            tuple(self.sources[i] for i in rows),
-            self.targets[rows],
-            tuple(self.groups[i] for i in rows),
+            tuple(self.sources[i] for i in picked),
+            self.targets[picked],
+            tuple(self.groups[i] for i in picked),
         )
 
 

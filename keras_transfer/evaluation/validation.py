@@ -60,7 +60,7 @@ def carve(table: Table, num_classes: int, seed: int) -> tuple[Table, Table]:
         judges = _without_last_of_class(
             table, _dealt(strata(table, num_classes), len(table), seed)
         )
-    val = _rows(table, judges)
+    val = table.select(judges)
     if not can_judge(val):
         raise UsageError(
             "Fine-tuning sets aside training images of at least three groups, or three "
@@ -68,7 +68,7 @@ def carve(table: Table, num_classes: int, seed: int) -> tuple[Table, Table]:
             f"which {len(val)} can be set aside. Use more images, or keep the model "
             "whatever it is with force=True."
         )
-    return _rows(table, ~judges), val
+    return table.select(~judges), val
 
 
 def carve_again(table: Table, judged: Collection[str]) -> tuple[Table, Table]:
@@ -87,7 +87,7 @@ def carve_again(table: Table, judged: Collection[str]) -> tuple[Table, Table]:
     """
     judges = np.array([source in judged for source in table.sources], bool)
     judges = _without_last_of_class(table, judges)
-    return _rows(table, ~judges), _rows(table, judges)
+    return table.select(~judges), table.select(judges)
 
 
 def can_judge(table: Table) -> bool:
@@ -194,7 +194,7 @@ def _best_fold(table: Table, num_classes: int, seed: int) -> np.ndarray:
     usable = [_without_last_of_class(table, numbers == fold) for fold in range(folds)]
 
     def fitness(judges: np.ndarray) -> tuple[bool, int]:
-        return can_judge(_rows(table, judges)), -abs(int(judges.sum()) - wanted)
+        return can_judge(table.select(judges)), -abs(int(judges.sum()) - wanted)
 
     return max(usable, key=fitness)
 
@@ -214,7 +214,3 @@ def _units(table: Table) -> int:
     """Counts groups; an image without one is a group of its own."""
     counts = Counter(table.groups)
     return counts.pop("", 0) + len(counts)
-
-
-def _rows(table: Table, rows: np.ndarray) -> Table:
-    return table.keep(np.array(table.sources, object)[rows].tolist())

@@ -234,7 +234,7 @@ def imagenet_certainty(
     asked = {"base": row.name, "weights": "imagenet", "image_size": row.image_size}
     part = frozen_base(config.model_copy(update=asked))
     picked = deal(table.targets, config.seed)[:_MOST_CLASSIFIED]
-    some = table.keep(table.sources[i] for i in picked)
+    some = table.select(np.sort(picked))
     only = replace(splits, train=some, val=table.keep(()), test=table.keep(()))
     features = frozen_features(part, only, 0, Storage(config.precision))
     arrays = read_torch_checkpoint(weights_path(row))

@@ -145,7 +145,7 @@ def judge_head(
     evaluations, choices, folds, sure = {}, Choices(), None, None
     parts = []
     if found := head.out_of_fold:
-        inside = subset(train, found.rows)
+        inside = train.select(found.rows)
         said = found.probabilities[found.chosen]
         choices = choose_thresholds(config, inside, said, names)
         thresholds = thresholds_of_others(inside, said, found.folds[found.rows], names)
@@ -158,7 +158,7 @@ def judge_head(
             config.seed,
         )
         parts.append(PredictedTable(inside, "train", "out of fold", said))
-    learned = train if found is None else subset(train, np.flatnonzero(found.folds < 0))
+    learned = train if found is None else train.select(np.flatnonzero(found.folds < 0))
     parts.append(PredictedTable(learned, "train", "fitted", predict(learned)))
     if len(test):
         parts.append(PredictedTable(test, "test", "test", predict(test)))
@@ -204,7 +204,7 @@ def told_far(
         compared with the others.
     """
     some = np.random.default_rng(seed).permutation(len(learned))[:MOST_FITTED]
-    sample = subset(learned, np.sort(some))
+    sample = learned.select(np.sort(some))
     detector = OutOfDistribution.fit(
         features_of(sample), sample.targets, sample.groups, seed
     )
@@ -213,7 +213,7 @@ def told_far(
     def is_far(table: Table) -> np.ndarray:
         found = [np.zeros(0, bool)]
         for start in range(0, len(table), _ROWS):
-            chunk = subset(table, np.arange(start, min(start + _ROWS, len(table))))
+            chunk = table.select(np.arange(start, min(start + _ROWS, len(table))))
             is_known = chunk.sources[0] in known
             rows = features_of(chunk)
             if is_known:
@@ -223,11 +223,6 @@ def told_far(
         return np.concatenate(found)
 
     return detector, [replace(part, far=is_far(part.table)) for part in parts]
-
-
-def subset(table: Table, rows: np.ndarray) -> Table:
-    """Returns the images of a table with the given indices, in order."""
-    return table.keep(table.sources[i] for i in rows)
 
 
 def thresholds_of_others(
