@@ -6,6 +6,7 @@ The resolved config is saved in the run as `config.yaml` and can be reused as is
 """
 
 import difflib
+import re
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -22,7 +24,7 @@ from pydantic import (
 from pydantic_core import PydanticUndefined
 from yaml.composer import ComposerError
 
-from keras_transfer.errors import UsageError
+from keras_transfer.errors import UsageError, first_line
 
 Precision = Literal["auto", "f32", "bf16"]
 TrainingPrecision = Literal["auto", "f32", "bf16", "f16"]
@@ -46,6 +48,11 @@ FLAGS = {
     "metric": "--metric",
     "abstain_at_accuracy": "--abstain-at-accuracy",
     "precision": "--precision",
+    "path_column": "--path-column",
+    "label_column": "--label-column",
+    "split_column": "--split-column",
+    "group_column": "--group-column",
+    "group_regex": "--group-regex",
     "splits.file": "--splits",
     "max_skipped": "--max-skipped",
     "name": "--name",
@@ -186,13 +193,54 @@ class FinetuneConfig(_Section):
         return 0.3 if self.base_lr is None else 1.0
 
 
-class Config(_Section):
+def _check_regex(pattern: str) -> str:
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise ValueError(f"it is no regular expression ({error})") from None
+    if not groups:
+        raise ValueError(
+            "it needs parentheses around the part of the name that is the group, such "
+            r"as '^(\d{8})_'"
+        )
+    return pattern
+
+
+USUAL_NAMES = {
+    "path": ("path", "filename", "file", "image", "image_path"),
+    "label": ("label", "class", "target", "category"),
+    "split": ("split", "fold", "subset"),
+    "group": ("group", "patient", "patient_id", "subject"),
+}
+"""Names that a table's columns are found by, in any case, by what the columns are for.
+The option for each is called like the key, with `_column`."""
+
+
+class ListingConfig(_Section):
+    """How the images of DATA are found, with their labels, splits and groups."""
+
+    path_column: str | None = None
+    """Column of a table with the paths of the images; None looks for a usual name."""
+    label_column: str | None = None
+    """Column of a table with the labels; None looks for a usual name."""
+    split_column: str | None = None
+    """Column of a table with train, val or test; None looks for a usual name."""
+    group_column: str | None = None
+    """Column of a table with the groups; None looks for a usual name."""
+    group_regex: Annotated[str, AfterValidator(_check_regex)] | None = None
+    """Regular expression that is searched for in each file name; what its first group
+    matches is the image's group. A name without a match is a group of its own."""
+    data_dir: Path | None = None
+    """Directory where tensorflow-datasets keeps prepared data sets."""
+
+
+class Config(ListingConfig):
     """The complete configuration of `kt fit` and the commands that follow it."""
 
     data: str
-    """A folder, a CSV/TSV file, `tfds:NAME[:VERSION]` or `digits`."""
-    data_dir: Path | None = None
-    """Directory where tensorflow-datasets keeps prepared data sets."""
+    """A folder, a CSV, TSV or Parquet file, `tfds:NAME[:VERSION]` or `digits`; for
+    images that were given in Python, `memory:arrays`, `memory:dataset` or
+    `memory:paths`."""
     name: str | None = None
     """Name of the run; None derives it from the data and the base."""
     runs_dir: Path = Path("saved_models")
@@ -267,6 +315,19 @@ def load_config(
     return _validated(values)
 
 
+def listing_config(values: Mapping[str, Any]) -> ListingConfig:
+    """Builds the options of a listing alone, such as that of other images.
+
+    Raises:
+        UsageError: If a key is unknown or a value is not allowed.
+    """
+    given = {key: value for key, value in values.items() if value is not None}
+    try:
+        return ListingConfig.model_validate(given)
+    except ValidationError as error:
+        raise UsageError(_explain(error, ListingConfig)) from None
+
+
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
     """Parses `key=value` strings with values in YAML syntax.
 
@@ -326,16 +387,15 @@ def with_finetune(config: Config, options: Mapping[str, Any]) -> Config:
 
 def to_yaml(config: Config) -> str:
     """Formats a config as YAML that `load_config` reads back as an equal config."""
-    return yaml.safe_dump(
-        config.model_dump(mode="json"), sort_keys=False, allow_unicode=True
-    )
+    values = {"data": config.data, **config.model_dump(mode="json")}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def _validated(values: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise UsageError(_explain(error)) from None
+        raise UsageError(_explain(error, Config)) from None
 
 
 class _YamlLoader(yaml.SafeLoader):
@@ -363,7 +423,7 @@ def _parse_yaml(text: str, name: str, received: str) -> Any:
         if error.problem_mark:
             where = f" near line {error.problem_mark.line + 1}"
     except Exception as error:  # raised by int() and the like for malformed scalars
-        problem = str(error).partition("\n")[0]
+        problem = first_line(error)
     raise UsageError(
         f"{name} is not valid YAML{where}: {problem}. Received: {received}."
     )
@@ -417,16 +477,16 @@ def _assign(values: dict[str, Any], dotted_key: str, value: Any) -> None:
     values[key] = value
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, model: type[ListingConfig]) -> str:
     """Describes one of pydantic's errors in one line, preferring unknown keys."""
     problems = error.errors()
     problem = min(problems, key=lambda found: found["type"] != "extra_forbidden")
     key = ".".join(map(str, problem["loc"]))
-    known = list(_dotted_keys(Config))
+    known = list(_dotted_keys(model))
     if problem["type"] == "extra_forbidden":
         return f"Unknown config key. Received: {key!r}. {_nearest(key, known)}"
     if problem["type"] == "missing":
-        return "No data given. Name a folder, a CSV/TSV file, tfds:NAME or digits."
+        return "No data given. Name a folder, a table of images, tfds:NAME or digits."
     # The location may end in a list index or the name of a union member; drop those.
     named = [x for x in known if f"{key}.".startswith(f"{x}.")]
     key = max(named, key=len, default=key)

@@ -47,6 +47,15 @@ class DivergenceError(KerasTransferError):
     """Training produced non-finite numbers, and would do so again if repeated."""
 
 
+def first_line(error: BaseException | str) -> str:
+    """Returns the first line of a library's message, without the final period.
+
+    The name of the type stands for an exception without a message.
+    """
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")
+
+
 @contextlib.contextmanager
 def explaining_full_disk(
     directory: Path | None = None, size: int = 65_536
@@ -84,7 +93,7 @@ def _full_disk(error: BaseException | None) -> str:
     while error:
         if any(words in str(error) for words in full):
             said = re.sub("{{.*?}} ", "", str(error))  # nodes of TensorFlow's graph
-            return said.splitlines()[0].rstrip(".")
+            return first_line(said)
         error = error.__cause__ or error.__context__
     return ""
 

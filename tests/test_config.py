@@ -62,6 +62,12 @@ def test_saved_config_loads_to_the_same_config(tmp_path):
         ({"data": "x"}, ["head.logit_adjustment=-0.1"], ["at least 0", "-0.1"]),
         ({"data": "x"}, ["head.logit_adjustment=.inf"], ["logit_adjustment", "inf"]),
         ({"data": "x"}, ["head.logit_adjustment=.nan"], ["logit_adjustment", "nan"]),
+        ({"data": "x", "group_regex": "^[0-9]+_"}, [], ["group_regex", "parentheses"]),
+        ({"data": "x", "group_regex": r"(?:\d+)\("}, [], ["parentheses", r"(?:\\d+)"]),
+        ({"data": "x", "group_regex": "(a"}, [], ["no regular expression", "'(a'"]),
+        ({"data": "x", "group_regex": r"(a)\2"}, [], ["group_regex", "reference 2"]),
+        ({"data": "x", "group_regex": 5}, [], ["group_regex", "text", "5"]),
+        ({"data": "x"}, ["group_regex=([)"], ["group_regex", "'([)'"]),
         ({}, [], ["No data"]),
     ],
 )
@@ -88,6 +94,14 @@ def test_validation_of_earlier_versions_is_dropped_from_a_file_only(tmp_path):
     file.write_text("data: photos\nsplits:\n  valid: 0.1\n")
     with pytest.raises(UsageError, match=r"'splits\.valid'"):
         load_config(file)
+
+
+@pytest.mark.parametrize("regex", [r"^(\d{8})_", "(?P<id>[a-z]+)", "()", "(?:x)|(y)"])
+def test_an_expression_with_a_group_is_kept_in_a_file(tmp_path, regex):
+    config = load_config(None, {"data": "x", "group_regex": regex})
+    file = tmp_path / "c.yaml"
+    file.write_text(to_yaml(config))
+    assert load_config(file).group_regex == regex
 
 
 def test_what_is_not_given_is_chosen_later():

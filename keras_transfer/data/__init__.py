@@ -1,5 +1,7 @@
 """DATA in any supported form -> images, their splits and their pixels.
 
-Reading order: reading, folders, tables, listing, splitting, loading, decode, quality,
-augment, samples, sorting.
+Reading order: reading, tables, listing, then a module for each form of DATA (folders
+and class_folders; cells, text_cells, arrow_cells, columns and table_files; packaged;
+in_memory/), grouping, splitting and loading; decode with formats/, quality, augment,
+samples, sorting.
 """

@@ -5,6 +5,7 @@ that yields the encoded bytes of any image. TensorFlow is imported only for `dig
 (which are encoded as PNG) and `tfds:` data.
 """
 
+import os
 import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
@@ -13,23 +14,33 @@ from pathlib import Path
 
 import numpy as np
 
-from keras_transfer.config import SplitsConfig
-from keras_transfer.data.listing import Listing, list_data
-from keras_transfer.data.reading import Reader
+from keras_transfer.config import ListingConfig, SplitsConfig
+from keras_transfer.data.grouping import hint_at_groups
+from keras_transfer.data.in_memory.forms import name_of
+from keras_transfer.data.listing import list_data
 from keras_transfer.data.splitting import (
     assign_splits,
     keep_old_splits,
     settle_validation,
 )
-from keras_transfer.data.tables import LABEL_SEPARATOR, SPLIT_NAMES, Splits, Table
+from keras_transfer.data.tables import (
+    LABEL_SEPARATOR,
+    SPLIT_NAMES,
+    Extra,
+    Listing,
+    Splits,
+    Table,
+    sorted_classes,
+)
 from keras_transfer.errors import KerasTransferError
 
 
 def load(
-    data: str,
+    data: object,
     config: SplitsConfig | None = None,
     seed: int = 0,
-    data_dir: Path | None = None,
+    options: ListingConfig | None = None,
+    multi_label: bool = False,
 ) -> Splits:
     """Lists the images of DATA and divides them into train and test.
 
@@ -39,11 +50,14 @@ def load(
 
     Args:
         data: A folder of class folders, a folder of train/ val/ [test/] folders of
-            class folders, a CSV/TSV file, `tfds:NAME[:VERSION]` or `digits`.
+            class folders, a CSV, TSV or Parquet file, `tfds:NAME[:VERSION]` or
+            `digits`; or images in Python, see `forms.list_memory`.
         config: Fraction of the test split, and a splits.csv whose assignments are kept;
             None for the defaults.
         seed: Seed of the assignment of images to splits.
-        data_dir: Directory where tensorflow-datasets keeps prepared data sets.
+        options: How the images are listed; None for the defaults.
+        multi_label: Whether to treat a table as multi-label even if no row has several
+            labels.
 
     Raises:
         UsageError: If DATA does not exist or is not in a supported form.
@@ -51,19 +65,18 @@ def load(
             training images, or if a layout, a class name or a line is not valid.
     """
     config = config or SplitsConfig()
-    listing = list_data(data, data_dir)
+    listing = list_data(data, options or ListingConfig(), multi_label)
+    if listing.mistake:
+        raise listing.mistake
     if not listing.sources:
-        raise KerasTransferError(
-            f"There are no images. Received: {data}. Expected class folders that hold "
-            "JPEG, PNG, GIF, BMP or WebP files."
-        )
-    class_names = listing.class_names or sorted(
-        {name for labels in listing.labels for name in labels}
+        raise _no_images(data)
+    class_names = listing.class_names or sorted_classes(
+        name for labels in listing.labels for name in labels
     )
     _check_class_names(class_names, listing)
     if len(class_names) < 2:
         raise KerasTransferError(
-            f"A classifier needs at least two classes. Received: {data} with "
+            f"A classifier needs at least two classes. Received: {name_of(data)} with "
             f"{repr(class_names[0]) + ' only' if class_names else 'none'}."
         )
     if said := settle_validation(listing.splits):
@@ -79,30 +92,32 @@ def load(
 
 
 def load_all(
-    data: str,
+    data: object,
     class_names: Sequence[str],
     multi_label: bool,
-    data_dir: Path | None = None,
-) -> tuple[Table, Reader]:
+    options: ListingConfig | None = None,
+    usual: ListingConfig | None = None,
+) -> tuple[Table, Listing]:
     """Lists all images of DATA in one table, ignoring splits.
 
     Args:
         data: As in `load`.
         class_names: The model's classes, which targets refer to.
         multi_label: Whether the model is multi-label.
-        data_dir: As in `load`.
+        options: As in `load`.
+        usual: As in `list_data`.
 
     Returns:
-        (table, reader of its images).
+        (table, the listing with the reader of its images and warnings).
 
     Raises:
         UsageError: If DATA does not exist or is not in a supported form.
         KerasTransferError: If there are no images, a label is not one of the classes,
             or an image does not have exactly one label and the model is single-label.
     """
-    listing = list_data(data, data_dir, multi_label)
+    listing = list_data(data, options or ListingConfig(), multi_label, usual)
     if not listing.sources:
-        raise KerasTransferError(f"There are no images. Received: {data}.")
+        raise _no_images(data)
     unknown = {name for labels in listing.labels for name in labels} - {*class_names}
     if unknown:
         raise KerasTransferError(
@@ -115,9 +130,23 @@ def load_all(
                 f"The model gives each image one class. Received: {source} with "
                 f"{len(names)} labels."
             )
-    targets = _targets(listing.labels, class_names, multi_label)
-    table = Table(tuple(listing.sources), targets, tuple(listing.groups))
-    return table, listing.read
+    targets = targets_of(listing.labels, class_names, multi_label)
+    return _to_table(listing, targets, range(len(targets))), listing
+
+
+def _no_images(data: object) -> KerasTransferError:
+    name = name_of(data)
+    expected = "a row or a pair for each image"
+    if isinstance(data, (str, os.PathLike)):
+        expected = "a row for each image"
+        if Path(name).expanduser().is_dir():
+            expected = (
+                "class folders that hold JPEG, PNG, GIF, BMP, WebP, TIFF, HEIC, AVIF "
+                "or DICOM files"
+            )
+    return KerasTransferError(
+        f"There are no images. Received: {name}. Expected {expected}."
+    )
 
 
 def _check_class_names(class_names: Sequence[str], listing: Listing) -> None:
@@ -126,7 +155,8 @@ def _check_class_names(class_names: Sequence[str], listing: Listing) -> None:
         if LABEL_SEPARATOR in name or categories & {"Cc", "Cs", "Zl", "Zp"}:
             raise KerasTransferError(
                 f"A class name is UTF-8 without {LABEL_SEPARATOR!r}, control "
-                f"characters and line separators. Received: {name!r}. Rename the class."
+                f"characters and line separators. Received: {name!r}. Rename the "
+                "class, or save a table that names it as UTF-8."
             )
     alike = defaultdict(list)
     for name in class_names:
@@ -154,23 +184,30 @@ def _split_warnings(splits: Splits) -> list[str]:
         *missing,
         *splits.absent_classes(),
         *splits.shared(groups, "are of a group that is in"),
+        *hint_at_groups(splits),
     ]
 
 
 def _to_splits(listing: Listing, class_names: tuple[str, ...]) -> Splits:
-    targets = _targets(listing.labels, class_names, listing.multi_label)
+    targets = targets_of(listing.labels, class_names, listing.multi_label)
     tables = {}
     for split in SPLIT_NAMES:
         rows = [i for i, name in enumerate(listing.splits) if name == split]
-        tables[split] = Table(
-            tuple(listing.sources[i] for i in rows),
-            targets[rows],
-            tuple(listing.groups[i] for i in rows),
-        )
+        tables[split] = _to_table(listing, targets, rows)
     if not len(tables["train"]):
         raise KerasTransferError(
             "No image is in the train split: nothing to learn from."
         )
+    weights = tables["train"].sample_weight
+    if weights is not None and not weights.any():
+        raise KerasTransferError(
+            "Some training image has a sample_weight above 0. Received: "
+            f"{len(weights)} training images, all with 0. Nothing would be learned."
+        )
+    extra = None
+    if listing.extra is not None:
+        rows_of = {source: row for row, source in enumerate(listing.sources)}
+        extra = Extra(rows_of, listing.extra)
     return Splits(
         train=tables["train"],
         val=tables["val"],
@@ -180,12 +217,24 @@ def _to_splits(listing: Listing, class_names: tuple[str, ...]) -> Splits:
         read=listing.read,
         warnings=tuple(listing.warnings),
         root=listing.root,
+        extra=extra,
     )
 
 
-def _targets(
+def _to_table(listing: Listing, targets: np.ndarray, rows: Sequence[int]) -> Table:
+    weights = listing.sample_weight
+    return Table(
+        tuple(listing.sources[i] for i in rows),
+        targets[rows],
+        tuple(listing.groups[i] for i in rows),
+        None if weights is None else np.asarray(weights, np.float32)[rows],
+    )
+
+
+def targets_of(
     labels: Sequence[tuple[str, ...]], class_names: Sequence[str], multi_label: bool
 ) -> np.ndarray:
+    """Converts names of classes to the targets of a `Table`."""
     index = {name: i for i, name in enumerate(class_names)}
     if not multi_label:
         return np.array([index[names[0]] for names in labels], np.int64)

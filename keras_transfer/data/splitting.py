@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from keras_transfer.config import SplitsConfig
-from keras_transfer.data.listing import Listing, read_table, split_name
+from keras_transfer.data.tables import Listing, splits_of
+from keras_transfer.data.text_cells import read_table
 from keras_transfer.errors import UsageError
 
 _ROUNDING = 1e-6  # tolerance for rounding errors, in images
@@ -45,9 +46,13 @@ def keep_old_splits(listing: Listing, file: Path) -> None:
 
     Raises:
         UsageError: If the table contains none of the images.
+        KerasTransferError: If a cell is not the name of a split.
     """
-    rows = list(read_table(file))
-    names = [split_name(file, line, row) for line, row in rows]
+    rows = read_table(file)
+    names = splits_of(
+        [row.get("split", "") for _, row in rows],
+        lambda index: f"{file}, line {rows[index][0]}",
+    )
     said = settle_validation(names)
     if said and said not in listing.warnings:
         listing.warnings.append(said)

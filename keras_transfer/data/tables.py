@@ -1,9 +1,11 @@
 """Tables of images with their labels, groups and splits."""
 
 import hashlib
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,8 +13,110 @@ from keras_transfer.data.reading import Reader
 from keras_transfer.errors import KerasTransferError
 from keras_transfer.runs.files import csv_text
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 SPLIT_NAMES = ("train", "val", "test")
 LABEL_SEPARATOR = "|"
+
+_INTEGER = re.compile(r"0|-?[1-9][0-9]{,17}", re.ASCII)
+
+_SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev", "eval"),
+    "test": ("test", "testing"),
+}
+_SPLIT_OF = {
+    f"{word}{suffix}": split
+    for split, words in _SPLIT_WORDS.items()
+    for word in words
+    for suffix in ("", "_set")
+}
+
+
+def split_of(name: str) -> str:
+    """Maps the name of a folder or a table cell to a split; "" if it is not one."""
+    return _SPLIT_OF.get(name.strip().lower().replace("-", "_").replace(" ", "_"), "")
+
+
+def sorted_classes(names: Iterable[str]) -> list[str]:
+    """Sorts the names of classes, each once.
+
+    Integers are in numeric order if all names are integers as Python writes them, such
+    as 10 or -1; otherwise names are in the order of text.
+    """
+    different = {*names}
+    if all(map(_INTEGER.fullmatch, different)):
+        return sorted(different, key=int)
+    return sorted(different)
+
+
+def splits_of(names: Sequence[str], place: Callable[[int], str]) -> list[str]:
+    """Maps the cells of a column to splits; "" for an empty one.
+
+    Args:
+        names: The cells.
+        place: Says where the cell of a row, which is counted from 0, is found.
+
+    Raises:
+        KerasTransferError: If a cell is not the name of a split.
+    """
+    found = {name: split_of(name) for name in {*names}}
+    for row, name in enumerate(names):
+        if not found[name] and name.strip():
+            raise KerasTransferError(
+                f"{place(row)}: a split is train, val or test. Received: "
+                f"{name.strip()!r}."
+            )
+    return [found[name] for name in names]
+
+
+@dataclass
+class Listing:
+    """The images that were found, before they are assigned to splits.
+
+    Attributes:
+        read: Reads the encoded bytes of sources.
+        root: Folder that the sources are relative to; None if they are not files.
+        sources: Identifier of each image: a path relative to the data, or an id.
+        labels: Names of the classes that each image shows.
+        splits: `train`, `val` or `test` for each image; "" if the data do not define
+            it.
+        groups: Group of each image; "" for none.
+        class_names: Class names in the order of the outputs; None for that of
+            `sorted_classes`.
+        multi_label: Whether an image may show several classes, or none.
+        warnings: One line for each problem in the data that the user should know about.
+        sample_weight: Weight of each image in the loss; None for equal weights.
+        extra: Further columns of the data, with a row for each image; None for none.
+        positions: Position of each image in the data; None if the listing has the order
+            of the data.
+        mistake: What is wrong with splits or weights, which are then left out. It is
+            raised where they are used, but not where all images are evaluated.
+    """
+
+    read: Reader
+    root: Path | None = None
+    sources: list[str] = field(default_factory=list)
+    labels: list[tuple[str, ...]] = field(default_factory=list)
+    splits: list[str] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)
+    class_names: list[str] | None = None
+    multi_label: bool = False
+    warnings: list[str] = field(default_factory=list)
+    sample_weight: Sequence[float] | None = None
+    extra: "pa.Table | None" = None
+    positions: Sequence[int] | None = None
+    mistake: KerasTransferError | None = None
+
+    def add(
+        self, source: str, labels: tuple[str, ...], split: str = "", group: str = ""
+    ) -> None:
+        """Adds an image; "" stands for an unknown split or no group."""
+        self.sources.append(source)
+        self.labels.append(labels)
+        self.splits.append(split)
+        self.groups.append(group)
 
 
 @dataclass(frozen=True)
@@ -25,11 +129,14 @@ class Table:
             `[N, num_classes]` with 1 where the class is present.
         groups: Group of each image (such as a patient or a burst of photos); "" for
             none.
+        sample_weight: float32 `[N]` weights of the images in the loss; None for equal
+            weights.
     """
 
     sources: tuple[str, ...]
     targets: np.ndarray
     groups: tuple[str, ...]
+    sample_weight: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -46,7 +153,21 @@ class Table:
             tuple(self.sources[i] for i in picked),
             self.targets[picked],
             tuple(self.groups[i] for i in picked),
+            None if self.sample_weight is None else self.sample_weight[picked],
         )
+
+
+@dataclass(frozen=True)
+class Extra:
+    """Columns of the data that are neither path, label, split, group nor weight.
+
+    Attributes:
+        rows: Row of the table for each source.
+        table: The columns, for reports.
+    """
+
+    rows: Mapping[str, int]
+    table: "pa.Table"
 
 
 @dataclass(frozen=True)
@@ -63,6 +184,7 @@ class Splits:
         read: Reads the encoded bytes of the sources given to it.
         warnings: One line for each problem in the data that the user should know about.
         root: Folder that the sources are relative to; None if they are not files.
+        extra: Further columns of the data, by source; None for none.
     """
 
     train: Table
@@ -73,6 +195,7 @@ class Splits:
     read: Reader
     warnings: tuple[str, ...]
     root: Path | None = None
+    extra: "Extra | None" = None
 
     def items(self) -> Iterator[tuple[str, Table]]:
         """Yields (split name, table) for train, val and test."""
@@ -161,15 +284,23 @@ class Splits:
         )
 
     def to_csv(self) -> str:
-        """Formats splits.csv: path,label,split,group, with one line per image."""
+        """Formats splits.csv: path,label,split,group[,sample_weight], a line each."""
+        header = ("path", "label", "split", "group")
+        is_weighted = self.train.sample_weight is not None
         rows = (
-            (source, self.label(target), name, group)
+            (source, self.label(target), name, group, *weight)
             for name, table in self.items()
-            for source, target, group in zip(
-                table.sources, table.targets, table.groups, strict=True
+            for source, target, group, weight in zip(
+                table.sources,
+                table.targets,
+                table.groups,
+                [()] * len(table)
+                if table.sample_weight is None
+                else [(str(weight),) for weight in table.sample_weight],
+                strict=True,
             )
         )
-        return csv_text(("path", "label", "split", "group"), rows)
+        return csv_text((*header, "sample_weight") if is_weighted else header, rows)
 
     def fingerprint(self, digests: Mapping[str, bytes]) -> str:
         """Computes the SHA-256 over split, name, bytes and labels of every image.

@@ -3,15 +3,16 @@
 `images.parquet` is the machine-readable and more detailed counterpart of `splits.csv`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from keras_transfer.data.cells import utf8
 from keras_transfer.data.quality import FILE_TYPES
-from keras_transfer.data.tables import Splits
+from keras_transfer.data.tables import Extra, Splits
 from keras_transfer.events import Listener
 from keras_transfer.features.extraction import Extraction
 
@@ -29,7 +30,9 @@ def image_table(splits: Splits, extraction: Extraction) -> pa.Table:
         A table with the columns `source`, `label`, `split`, `group`, `sha256` (32
         bytes; null if the image is unusable), `reason` (why the image is unusable, else
         null) and those of `quality.QUALITY_DTYPE`. The latter are null if they could
-        not be measured or kept; `jpeg_quality` is also null if it is not a JPEG.
+        not be measured or kept; `jpeg_quality` is also null if it is not a JPEG. With
+        weights, there is `sample_weight` too. Further columns of the data follow, with
+        `table_` before a name that is one of the others in any case of its letters.
     """
     sources = [source for _, table in splits.items() for source in table.sources]
     names = np.repeat([*dict(splits.items())], [len(x) for _, x in splits.items()])
@@ -38,14 +41,37 @@ def image_table(splits: Splits, extraction: Extraction) -> pa.Table:
     digests = [extraction.digests.get(source) for source in sources]
     reasons = [extraction.skipped.get(source) for source in sources]
     columns = {
-        "source": pa.array(map(_text, sources), pa.string()),
+        "source": pa.array(map(utf8, sources), pa.string()),
         "label": pa.array(labels, pa.string()).dictionary_encode(),
         "split": pa.array(names).dictionary_encode(),
-        "group": pa.array(map(_text, groups), pa.string()),
+        "group": pa.array(map(utf8, groups), pa.string()),
         "sha256": pa.array(digests, pa.binary(32)),
         "reason": pa.array(reasons, pa.string()),
     }
-    return pa.table(columns | _quality_columns(extraction.quality(sources)))
+    if splits.train.sample_weight is not None:
+        parts = (table.sample_weight for _, table in splits.items())
+        weights = [part for part in parts if part is not None]
+        columns["sample_weight"] = pa.array(np.concatenate(weights), pa.float32())
+    columns |= _quality_columns(extraction.quality(sources))
+    if splits.extra is not None:
+        columns |= _further_columns(splits.extra, sources, columns.keys())
+    return pa.table(columns)
+
+
+def _further_columns(
+    extra: Extra, sources: Sequence[str], names: Iterable[str]
+) -> dict[str, pa.ChunkedArray]:
+    """Returns columns of the data, under names that are not taken."""
+    rows = pa.array([extra.rows[source] for source in sources], pa.int64())
+    own, taken = {name.lower() for name in names}, {*extra.table.column_names}
+    columns = {}
+    for name in extra.table.column_names:
+        new = name
+        while new.lower() in own or (new != name and new in taken):
+            new = f"table_{new}"
+        taken.add(new)
+        columns[new] = extra.table.column(name).take(rows)
+    return columns
 
 
 def _quality_columns(rows: np.ndarray) -> dict[str, pa.Array]:
@@ -102,7 +128,7 @@ def changed_images(
     return [
         source
         for source, digest in digests.items()
-        if known.get(_text(source), ("", digest))[1] != digest
+        if known.get(utf8(source), ("", digest))[1] != digest
     ]
 
 
@@ -117,8 +143,3 @@ def trained_images(
     """
     trained = {digest for split, digest in known.values() if split == "train"}
     return [source for source, digest in digests.items() if digest in trained]
-
-
-def _text(source: str) -> str:
-    """Converts a name to valid UTF-8, as Parquet requires; other bytes are escaped."""
-    return source.encode(errors="surrogateescape").decode(errors="backslashreplace")

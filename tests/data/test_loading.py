@@ -20,13 +20,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from keras_transfer.config import SplitsConfig
+from keras_transfer.config import ListingConfig, SplitsConfig
 from keras_transfer.data import reading
 from keras_transfer.data.folders import find_images, image_files
-from keras_transfer.data.listing import read_table
 from keras_transfer.data.loading import load, load_all
 from keras_transfer.data.reading import map_ahead
 from keras_transfer.data.tables import Splits
+from keras_transfer.data.text_cells import read_table
 from keras_transfer.errors import KerasTransferError, UsageError
 from keras_transfer.runs.files import csv_text
 
@@ -522,7 +522,7 @@ def test_several_labels_are_separated_by_a_bar(tmp_path):
         ("path,label\na.jpg,x\nb, 1.jpg,y\n", UsageError, ["line 3", "3 cells"]),
         ("path,label\n\n\na, 1.jpg,x\n", UsageError, ["line 4", "double quotes"]),
         ("path,label,Label\na.jpg,x,y\n", UsageError, ["line 1", "'label'", "2 times"]),
-        ("path;label\na.jpg;x\n", UsageError, ["path,label", "'path;label'"]),
+        ("path:label\na.jpg:x\n", UsageError, ["path,label", "'path:label'"]),
         ("", UsageError, ["path,label"]),
     ],
 )
@@ -1001,13 +1001,13 @@ def test_one_path_is_as_good_as_a_list_of_one(tmp_path):
 
 def test_all_images_are_labelled_as_the_model_numbers_its_classes(tmp_path):
     data = str(classes(tmp_path, a=2, b=1))
-    found, read = load_all(data, ("x", "b", "a"), multi_label=False)
+    found, listing = load_all(data, ("x", "b", "a"), multi_label=False)
     assert dict(zip(found.sources, found.targets, strict=True)) == {
         "a/0.jpg": 2,
         "a/1.jpg": 2,
         "b/0.jpg": 1,
     }
-    assert dict(read(["b/0.jpg"])) == {"b/0.jpg": b"b/0.jpg"}
+    assert dict(listing.read(["b/0.jpg"])) == {"b/0.jpg": b"b/0.jpg"}
     found, _ = load_all(data, ("x", "b", "a"), multi_label=True)
     assert found.targets.tolist() == [[0, 0, 1], [0, 0, 1], [0, 1, 0]]
 
@@ -1119,7 +1119,7 @@ def prepare(
 @pytest.mark.parametrize("version", ["", ":1.0.0"])
 def test_a_tfds_data_set_of_one_split_is_divided(tmp_path, form, version):
     stored = prepare(tmp_path, "kt_whole", {"train": 40}, form)
-    splits = load(f"tfds:kt_whole{version}", data_dir=tmp_path)
+    splits = load(f"tfds:kt_whole{version}", options=ListingConfig(data_dir=tmp_path))
     assert splits.class_names == ("yes", "no")
     assert sizes(splits) == [34, 0, 6]
     labels = label_of(splits)
@@ -1142,7 +1142,7 @@ def test_a_tfds_data_set_of_one_split_is_divided(tmp_path, form, version):
 def test_the_splits_of_a_tfds_data_set_are_kept(tmp_path, request, given, train, test):
     name = f"kt_split_{request.node.callspec.id}"
     stored = prepare(tmp_path, name, given)
-    splits = load(f"tfds:{name}", data_dir=tmp_path)
+    splits = load(f"tfds:{name}", options=ListingConfig(data_dir=tmp_path))
     for part, names in ((splits.train, train), (splits.test, [test])):
         read = {encoded for _, encoded in splits.read(part.sources)}
         assert len(read) == len(part) == sum(given[x] for x in names)
@@ -1153,8 +1153,10 @@ def test_the_splits_of_a_tfds_data_set_are_kept(tmp_path, request, given, train,
 
 def test_a_tfds_data_set_is_all_one_table(tmp_path):
     stored = prepare(tmp_path, "kt_all", {"train": 5, "test": 4})
-    found, read = load_all("tfds:kt_all", ("no", "yes"), False, tmp_path)
-    encoded = dict(read(found.sources))
+    found, listing = load_all(
+        "tfds:kt_all", ("no", "yes"), False, ListingConfig(data_dir=tmp_path)
+    )
+    encoded = dict(listing.read(found.sources))
     assert {
         encoded[source]: ("no", "yes")[target]
         for source, target in zip(found.sources, found.targets, strict=True)
@@ -1164,13 +1166,17 @@ def test_a_tfds_data_set_is_all_one_table(tmp_path):
 @pytest.mark.parametrize("features", [("image", "mask", "label"), ("image",)])
 def test_a_tfds_data_set_needs_one_image_and_one_label(tmp_path, features):
     prepare(tmp_path, "kt_odd", {"train": 3}, features=features)
-    message = refusal(UsageError, "tfds:kt_odd", data_dir=tmp_path)
+    message = refusal(
+        UsageError, "tfds:kt_odd", options=ListingConfig(data_dir=tmp_path)
+    )
     assert all(feature in message for feature in ["kt_odd", *features])
 
 
 @pytest.mark.parametrize("name", ["no_such_data_set", "no_such:9.9.9", "", "a b"])
 def test_an_unknown_tfds_name_is_one_line(tmp_path, name):
-    assert repr(name) in refusal(UsageError, f"tfds:{name}", data_dir=tmp_path)
+    assert repr(name) in refusal(
+        UsageError, f"tfds:{name}", options=ListingConfig(data_dir=tmp_path)
+    )
 
 
 def test_a_tfds_data_set_that_cannot_be_prepared_is_explained(tmp_path):
@@ -1189,7 +1195,9 @@ def test_a_tfds_data_set_that_cannot_be_prepared_is_explained(tmp_path):
 
         def _generate_examples(self): ...
 
-    message = refusal(KerasTransferError, "tfds:kt_remote", data_dir=tmp_path)
+    message = refusal(
+        KerasTransferError, "tfds:kt_remote", options=ListingConfig(data_dir=tmp_path)
+    )
     assert "'kt_remote'" in message
     assert str(tmp_path) in message
     assert "as data_dir" in message

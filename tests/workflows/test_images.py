@@ -6,19 +6,23 @@ import shutil
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import Told
+from conftest import CLASSES, Told
 from PIL import Image
 
 import keras_transfer
 from keras_transfer.config import load_config
 from keras_transfer.data.loading import load
 from keras_transfer.errors import KerasTransferError, UnusableImagesError
+from keras_transfer.evaluation.of_run import run_splits
 from keras_transfer.features.cache import FeatureCache
 from keras_transfer.features.extraction import Extraction
 from keras_transfer.features.image_table import known_images
 from keras_transfer.features.usable import usable_splits
+from keras_transfer.runs.files import csv_text
 
 BAD = os.fsdecode(b"bad\xff.jpg")
 SMALL = {
@@ -214,3 +218,65 @@ def test_a_fit_lists_unusable_images_until_it_succeeds(photos, tmp_path):
     shutil.copy(data / "circle" / "01.jpg", bad)
     keras_transfer.fit(data, **options)
     assert not path.exists()
+
+
+def test_weights_change_what_is_learned_and_no_figure(photos, tmp_path):
+    rows = [
+        (str(photos / name / f"{i:02d}.jpg"), name, "test" if i > 14 else "train")
+        for name in CLASSES
+        for i in range(20)
+    ]
+    weight = {"circle": 9, "square": 1, "stripes": 0.5}
+    columns = {
+        "path": [path for path, *_ in rows],
+        "label": [label for _, label, _ in rows],
+        "split": [split for *_, split in rows],
+        "sample_weight": [weight[label] for _, label, _ in rows],
+        "Width": pa.array(range(60), pa.int16()),
+        "table_Width": [[i] for i in range(60)],
+        "site": pa.array(["a", None] * 30).dictionary_encode(),
+    }
+    pq.write_table(pa.table(columns), "data.parquet")
+    (tmp_path / "small.csv").write_text(
+        csv_text(("path", "label", "split"), rows), encoding="utf-8"
+    )
+    runs = [
+        keras_transfer.fit(data, name=name, runs_dir="runs", cache_dir="cache", **SMALL)
+        for name, data in (("weighted", "data.parquet"), ("plain", "small.csv"))
+    ]
+    run, plain = runs
+
+    with run.splits_path.open(newline="") as file:
+        listed = list(csv.DictReader(file))
+    assert all(float(row["sample_weight"]) == weight[row["label"]] for row in listed)
+    images = pq.read_table(run.images_path)
+    position = {path: i for i, path in enumerate(columns["path"])}
+    for row in images.to_pylist():
+        i = position[row["source"]]
+        assert row["sample_weight"] == weight[row["label"]]
+        assert row["table_table_Width"] == i
+        assert row["table_Width"] == [i]
+        assert row["site"] == ("a" if i % 2 == 0 else None)
+        assert row["width"] > 60
+    assert images.schema.field("table_table_Width").type == pa.int16()
+    assert not {"sample_weight", "site"} & {*pq.read_schema(plain.images_path).names}
+    known = known_images(run.images_path, Told())
+    assert known == known_images(plain.images_path, Told())
+    again = run_splits(run)
+    assert set(again.test.sample_weight.tolist()) == {9.0, 1.0, 0.5}
+
+    said = [probabilities(one) for one in runs]
+    assert np.abs(said[0] - said[1]).max() > 0.01
+    for one, found in zip(runs, said, strict=True):
+        right = np.repeat(np.arange(3), 5)
+        figures = one.metrics["fit"]["test"]
+        losses = -np.log(found[np.arange(15), right])
+        assert figures["log_loss"] == pytest.approx(losses.mean(), rel=1e-4)
+        assert figures["accuracy"] == (found.argmax(1) == right).mean()
+
+
+def probabilities(run) -> np.ndarray:
+    """What a run said of its test images, as `[N, C]`."""
+    with run.predictions_path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
+    return np.array([[float(row[f"p_{name}"]) for name in CLASSES] for row in rows])
