@@ -18,13 +18,16 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from keras_transfer.data.formats.convert import (
+    converted_pixels,
+    encode_png,
+    file_type,
+)
+from keras_transfer.data.formats.limits import MAX_PIXELS
 from keras_transfer.errors import REFUSED, DecodeError, refusal
 
 DECODER_VERSION = 1
 """Changes whenever the pixels of any image change, because features are cached."""
-
-MAX_PIXELS = 178_956_970
-"""Images with more pixels are refused. Pillow raises an error at the same limit."""
 
 _HEADER_BYTES = 70
 # Limit on JPEG segments before the EXIF one; walking many tiny ones takes seconds.
@@ -112,16 +115,20 @@ class DecodedImage(NamedTuple):
         pixels: uint8 `[image_size, image_size, 3]` RGB pixels.
         height: Height of the full image in pixels, after EXIF rotation.
         width: Width of the full image in pixels, after EXIF rotation.
+        is_16_bit: Whether it is, or was converted to, a PNG of 16 bits per channel.
     """
 
     pixels: np.ndarray
     height: int
     width: int
+    is_16_bit: bool = False
 
 
 @functools.cache
 def make_measuring_decoder(image_size: int) -> Callable[[bytes], DecodedImage]:
     """Creates a thread-safe Python function that decodes like `decode_image`.
+
+    It also takes what `formats.to_png` converts: TIFF, HEIC, AVIF, DICOM and arrays.
 
     Args:
         image_size: Side of the decoded images in pixels.
@@ -134,13 +141,26 @@ def make_measuring_decoder(image_size: int) -> Callable[[bytes], DecodedImage]:
         lambda encoded: _decode_and_measure(encoded, image_size), autograph=False
     )
     decode_bytes = graph.get_concrete_function(tf.TensorSpec((), tf.string))
+    resizing = tf.function(
+        lambda image: resize_image(image, image_size), autograph=False
+    )
+    resize = resizing.get_concrete_function(tf.TensorSpec((None, None, 3), tf.uint8))
 
     def decode(encoded: bytes) -> DecodedImage:
+        converted = converted_pixels(encoded)
+        if converted is not None and converted.dtype == np.uint8:
+            # What the graph would decode its PNG to, without the detour.
+            image = converted if converted.ndim == 3 else np.stack(3 * [converted], -1)
+            pixels = resize(tf.constant(image)).numpy()
+            return DecodedImage(pixels, *converted.shape[:2])
+        decodable = encoded if converted is None else encode_png(converted)
         try:
-            pixels, size = decode_bytes(tf.constant(encoded))
+            pixels, size = decode_bytes(tf.constant(decodable))
         except tf.errors.OpError as error:
             raise DecodeError(refusal(error.message, len(encoded))) from None
-        return DecodedImage(pixels.numpy(), *size.numpy().tolist())
+        is_16_bit = file_type(decodable) == "PNG" and decodable[24:25] == b"\x10"
+        height, width = size.numpy().tolist()
+        return DecodedImage(pixels.numpy(), height, width, is_16_bit)
 
     return decode
 
@@ -245,13 +265,24 @@ def _decode_webp(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> _Dec
     return resize_image(image, image_size), tf.stack([height, width])
 
 
+_CONVERT = "; convert it with keras_transfer.to_png, or to JPEG or PNG"
+
+
 def _refuse_unknown(encoded: tf.Tensor, header: tf.Tensor, image_size: int) -> _Decoded:
-    tiff = _starts_with(header, b"II*\0") | _starts_with(header, b"MM\0*")
+    length = tf.strings.length(encoded)
+    tiff = tf.reduce_any(
+        [_starts_with(header, x) for x in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")]
+    )
     avif = _starts_with(header[4:], b"ftyp")
-    empty = tf.strings.length(encoded) == 0
+    dicom = tf.strings.substr(encoded, tf.minimum(128, length), 4) == b"DICM"
+    empty = length == 0
     reason = tf.where(empty, "an empty file", "not an image")
-    reason = tf.where(tiff, "a TIFF; convert it to JPEG or PNG", reason)
-    reason = tf.where(avif, "an AVIF or HEIC; convert it to JPEG or PNG", reason)
+    for is_kind, kind in (
+        (tiff, "a TIFF"),
+        (avif, "an AVIF or HEIC"),
+        (dicom, "a DICOM"),
+    ):
+        reason = tf.where(is_kind, kind + _CONVERT, reason)
     with tf.control_dependencies([require(encoded, tf.constant(False), reason)]):
         return tf.zeros((image_size, image_size, 3), tf.uint8), tf.zeros(2, tf.int32)
 

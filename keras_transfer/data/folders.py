@@ -9,10 +9,13 @@ from keras_transfer.errors import UsageError
 
 # Names that archivers, network drives and desktops leave behind, in lower case.
 _NEVER_DATA = frozenset(
-    ("__macosx", "@eadir", "$recycle.bin", "thumbs.db", "desktop.ini")
+    ("__macosx", "@eadir", "$recycle.bin", "thumbs.db", "desktop.ini", "dicomdir")
 )
 IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .gif .bmp .webp .tif .tiff .avif .heic .heif".split()
+    (
+        ".jpg .jpeg .jpe .jfif .png .gif .bmp .webp .tif .tiff .avif .heic .heif .hif "
+        ".dcm .dicom"
+    ).split()
 )
 
 
@@ -30,11 +33,17 @@ def image_files(
         Paths of image files.
 
     Raises:
-        UsageError: If a folder contains no images.
+        UsageError: If an item is no path, or a folder contains no images.
     """
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
-    for path in map(Path, paths):
+    for item in paths:
+        if not isinstance(item, (str, os.PathLike)):
+            raise UsageError(
+                f"Images are named by paths. Received: {type(item).__name__}. Of "
+                "pixels, the Keras model in model.keras gives probabilities."
+            )
+        path = Path(item)
         if path.is_dir():
             found = [str(image) for image in find_images(path, recursive)]
             if not found:
@@ -69,8 +78,13 @@ def find_images(folder: Path, recursive: bool = True) -> Iterator[Path]:
 
 
 def may_be_image(path: Path) -> bool:
-    """Returns whether a file has an image's suffix or no suffix at all."""
-    return path.suffix.lower() in IMAGE_SUFFIXES or not path.suffix
+    """Returns whether a file has an image's suffix or no suffix at all.
+
+    A suffix of digits is the end of a DICOM's name that is a UID, such as
+    1.2.840.113619.2.55.
+    """
+    suffix = path.suffix.lower()
+    return not suffix or suffix in IMAGE_SUFFIXES or suffix[1:].isdecimal()
 
 
 def folder_entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -10,12 +10,15 @@ import numpy as np
 from PIL.JpegImagePlugin import JpegImageFile
 
 from keras_transfer.data.decode import DecodedImage
+from keras_transfer.data.formats.convert import file_type
 
 QUALITY_VERSION = 1
 """Changes whenever a measure of any image changes, because measures are cached."""
 
-FILE_TYPES = ("JPEG", "PNG", "GIF", "BMP", "WebP")
-_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"RIFF")
+FILE_TYPES = (
+    *("JPEG", "PNG", "GIF", "BMP", "WebP"),
+    *("TIFF", "HEIC", "AVIF", "DICOM", "array"),
+)
 
 QUALITY_DTYPE = np.dtype(
     [
@@ -29,7 +32,7 @@ QUALITY_DTYPE = np.dtype(
         ("file_type", "u1"),  # index into FILE_TYPES
         ("jpeg_quality", "u1"),  # libjpeg's quality, 1 to 100; 0 if not a JPEG
         ("is_gray", "?"),
-        ("is_nearly_black", "?"),  # a 16-bit PNG of at most 1/16 brightness, resized
+        ("is_nearly_black", "?"),  # 16 bits, at most 1/16 brightness, resized
     ]
 )
 
@@ -68,11 +71,10 @@ def measure_quality(encoded: bytes, image: DecodedImage) -> np.ndarray:
     row["contrast"] = _spread(luminance)
     row["sharpness"] = _spread(_laplacian(luminance)) ** 2
     row["perceptual_hash"] = _perceptual_hash(luminance)
-    row["file_type"] = next(i for i, x in enumerate(_MAGIC) if encoded.startswith(x))
+    row["file_type"] = FILE_TYPES.index(file_type(encoded))
     row["jpeg_quality"] = _jpeg_quality(encoded)
     row["is_gray"] = max(np.ptp(red_green), np.ptp(green_blue)) <= _GRAY_LEVELS
-    is_16_bit = encoded.startswith(_MAGIC[1]) and encoded[24:25] == b"\x10"
-    row["is_nearly_black"] = is_16_bit and image.pixels.max() <= 2**12 >> 8
+    row["is_nearly_black"] = image.is_16_bit and image.pixels.max() <= 2**12 >> 8
     return row
 
 
@@ -129,7 +131,7 @@ def _jpeg_quality(encoded: bytes) -> int:
     For tables that do not come from libjpeg, this is the nearest setting. Returns 0 if
     the file is not a JPEG or its table cannot be read.
     """
-    if not encoded.startswith(_MAGIC[0]):
+    if file_type(encoded) != "JPEG":
         return 0
     try:
         table = JpegImageFile(io.BytesIO(encoded)).quantization[0]

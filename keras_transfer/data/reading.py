@@ -1,7 +1,6 @@
 """Reads the bytes of images ahead of the decoder."""
 
 import errno
-import hashlib
 import os
 import stat
 from collections import deque
@@ -9,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
+
+from keras_transfer.data.formats.convert import image_digest
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -23,22 +24,22 @@ but not necessarily in the given order."""
 
 
 def is_on_disk(data: str) -> bool:
-    """Returns whether DATA is a path rather than a data set from a package."""
-    return data != "digits" and not data.startswith("tfds:")
+    """Returns whether DATA is a path, not a package's data set or in memory."""
+    return data != "digits" and not data.startswith(("tfds:", "memory:"))
 
 
 def hashing(read: Reader, digests: dict[str, bytes]) -> Reader:
-    """Wraps a reader so that it records the SHA-256 of each source it yields.
+    """Wraps a reader so that it records the digest of each source it yields.
 
     Args:
         read: The reader.
-        digests: Receives the SHA-256 of each source that could be read.
+        digests: Receives `formats.image_digest` of each source that could be read.
     """
 
     def read_and_hash(sources: Sequence[str]) -> Iterator[tuple[str, bytes | OSError]]:
         for source, encoded in read(sources):
             if isinstance(encoded, bytes):
-                digests[source] = hashlib.sha256(encoded).digest()
+                digests[source] = image_digest(encoded)
             yield source, encoded
 
     return read_and_hash

@@ -1,12 +1,10 @@
 """Decoded sample images, for measurements that need real images."""
 
-import contextlib
-
 import numpy as np
 
 from keras_transfer.data.decode import make_decoder
 from keras_transfer.data.tables import Splits
-from keras_transfer.errors import DecodeError
+from keras_transfer.errors import DecodeError, KerasTransferError
 
 
 def sample_images(
@@ -26,13 +24,26 @@ def sample_images(
     Returns:
         (source, encoded bytes, uint8 `[image_size, image_size, 3]` pixels) for each
         sampled image that is usable.
+
+    Raises:
+        KerasTransferError: If none of them is, although the cache may have features of
+            theirs.
     """
     table = splits.train
     picks = np.linspace(0, len(table) - 1, min(count, len(table))).astype(int)
     decode = make_decoder(image_size)
-    sample = []
+    sample, reasons = [], []
     for source, encoded in splits.read([table.sources[i] for i in picks]):
-        if isinstance(encoded, bytes):
-            with contextlib.suppress(DecodeError):
-                sample.append((source, encoded, decode(encoded)))
+        if isinstance(encoded, OSError):
+            reasons.append(f"{source} cannot be read: {encoded.strerror}")
+            continue
+        try:
+            sample.append((source, encoded, decode(encoded)))
+        except DecodeError as error:
+            reasons.append(f"{source}: {error}")
+    if reasons and not sample:
+        raise KerasTransferError(
+            f"None of {len(reasons)} sampled images can be decoded. Received: "
+            f"{reasons[0]}."
+        )
     return sample

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from keras_transfer.data.formats.convert import CONVERTER_VERSION
 from keras_transfer.errors import KerasTransferError
 from keras_transfer.runs.files import write_atomic
 
@@ -35,7 +36,7 @@ timestamp: FAT has a resolution of two seconds."""
 
 
 class FileIndex:
-    """SHA-256 digests of the files below one folder, as of their last reading.
+    """Digests (`image_digest`) of the files below one folder, as of their last reading.
 
     The index is a Parquet file with the columns path, size, mtime_ns, ctime_ns, inode
     and sha256. If two processes write it at the same time, one of them wins; the files
@@ -50,7 +51,9 @@ class FileIndex:
             root: Folder that the sources are relative to.
             sources: Paths of the files.
         """
-        name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:32]
+        # Digests of images that are converted depend on the converter's version.
+        key = os.fsencode(root.resolve()) + b"\0%d" % CONVERTER_VERSION
+        name = hashlib.sha256(key).hexdigest()[:32]
         self._path = directory / f"{name}.parquet"
         self._root = root
         self._sources = sources
@@ -84,7 +87,7 @@ class FileIndex:
         nothing if the cache cannot be written, because the index only saves time.
 
         Args:
-            digests: SHA-256 of files, by source.
+            digests: Digests of files, by source.
         """
         if digests == self._known:
             return

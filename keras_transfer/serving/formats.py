@@ -19,7 +19,7 @@ import tensorflow as tf
 
 from keras_transfer.config import Format, Quantization
 from keras_transfer.data.samples import sample_images
-from keras_transfer.errors import KerasTransferError
+from keras_transfer.errors import KerasTransferError, first_line
 from keras_transfer.evaluation.of_run import run_splits
 from keras_transfer.runs.run import Run
 from keras_transfer.runtime.openvino import import_openvino
@@ -128,9 +128,9 @@ def explaining_refusals(form: Format) -> Iterator[None]:
     except (KerasTransferError, OSError):
         raise
     except Exception as error:
-        cause = (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")
         raise KerasTransferError(
-            f"Format {form} cannot express this model: {cause}. Nothing was exported."
+            f"Format {form} cannot express this model: {first_line(error)}. Nothing "
+            "was exported."
         ) from error
 
 

@@ -1,6 +1,5 @@
 """Loads the model to export and the images that the export is verified on."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_transfer.data.formats.convert import image_digest, to_png
 from keras_transfer.data.samples import sample_images
 from keras_transfer.errors import KerasTransferError, UsageError
 from keras_transfer.evaluation.of_run import load_model, run_splits
@@ -28,7 +28,7 @@ class Sample:
     """Images of a run with the expected outputs of its model.
 
     Attributes:
-        files: The n encoded images.
+        files: The n encoded images, in formats that the exported model decodes.
         pixels: uint8 `[n, image_size, image_size, 3]` decoded images.
         expected: The model's outputs: `probabilities` float32 `[n, C]` and `features`
             (the head's input) float32 `[n, D]`.
@@ -123,7 +123,7 @@ def sample_of_run(run: Run, model: keras.Model, listener: Listener) -> Sample:
             f"Verified on noise, for the run's images cannot be read: {error}"
         )
         images = []
-    digests = {name: hashlib.sha256(encoded).digest() for name, encoded, _ in images}
+    digests = {name: image_digest(encoded) for name, encoded, _ in images}
     known = known_images(run.images_path, listener)
     if changed := changed_images(known, digests):
         listener.note(
@@ -131,7 +131,7 @@ def sample_of_run(run: Run, model: keras.Model, listener: Listener) -> Sample:
             f"on have changed since the run was made, such as {changed[0]}"
         )
     if images:
-        files = [encoded for _, encoded, _ in images]
+        files = [to_png(encoded) for _, encoded, _ in images]
         pixels = np.stack([decoded for _, _, decoded in images])
     else:
         shape = (count, image_size, image_size, 3)

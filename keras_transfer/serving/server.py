@@ -12,9 +12,15 @@ from pathlib import Path
 import numpy as np
 
 from keras_transfer.data.folders import image_files
+from keras_transfer.data.formats.convert import to_png
 from keras_transfer.data.reading import read_files
 from keras_transfer.data.tables import Prediction, Predictions
-from keras_transfer.errors import KerasTransferError, UsageError, refusal
+from keras_transfer.errors import (
+    DecodeError,
+    KerasTransferError,
+    UsageError,
+    refusal,
+)
 from keras_transfer.evaluation.decisions import NO_RULE, names_of
 from keras_transfer.runs.files import write_atomic
 from keras_transfer.runs.run import SERVING, Run, open_run, version_dirs
@@ -92,19 +98,30 @@ def predict_bundle(
 
 
 def _predictions(session: Session, sources: Sequence[str]) -> Iterator[Prediction]:
-    batch: list[tuple[str, bytes | OSError]] = []
+    batch: list[_Item] = []
     with session:
         for item in read_files(sources, Path()):
-            batch.append(item)
+            batch.append(_converted(item))
             if len(batch) == _BATCH:
                 yield from _predict_batch(session, batch)
                 batch = []
         yield from _predict_batch(session, batch)
 
 
-def _predict_batch(
-    session: Session, batch: Sequence[tuple[str, bytes | OSError]]
-) -> Iterator[Prediction]:
+_Item = tuple[str, bytes | OSError | DecodeError]
+
+
+def _converted(item: tuple[str, bytes | OSError]) -> _Item:
+    source, encoded = item
+    if isinstance(encoded, OSError):
+        return item
+    try:
+        return source, to_png(encoded)
+    except DecodeError as error:
+        return source, error
+
+
+def _predict_batch(session: Session, batch: Sequence[_Item]) -> Iterator[Prediction]:
     def predict(sources: Sequence[str], files: Sequence[bytes]) -> list[Prediction]:
         inputs = {"image_bytes": np.array(files, object)}
         return _decided(session, sources, session.run(Request(_SIGNATURE, inputs)))
@@ -119,6 +136,8 @@ def _predict_batch(
     for source, encoded in batch:
         if isinstance(encoded, OSError):
             yield Prediction(source, None, f"cannot be read: {encoded.strerror}")
+        elif isinstance(encoded, DecodeError):
+            yield Prediction(source, None, str(encoded))
         elif rows is not None:
             yield next(rows)
         else:

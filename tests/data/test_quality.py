@@ -29,7 +29,7 @@ def measure(encoded):
     return measure_quality(encoded, make_measuring_decoder(SIZE)(encoded))
 
 
-@pytest.mark.parametrize("form", FILE_TYPES)
+@pytest.mark.parametrize("form", FILE_TYPES[:5])
 def test_size_and_kind_of_a_file(form):
     encoded = encode(photo(), form)
     row = measure(encoded)
