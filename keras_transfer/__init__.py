@@ -9,7 +9,9 @@
 
 The subpackages and modules, from top to bottom; each imports only those below it:
 
-    cli, terminal   the command line and its output
+    cli             the commands
+    options         options that commands share
+    terminal        what is printed
     api             the public functions and `Run`
     workflows       one module per command
     reporting       charts
@@ -40,10 +42,12 @@ __all__ = [
     "drift",
     "evaluate",
     "export",
+    "extract_features",
     "fit",
     "open_run",
     "predict",
     "rank",
+    "to_png",
     "unfreeze_and_finetune",
 ]
 
@@ -54,6 +58,7 @@ if TYPE_CHECKING:
         drift,
         evaluate,
         export,
+        extract_features,
         fit,
         open_run,
         predict,
@@ -61,6 +66,7 @@ if TYPE_CHECKING:
         unfreeze_and_finetune,
     )
     from keras_transfer.config import Config
+    from keras_transfer.data.formats.convert import to_png
     from keras_transfer.errors import KerasTransferError, UsageError
     from keras_transfer.events import Listener
 
@@ -72,6 +78,7 @@ _MODULES = {
     "KerasTransferError": "keras_transfer.errors",
     "Listener": "keras_transfer.events",
     "UsageError": "keras_transfer.errors",
+    "to_png": "keras_transfer.data.formats.convert",
 }
 
 

@@ -4,7 +4,7 @@ Each function checks its arguments first and only then imports the workflow that
 the work, and TensorFlow along with it.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,8 +13,10 @@ from keras_transfer.config import (
     Format,
     Quantization,
     check_export,
+    listing_config,
     load_config,
 )
+from keras_transfer.data.in_memory.forms import name_of, settled
 from keras_transfer.events import Broadcast, Listener
 from keras_transfer.runs import run as runs
 from keras_transfer.runs.manifest import Phase
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from keras_transfer.workflows.advise import Recommendation
     from keras_transfer.workflows.drift import RunDrift
     from keras_transfer.workflows.evaluate import RunEvaluation
+    from keras_transfer.workflows.extract import ImageFeatures
 
 
 class Run(runs.Run):
@@ -38,9 +41,7 @@ class Run(runs.Run):
         """Fine-tunes the model; see `keras_transfer.unfreeze_and_finetune`."""
         return unfreeze_and_finetune(self, **options)
 
-    def evaluate(
-        self, data: str | Path | None = None, **options: Any
-    ) -> "RunEvaluation":
+    def evaluate(self, data: object | None = None, **options: Any) -> "RunEvaluation":
         """Evaluates the model; see `keras_transfer.evaluate`."""
         return evaluate(self, data, **options)
 
@@ -75,7 +76,7 @@ def open_run(run: str | Path | runs.Run) -> Run:
 
 
 def fit(
-    data: str | Path | None = None,
+    data: object | None = None,
     *,
     config: Config | str | Path | None = None,
     listeners: Iterable[Listener] = (),
@@ -84,8 +85,12 @@ def fit(
     """Trains a new head on a frozen base's features and evaluates the classifier.
 
     Args:
-        data: A folder of class folders, a CSV/TSV file, `tfds:NAME[:VERSION]` or
-            `digits`; None takes it from `config`.
+        data: Labeled images; None takes them from `config`. They may be the path of a
+            folder of class folders or of a CSV, TSV or Parquet file; a table with the
+            same columns (pandas, polars, pyarrow); `(paths, labels)` or pairs of them;
+            `tfds:NAME[:VERSION]` or `digits`; arrays `(x, y)` or `(x, y,
+            sample_weight)`, with x `[N, H, W]` or `[N, H, W, C]` of uint8 or of floats
+            in [0, 255]; or a `tf.data.Dataset` of `(image, label)`.
         config: A `Config`, or the path of a YAML file of config keys.
         listeners: Receive notes, progress, epochs and artifacts.
         **options: Config keys that override those of `config`, such as
@@ -98,12 +103,13 @@ def fit(
         UsageError: If an option, the data or the run's name is not valid.
         KerasTransferError: If the data or the weights cannot be used for training.
     """
+    in_memory = None
     if data is not None:
-        options["data"] = str(data)
+        options["data"], in_memory = _named(data)
     source = Path(config) if isinstance(config, str) else config
     from keras_transfer.workflows.inputs import prepare
 
-    inputs = prepare(load_config(source, options))
+    inputs = prepare(load_config(source, options), in_memory=in_memory)
     if not inputs.need_tensorflow:
         _ = inputs.splits
     from keras_transfer.workflows.fit import extract_and_fit
@@ -114,6 +120,7 @@ def fit(
 def unfreeze_and_finetune(
     run: str | Path | runs.Run,
     *,
+    data: object | None = None,
     resume: bool | None = None,
     listeners: Iterable[Listener] = (),
     **options: Any,
@@ -124,6 +131,8 @@ def unfreeze_and_finetune(
         run: A run made by `fit`, or its directory or name. If the run was fine-tuned
             before, training starts from its head-only model again, and the better of
             the two results is kept.
+        data: The images that the run was made from, if they were arrays or a
+            `tf.data.Dataset`, which are not kept.
         resume: True continues an interrupted fine-tuning after its last finished epoch,
             and False starts over. None raises an error if there is an interrupted
             fine-tuning.
@@ -141,19 +150,20 @@ def unfreeze_and_finetune(
             budget, or a loss is not finite. The run's model is then unchanged.
     """
     opened = open_run(run)
+    in_memory = None if data is None else settled(data)
     from keras_transfer.workflows.finetune import run_finetuning
 
-    run_finetuning(opened, options, resume, Broadcast(listeners))
+    run_finetuning(opened, options, resume, Broadcast(listeners), in_memory)
     return opened
 
 
 def evaluate(
     run: str | Path | runs.Run,
-    data: str | Path | None = None,
+    data: object | None = None,
     *,
-    data_dir: Path | None = None,
     phase: Phase | None = None,
     listeners: Iterable[Listener] = (),
+    **options: Any,
 ) -> "RunEvaluation":
     """Evaluates a run's model on its test split or on other labeled images.
 
@@ -161,10 +171,12 @@ def evaluate(
         run: A run, or its directory or name.
         data: Labeled images in any form that `fit` accepts, all of which are used; None
             for the run's test split (of runs of version 0.1.0 without one, the
-            validation split).
-        data_dir: Directory where tensorflow-datasets keeps prepared data sets.
+            validation split). If they are the arrays or the `tf.data.Dataset` that the
+            run was made from, only its test split is used.
         phase: `fit` or `finetune`; None for the run's current model.
         listeners: Receive notes, and progress after each image.
+        **options: Keys of `config.ListingConfig`, such as `label_column="diagnosis"`;
+            those of the run apply again where they fit the data.
 
     Returns:
         The metrics, the name of the data they were computed on, and the images that
@@ -175,10 +187,11 @@ def evaluate(
         KerasTransferError: If a label is not one of the run's classes, or no image can
             be read.
     """
-    opened = open_run(run)
+    opened, given = open_run(run), listing_config(options)
+    images = None if data is None else settled(data)
     from keras_transfer.workflows.evaluate import evaluate_run
 
-    return evaluate_run(opened, data, data_dir, phase, Broadcast(listeners))
+    return evaluate_run(opened, images, given, phase, Broadcast(listeners))
 
 
 def drift(
@@ -279,7 +292,7 @@ def export(
 
 
 def advise(
-    data: str | Path,
+    data: object,
     *,
     budget: float | None = None,
     listeners: Iterable[Listener] = (),
@@ -305,16 +318,17 @@ def advise(
     """
     from keras_transfer.workflows.inputs import prepare
 
-    config = load_config(None, {**options, "data": str(data)})
-    inputs = prepare(config, makes_run=False)
+    name, in_memory = _named(data)
+    config = load_config(None, {**options, "data": name})
+    inputs = prepare(config, makes_run=False, in_memory=in_memory)
     from keras_transfer.workflows.advise import measure
 
     return measure(inputs, options, budget, Broadcast(listeners))
 
 
 def rank(
-    data: str | Path,
-    bases: str | Sequence[str] | None = None,
+    data: object,
+    bases: str | Iterable[str] | None = None,
     *,
     listeners: Iterable[Listener] = (),
     **options: Any,
@@ -340,9 +354,59 @@ def rank(
     """
     from keras_transfer.workflows.inputs import prepare
 
-    config = load_config(None, {**options, "data": str(data)})
-    inputs = prepare(config, makes_run=False)
+    name, in_memory = _named(data)
+    config = load_config(None, {**options, "data": name})
+    inputs = prepare(config, makes_run=False, in_memory=in_memory)
     from keras_transfer.workflows.rank import measure_bases
 
-    names = [bases] if isinstance(bases, str) else bases
+    names = None if bases is None else [bases] if isinstance(bases, str) else [*bases]
     return measure_bases(inputs, names, Broadcast(listeners))
+
+
+def extract_features(
+    data: object,
+    *,
+    base: str | None = None,
+    listeners: Iterable[Listener] = (),
+    **options: Any,
+) -> "ImageFeatures":
+    """Computes the features of all images of DATA, as arrays for other libraries.
+
+    With scikit-learn:
+
+        found = keras_transfer.extract_features("photos/")
+        classifier = LogisticRegression().fit(found.features, found.labels)
+
+    Features are cached, and are the same that `fit` trains its head on.
+
+    Args:
+        data: Images in any form that `fit` accepts. One class is enough. Splits are
+            ignored.
+        base: Name of the pretrained base; None for the default of `fit`.
+        listeners: Receive notes and progress. Images that cannot be used are left out,
+            which is a note.
+        **options: Config keys, such as `image_size=128` or `group_column="patient"`.
+
+    Returns:
+        The features, labels, sources, groups and class names, in the order of DATA. It
+        can be unpacked as `features, labels, sources = ...`.
+
+    Raises:
+        UsageError: If an option or the data are not valid.
+        KerasTransferError: If there are no images, more than `max_skipped` of them
+            cannot be used, or the weights cannot be used.
+    """
+    from keras_transfer.workflows.inputs import prepare
+
+    name, in_memory = _named(data)
+    config = load_config(None, {**options, "base": base, "data": name})
+    inputs = prepare(config, makes_run=False, in_memory=in_memory)
+    from keras_transfer.workflows.extract import features_of_data
+
+    return features_of_data(inputs, Broadcast(listeners))
+
+
+def _named(data: object) -> tuple[str, object | None]:
+    """Returns the name of DATA for a config, and the images if they are in memory."""
+    images = settled(data)
+    return name_of(images), None if isinstance(images, str) else images

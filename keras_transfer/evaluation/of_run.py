@@ -1,15 +1,24 @@
 """Loads a run's model, its splits and its held-out images."""
 
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from typing import NamedTuple
 
 import keras
 
-from keras_transfer.data.listing import read_table
+from keras_transfer.config import ListingConfig
+from keras_transfer.data.in_memory.forms import NOT_KEPT, PATHS, name_of
+from keras_transfer.data.listing import list_data
 from keras_transfer.data.loading import load, load_all
 from keras_transfer.data.reading import Reader
 from keras_transfer.data.tables import Splits, Table
-from keras_transfer.errors import KerasTransferError
+from keras_transfer.data.text_cells import read_table
+from keras_transfer.errors import KerasTransferError, UsageError, first_line
+from keras_transfer.evaluation.given_again import (
+    check_labels,
+    check_names,
+    find_test_images,
+)
 from keras_transfer.evaluation.out_of_distribution import OutOfDistribution
 from keras_transfer.runs.manifest import Phase
 from keras_transfer.runs.run import METRICS, Run
@@ -31,10 +40,8 @@ def load_model(run: Run, phase: Phase | None = None) -> keras.Model:
     try:
         model = keras.saving.load_model(path, compile=False)
     except Exception as error:  # zip, HDF5 and JSON each raise their own types
-        cause = str(error).strip().splitlines()
         raise KerasTransferError(
-            f"{path} cannot be loaded ({cause[0] if cause else error!r}). "
-            "Train the run again."
+            f"{path} cannot be loaded ({first_line(error)}). Train the run again."
         ) from None
     outputs, names = model.output_shape[-1], len(run.class_names)
     if outputs != names:
@@ -61,32 +68,51 @@ def load_detector(run: Run) -> OutOfDistribution | None:
         return None
 
 
+class LabelledImages(NamedTuple):
+    """Images that a run's model is evaluated on.
+
+    Attributes:
+        name: Name of the run's split, or of DATA.
+        table: The images.
+        read: Reads their encoded bytes.
+        warnings: What the user should know about DATA, a line each.
+    """
+
+    name: str
+    table: Table
+    read: Reader
+    warnings: Sequence[str] = ()
+
+
 def labelled_images(
-    run: Run, source: str | Path | None, data_dir: Path | None
-) -> tuple[str, Table, Reader]:
+    run: Run, source: object | None, options: ListingConfig
+) -> LabelledImages:
     """Lists labeled images to evaluate a run's model on.
 
     Args:
         run: The run.
-        source: DATA, as for `loading.load`; None for the run's test images.
-        data_dir: Directory where tensorflow-datasets keeps prepared data sets.
-
-    Returns:
-        (name of the split or of DATA, table, reader of its images).
+        source: DATA, as for `loading.load`; None for the run's test images. If they
+            are the images in memory that the run was made from, these are its test
+            images too.
+        options: How DATA are listed.
     """
     if source is None:
         return held_out_images(run)
-    name, multi_label = str(source), run.manifest.multi_label
-    return name, *load_all(name, run.class_names, multi_label, data_dir)
+    multi_label = run.manifest.multi_label
+    table, listing = load_all(source, run.class_names, multi_label, options, run.config)
+    name, warnings = name_of(source), listing.warnings
+    if name in NOT_KEPT and name == run.config.data:
+        again = find_test_images(run, table, listing.read, run.class_names)
+        warnings = [*warnings, *again.warnings]
+        if again.test is not None:
+            name, table = "test", again.test
+    return LabelledImages(name, table, listing.read, warnings)
 
 
-def held_out_images(run: Run) -> tuple[str, Table, Reader]:
+def held_out_images(run: Run) -> LabelledImages:
     """Lists a run's test images.
 
     Of runs of version 0.1.0 without test images, these are the validation images.
-
-    Returns:
-        (name of the split, table, reader of its images).
 
     Raises:
         KerasTransferError: If the data no longer exist, or the run has no such images.
@@ -95,7 +121,7 @@ def held_out_images(run: Run) -> tuple[str, Table, Reader]:
     for name in ("test", "val"):
         table = getattr(splits, name)
         if len(table):
-            return name, table, splits.read
+            return LabelledImages(name, table, splits.read)
     raise KerasTransferError(
         f"The run has no test images. Received: {run.run_dir}. Name labeled images: kt "
         "evaluate RUN DATA. Figures of the training images, out of fold, are in "
@@ -103,21 +129,45 @@ def held_out_images(run: Run) -> tuple[str, Table, Reader]:
     )
 
 
-def run_splits(run: Run) -> Splits:
+def run_splits(run: Run, in_memory: object | None = None) -> Splits:
     """Lists the images of a run that still exist, in their original splits.
 
+    Args:
+        run: The run.
+        in_memory: The images that the run was made from, if they were given in Python
+            and are not files.
+
     Raises:
+        UsageError: If they were given in Python, and are not given again.
         KerasTransferError: If the data no longer exist, or an image has a new class.
     """
     config, class_names = run.config, run.class_names
+    if config.data in NOT_KEPT and in_memory is None:
+        raise UsageError(
+            "The run's images were given in Python and are not kept. Received: "
+            f"{run.run_dir}. Give them again, to evaluate(run, data) or "
+            "unfreeze_and_finetune(run, data=data); nothing else can have them."
+        )
+    options: ListingConfig = config
+    data: object = config.data
+    if in_memory is not None:
+        data = in_memory
+        check_names(run, list_data(data, options).sources, name_of(data))
+    multi_label = False
+    if config.data == PATHS:  # splits.csv names the files, in columns of its own
+        data, options = run.splits_path, ListingConfig()
+        multi_label = run.manifest.multi_label
     splits = load(
-        config.data,
+        data,
         config.splits.model_copy(update={"file": run.splits_path}),
         config.seed,
-        config.data_dir,
+        options,
+        multi_label,
     )
     split_of = {row["path"]: row["split"] for _, row in read_table(run.splits_path)}
     splits = splits.keep(split_of).relabel(class_names)
+    if in_memory is not None:
+        check_labels(run, splits, name_of(in_memory))
     # Version 0.1.0 chose models by validation images, which `load` gives another split.
     val = {source for source, name in split_of.items() if name == "val"}
     if not val:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -40,6 +41,7 @@ from keras_transfer.config import (
     FinetuneConfig,
     HeadConfig,
 )
+from keras_transfer.data.in_memory.forms import NOT_KEPT
 from keras_transfer.data.tables import Splits, Table, count_classes
 from keras_transfer.evaluation.crossvalidation import FOLDS, estimate, fold_numbers
 from keras_transfer.events import Listener
@@ -79,7 +81,7 @@ class Recommendation(BaseModel):
     evidence: Evidence
     """The measurements."""
     command: str
-    """Shell command to run."""
+    """Shell command to run; for images in memory, a Python expression."""
 
 
 def measure(
@@ -292,7 +294,7 @@ def _finetuning_costs(
 def command_line(
     inputs: Inputs, method: Method, options: Mapping[str, Any], balanced: bool
 ) -> str:
-    """Builds the shell command for a method.
+    """Builds the shell command for a method, or the Python call for images in memory.
 
     Args:
         inputs: The inputs that the advice is for.
@@ -311,6 +313,8 @@ def command_line(
         run = next(path for path in numbered(run) if not path.exists())
         added["name"] = run.name
     given = {**options, **added}
+    if inputs.in_memory is not None:
+        return _python_call(method, given, config.data not in NOT_KEPT)
     flags = [
         f"{FLAGS[key]} {shlex.quote(str(value))}"
         if key in FLAGS
@@ -324,3 +328,31 @@ def command_line(
         if _UNFREEZE[method] != FinetuneConfig().unfreeze:
             command += f" --unfreeze {_UNFREEZE[method]}"
     return command
+
+
+def _python_call(method: Method, options: Mapping[str, Any], is_kept: bool) -> str:
+    """Builds the Python expression for a method on images that are in memory.
+
+    Args:
+        method: The recommended method.
+        options: Config keys that were given or are recommended.
+        is_kept: Whether fine-tuning can find the images again.
+    """
+    given: dict[str, Any] = {}
+    for key, value in options.items():
+        if value is not None:
+            section, _, name = key.rpartition(".")
+            plain = str(value) if isinstance(value, Path) else value
+            if section:
+                given[section] = {**given.get(section, {}), name: plain}
+            elif isinstance(value, Mapping):
+                given[name] = {**given.get(name, {}), **value}
+            else:
+                given[name] = plain
+    arguments = ["data", *(f"{key}={value!r}" for key, value in given.items())]
+    call = f"keras_transfer.fit({', '.join(arguments)})"
+    if method not in _UNFREEZE:
+        return call
+    arguments = [call, f"unfreeze={_UNFREEZE[method]!r}"]
+    arguments += [] if is_kept else ["data=data"]
+    return f"keras_transfer.unfreeze_and_finetune({', '.join(arguments)})"

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from keras_transfer.data.folders import image_files
-from keras_transfer.data.listing import read_table
 from keras_transfer.data.reading import read_files
 from keras_transfer.data.tables import LABEL_SEPARATOR
+from keras_transfer.data.text_cells import read_table
 from keras_transfer.errors import KerasTransferError
 from keras_transfer.evaluation.decisions import DecisionRule
 from keras_transfer.evaluation.drift import Drift, Judged, compare_sets

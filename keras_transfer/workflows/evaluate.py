@@ -1,15 +1,16 @@
 """The workflow of `kt evaluate`: evaluates a run's model on labeled images."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
+import keras
 import numpy as np
 
+from keras_transfer.config import ListingConfig
 from keras_transfer.data.reading import hashing
-from keras_transfer.errors import KerasTransferError
+from keras_transfer.errors import KerasTransferError, UsageError
 from keras_transfer.evaluation.decisions import DecisionRule
 from keras_transfer.evaluation.metrics import Evaluation, evaluate
-from keras_transfer.evaluation.of_run import labelled_images, load_model
+from keras_transfer.evaluation.of_run import LabelledImages, labelled_images, load_model
 from keras_transfer.evaluation.prediction import predict_sources
 from keras_transfer.evaluation.thresholds import SureEvaluation, evaluate_sure
 from keras_transfer.events import SILENT, Listener
@@ -35,8 +36,8 @@ class RunEvaluation(Evaluation):
 
 def evaluate_run(
     run: Run,
-    source: str | Path | None = None,
-    data_dir: Path | None = None,
+    source: object | None = None,
+    options: ListingConfig = ListingConfig(),  # noqa: B008
     phase: Phase | None = None,
     listener: Listener = SILENT,
 ) -> RunEvaluation:
@@ -46,7 +47,7 @@ def evaluate_run(
         run: The run.
         source: Labeled images in any form that `fit` accepts; None for the run's test
             split (of runs of version 0.1.0 without one, the validation split).
-        data_dir: Directory where tensorflow-datasets keeps prepared data sets.
+        options: How labeled images are listed.
         phase: `fit` or `finetune`; None for the run's current model.
         listener: Receives notes, and progress after each image.
 
@@ -58,6 +59,7 @@ def evaluate_run(
         KerasTransferError: If a label is not one of the run's classes, or no image can
             be read.
     """
+    _check_options(source, options)
     model, class_names, (rule, lacks_thresholds), known, images = read_together(
         run,
         lambda: (
@@ -65,21 +67,12 @@ def evaluate_run(
             run.class_names,
             _rule(run, phase),
             known_images(run.images_path, listener),
-            labelled_images(run, source, data_dir),
+            labelled_images(run, source, options),
         ),
     )
-    name, table, read = images
-    by_source = {}
-    skipped = {}
-    digests: dict[str, bytes] = {}
-    total = len(table)
-    predictions = predict_sources(model, table.sources, hashing(read, digests))
-    for done, prediction in enumerate(predictions, start=1):
-        listener.progress("evaluate", done, total)
-        if prediction.probabilities is None:
-            skipped[prediction.source] = prediction.error
-        else:
-            by_source[prediction.source] = prediction.probabilities
+    for warning in images.warnings:
+        listener.note(warning)
+    by_source, skipped, digests = _predict(model, images, listener)
     _note_changed_or_trained(known, digests, source is None, listener)
     if lacks_thresholds:
         listener.note(
@@ -87,8 +80,8 @@ def evaluate_run(
             "are without those of its own."
         )
     if not by_source:
-        raise KerasTransferError(f"None of the {len(table)} images can be read.")
-    table = table.keep(by_source)
+        raise KerasTransferError(f"None of the {len(skipped)} images can be read.")
+    table = images.table.keep(by_source)
     probabilities = np.stack([by_source[source] for source in table.sources])
     found = evaluate(
         table.targets, probabilities, class_names, table.groups, rule.classes
@@ -96,7 +89,44 @@ def evaluate_run(
     sure = None
     if rule.sure is not None:
         sure = evaluate_sure(probabilities, table.targets, rule.sure, table.groups)
-    return RunEvaluation(**dict(found), data=name, skipped=skipped, sure=sure)
+    return RunEvaluation(**dict(found), data=images.name, skipped=skipped, sure=sure)
+
+
+def _check_options(source: object | None, options: ListingConfig) -> None:
+    """Refuses options of a listing where nothing is listed.
+
+    Raises:
+        UsageError: If there are no data but options for them.
+    """
+    given = options.model_dump(exclude_defaults=True)
+    if source is None and given:
+        key, value = next(iter(given.items()))
+        raise UsageError(
+            "How images are listed is said of labeled images that are given. Received: "
+            f"{key}={value} and none. Name some, or leave it out."
+        )
+
+
+def _predict(
+    model: keras.Model, images: LabelledImages, listener: Listener
+) -> tuple[dict[str, np.ndarray], dict[str, str], dict[str, bytes]]:
+    """Predicts images.
+
+    Returns:
+        (float32 `[C]` probabilities, reason why an image is unusable, SHA-256), each by
+        source.
+    """
+    by_source, skipped = {}, {}
+    digests: dict[str, bytes] = {}
+    sources = images.table.sources
+    predictions = predict_sources(model, sources, hashing(images.read, digests))
+    for done, prediction in enumerate(predictions, start=1):
+        listener.progress("evaluate", done, len(sources))
+        if prediction.probabilities is None:
+            skipped[prediction.source] = prediction.error
+        else:
+            by_source[prediction.source] = prediction.probabilities
+    return by_source, skipped, digests
 
 
 def _rule(run: Run, phase: Phase | None) -> tuple[DecisionRule, bool]:

@@ -221,12 +221,12 @@ def _accuracies(run: Run, predict: Predict) -> tuple[tuple[float, float], int]:
         KerasTransferError: If there are no held-out images, or none can be read.
     """
     before = evaluate_run(run)
-    _, table, read = held_out_images(run)
-    table = table.keep(set(table.sources) - before.skipped.keys())
+    images = held_out_images(run)
+    table = images.table.keep({*images.table.sources} - before.skipped.keys())
     decode = make_decoder(run.manifest.image_size)
     said = {
         source: predict(decode(encoded)[None])[0]
-        for source, encoded in read(table.sources)
+        for source, encoded in images.read(table.sources)
         if isinstance(encoded, bytes)
     }
     table = table.keep(said)

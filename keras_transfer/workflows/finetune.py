@@ -32,9 +32,10 @@ from keras_transfer.config import (
     to_yaml,
     with_finetune,
 )
+from keras_transfer.data.in_memory.forms import NOT_KEPT, name_of
 from keras_transfer.data.samples import sample_images
 from keras_transfer.data.tables import Splits, Table
-from keras_transfer.errors import DivergenceError, UsageError
+from keras_transfer.errors import DivergenceError, KerasTransferError, UsageError
 from keras_transfer.evaluation.crossvalidation import head_folds
 from keras_transfer.evaluation.metrics import (
     Evaluation,
@@ -88,7 +89,11 @@ from keras_transfer.runs.run import (
 )
 from keras_transfer.runtime.openvino import cpu_has_bf16
 from keras_transfer.training.head import train_on_features
-from keras_transfer.training.labelled import LabelledFeatures, class_weighting
+from keras_transfer.training.labelled import (
+    LabelledFeatures,
+    class_weighting,
+    relative_weights,
+)
 from keras_transfer.training.optim import layer_patterns
 from keras_transfer.training.tail import (
     TailData,
@@ -136,7 +141,11 @@ class FinetuneResult:
 
 
 def run_finetuning(
-    run: Run, options: Mapping[str, Any], resume: bool | None, listener: Listener
+    run: Run,
+    options: Mapping[str, Any],
+    resume: bool | None,
+    listener: Listener,
+    in_memory: object | None = None,
 ) -> FinetuneResult:
     """Implements `api.unfreeze_and_finetune`.
 
@@ -146,6 +155,7 @@ def run_finetuning(
         resume: Whether to continue an interrupted fine-tuning; None raises an error if
             there is one.
         listener: Receives notes, progress, epochs and artifacts.
+        in_memory: The images that the run was made from, if they were given in Python.
 
     Returns:
         The result, which describes the new model even if it was not kept and the run
@@ -156,10 +166,15 @@ def run_finetuning(
         KerasTransferError: If the data no longer exist, activations exceed the disk
             budget, a loss is not finite, or another process is changing the run.
     """
+    if in_memory is not None and run.config.data not in NOT_KEPT:
+        raise UsageError(
+            "The run's images are read again from where they are. Received: "
+            f"data={name_of(in_memory)} and a run of {run.config.data}. Leave data out."
+        )
     with only_process(run.run_dir):
         config = _resolve(run, options, resume)
         with _checkpoint_removed(run):
-            result = _finetune(run, config, listener)
+            result = _finetune(run, config, listener, in_memory)
     listener.note(result.report.reason)
     listener.artifact(run.run_dir, "run")
     return result
@@ -177,14 +192,16 @@ def _checkpoint_removed(run: Run) -> Iterator[None]:
     shutil.rmtree(run.checkpoint)
 
 
-def _finetune(run: Run, config: Config, listener: Listener) -> FinetuneResult:
+def _finetune(
+    run: Run, config: Config, listener: Listener, in_memory: object | None
+) -> FinetuneResult:
     clock = _Clock()
     told = Broadcast([listener])  # keeps the notes for the report
     metrics = run.metrics  # now, since they may be damaged
 
     # Set images aside, train the head without them, and run the frozen part once.
     with clock.measure("features"):
-        parts = divide(run, config, told)
+        parts = divide(run, config, told, in_memory)
         classifier = _load_classifier(run, config, parts, told)
         activations = _compute_activations(run, config, classifier, told)
         parts = usable_parts(run, parts, activations.splits, config.finetune)
@@ -329,6 +346,13 @@ def _compute_activations(
     )
     known = known_images(run.images_path, listener)
     if changed := changed_images(known, activations.digests):
+        if run.config.data in NOT_KEPT:  # they may be others, in another order
+            raise KerasTransferError(
+                "These are not the images that the run was made from. Received: "
+                f"{run.config.data}, of which {len(changed):,} of "
+                f"{len(activations.digests):,} differ, such as {changed[0]}. Give the "
+                "same images in the same order."
+            )
         listener.note(
             f"{len(changed):,} of {len(activations.digests):,} images have changed "
             f"since the head was trained, such as {changed[0]}"
@@ -376,8 +400,11 @@ def _train(
             _forget_head(copy.model.get_layer(HEAD), config.seed)
         return copy
 
-    def labelled(views: Sequence[Features], table: Table) -> LabelledFeatures:
-        return LabelledFeatures(views, table.targets, weighting)
+    def labelled(
+        views: Sequence[Features], table: Table, is_learned: bool
+    ) -> LabelledFeatures:
+        weights = relative_weights(table, is_learned)
+        return LabelledFeatures(views, table.targets, weighting, weights)
 
     recipe = TailRecipe(
         tuning,
@@ -392,8 +419,8 @@ def _train(
     # The judging images are not looked at while training, lest somebody starts over
     # until their figures please.
     data = TailData(
-        labelled(activations.train, splits.train),
-        labelled([activations.features.rows(stopping.sources)], stopping)
+        labelled(activations.train, splits.train, True),
+        labelled([activations.features.rows(stopping.sources)], stopping, False)
         if len(stopping)
         else None,
         activations.transform,

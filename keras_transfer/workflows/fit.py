@@ -120,6 +120,11 @@ def extract_and_fit(inputs: Inputs, listener: Listener) -> FitResult:
 
     # Evaluate out of fold and on test images, and write everything to disk atomically.
     judged = judge_head(config, trained.splits, trained.features, trained.head)
+    if not judged.evaluations:
+        told.note(
+            "Nothing says how good the model is: the images are too few, or of too few "
+            "groups, to hold any out."
+        )
     with building(inputs.run) as staging:
         images = image_table(inputs.splits, trained.features.extraction)
         with (staging / IMAGES).open("wb") as file:  # its path may not be valid UTF-8

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from keras_transfer.config import Config, FinetuneConfig
-from keras_transfer.data.listing import read_table
 from keras_transfer.data.tables import Splits, Table
+from keras_transfer.data.text_cells import read_table
 from keras_transfer.errors import UsageError
 from keras_transfer.evaluation.comparison import (
     FEWEST_INFORMATIVE,
@@ -73,7 +73,9 @@ class Parts:
     rival: Phase
 
 
-def divide(run: Run, config: Config, listener: Listener) -> Parts:
+def divide(
+    run: Run, config: Config, listener: Listener, in_memory: object | None = None
+) -> Parts:
     """Sets aside training images to decide by.
 
     Runs of version 0.1.0 have validation images that chose the head's L2 strength; they
@@ -84,11 +86,12 @@ def divide(run: Run, config: Config, listener: Listener) -> Parts:
         run: The run.
         config: The resolved config.
         listener: Receives a note if the model so far has learned from all images.
+        in_memory: As for `run_splits`.
 
     Raises:
         UsageError: If there are too few, unless the new model is kept by force anyway.
     """
-    splits, num_classes = run_splits(run), len(run.class_names)
+    splits, num_classes = run_splits(run, in_memory), len(run.class_names)
     everything = _with_copies(run, _joined(splits.train, splits.val))
     rival = run.manifest.phase
     train, judging = carve_again(everything, _judged_before(run))
@@ -146,10 +149,12 @@ def _set_aside(table: Table, num_classes: int, config: Config) -> tuple[Table, T
 
 
 def _joined(one: Table, other: Table) -> Table:
+    weights = [x.sample_weight for x in (one, other) if x.sample_weight is not None]
     return Table(
         one.sources + other.sources,
         np.concatenate([one.targets, other.targets]),
         one.groups + other.groups,
+        np.concatenate(weights) if weights else None,
     )
 
 

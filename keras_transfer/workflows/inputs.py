@@ -27,11 +27,19 @@ class Inputs:
         config: The resolved config; all paths are absolute.
         run: The run that will be created.
         makes_run: Whether it will be; else nothing is written.
+        in_memory: The images if they are given in Python; None if `config.data` says
+            where they are.
     """
 
     config: Config
     run: NewRun
     makes_run: bool = True
+    in_memory: object | None = None
+
+    @property
+    def data(self) -> object:
+        """The images, as `loading.load` takes them."""
+        return self.config.data if self.in_memory is None else self.in_memory
 
     @functools.cached_property
     def splits(self) -> Splits:
@@ -41,7 +49,7 @@ class Inputs:
             UsageError: If a run will be created and options do not fit the images.
         """
         config = self.config
-        splits = load(config.data, config.splits, config.seed, config.data_dir)
+        splits = load(self.data, config.splits, config.seed, config)
         if self.makes_run:
             _check_fit(config, splits)
         return splits
@@ -49,15 +57,18 @@ class Inputs:
     @property
     def need_tensorflow(self) -> bool:
         """Whether TensorFlow is needed to list the images (`digits` and `tfds:`)."""
-        return not is_on_disk(self.config.data)
+        return self.config.data == "digits" or self.config.data.startswith("tfds:")
 
 
-def prepare(config: Config, makes_run: bool = True) -> Inputs:
+def prepare(
+    config: Config, makes_run: bool = True, in_memory: object | None = None
+) -> Inputs:
     """Resolves a config and checks that results can be written.
 
     Args:
         config: The user's config.
         makes_run: Whether a run directory will be created.
+        in_memory: The images if they are given in Python.
 
     Raises:
         UsageError: If the base is unknown, the run's name is not valid or is taken, or
@@ -76,7 +87,7 @@ def prepare(config: Config, makes_run: bool = True) -> Inputs:
                 "another runs_dir."
             )
     FeatureCache(config.cache_dir).check_usable()
-    return Inputs(config, run, makes_run)
+    return Inputs(config, run, makes_run, in_memory)
 
 
 def _check_fit(config: Config, splits: Splits) -> None:
@@ -108,7 +119,10 @@ def _resolve(config: Config) -> Config:
         path = _absolute(Path(config.data))
         data, stem = str(path), path.name if path.is_dir() else path.stem
     else:
-        data, stem = config.data, config.data.removeprefix("tfds:").replace(":", "-")
+        data, stem = config.data, config.data
+        for prefix in ("tfds:", "memory:"):
+            stem = stem.removeprefix(prefix)
+        stem = stem.replace(":", "-")
     plain_stem = "".join(c if c.isalnum() or c in "_.-" else "_" for c in stem)
     weights = config.weights
     if weights not in ("imagenet", "none"):

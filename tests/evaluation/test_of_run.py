@@ -46,5 +46,5 @@ def test_a_run_has_the_splits_that_it_was_made_with(tmp_path, splits, held_out):
         expected = {f"{x}/{i}.jpg" for x in "ab" for i in numbers} - {"b/7.jpg"}
         assert {*part.sources} == expected
         assert len(part) == len(expected)
-    name, part, _ = held_out_images(run)
+    name, part, *_ = held_out_images(run)
     assert (name, len(part)) == (held_out, 2 * splits.count(held_out))
