@@ -18,7 +18,11 @@ from keras_transfer.features.engine import make_engine, seconds_per_image
 from keras_transfer.features.frozen_part import FrozenFeatures, FrozenPart
 from keras_transfer.runs.manifest import Estimate
 from keras_transfer.training.head import train_head
-from keras_transfer.training.labelled import LabelledFeatures, Weighting
+from keras_transfer.training.labelled import (
+    LabelledFeatures,
+    Weighting,
+    relative_weights,
+)
 
 SHARES = (0.25, 0.5, 1.0)
 """Fractions of the training images used for the points of the learning curve."""
@@ -65,30 +69,40 @@ def learning_curve(
     """Cross-validates probes on fractions of the training images.
 
     Each fraction's L2 strength is chosen in the same folds; figures are corrected for
-    that choice.
+    that choice. Images count in the loss as in `kt fit`, and alike in figures.
 
     Args:
         config: The resolved config; its seed is used.
         splits: The images.
         probed: The training images.
-        shares: Fractions of the training images, greater than 0 and at most 1.
+        shares: Fractions of the training images, greater than 0 and at most 1; those
+            with a sample_weight of 0 are not learned from and not counted.
 
     Returns:
         (accuracy by fraction, seconds that training a head with the last fraction
         took). For multi-label data, accuracy is the mean average precision.
+
+    Raises:
+        KerasTransferError: If all images have a sample_weight of 0.
     """
     table, names = probed.table, splits.class_names
-    place = np.argsort(deal(table.targets, config.seed))
+    weights = relative_weights(table)
+    if weights is None:
+        weights = np.ones(len(table), np.float32)
+    counted = np.flatnonzero(weights)
+    order = counted[deal(table.targets[counted], config.seed)]
     curve = {}
     for share in shares:
         started = time.perf_counter()
         # All images are predicted, but only these are learned from.
-        is_some = place < max(round(share * len(place)), FOLDS)
+        some = order[: max(round(share * len(order)), FOLDS)]
+        weights_of_some = np.zeros_like(weights)
+        weights_of_some[some] = weights[some]
         data = LabelledFeatures(
             [probed.rows],
             table.targets,
             Weighting.equal(len(names)),
-            is_some.astype(np.float32),
+            weights_of_some,
         )
         head = train_head(HeadConfig(), data, probed.folds, config.seed)
         seconds = time.perf_counter() - started

@@ -27,6 +27,7 @@ from keras_transfer.training.labelled import (
     LabelledFeatures,
     class_weighting,
     label_features,
+    relative_weights,
 )
 from keras_transfer.training.linear import linear_candidates
 from keras_transfer.training.mlp import mlp_candidates
@@ -122,7 +123,7 @@ def train_on_features(
     )
     return train_head(
         head,
-        label_features(views, table.targets, weighting),
+        label_features(views, table.targets, weighting, relative_weights(table)),
         head_folds(
             copies_grouped(table, features.extraction.digests),
             len(names),

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from keras_transfer.config import ClassWeight
-from keras_transfer.data.tables import count_classes, one_hot
-from keras_transfer.errors import UsageError
+from keras_transfer.data.tables import Table, count_classes, one_hot
+from keras_transfer.errors import KerasTransferError, UsageError
 from keras_transfer.features.cache import Features
 from keras_transfer.training.losses import losses_of_probabilities
 
@@ -52,7 +52,8 @@ class LabelledFeatures:
         views: Features `[N, D]` (or rows `[N, ...]`) of each view, plain images first.
         targets: Targets of the N images, as in `tables.Table`.
         weighting: How much classes count in the loss.
-        sample_weight: float32 `[N]` weights of the images in the loss; None for 1.
+        sample_weight: float32 `[N]` weights of the images in the loss, with a mean of
+            1; None for 1.
         chunk_rows: Number of rows per chunk.
     """
 
@@ -116,6 +117,7 @@ def label_features(
     views: Sequence[Features],
     targets: np.ndarray,
     weighting: Weighting,
+    sample_weight: np.ndarray | None = None,
     in_memory_bytes: int = IN_MEMORY_BYTES,
 ) -> LabelledFeatures:
     """Combines features and targets; small features are read into memory.
@@ -125,7 +127,37 @@ def label_features(
     """
     fits = sum(view.nbytes for view in views) <= in_memory_bytes
     arrays = [view[:] if fits else view for view in views]
-    return LabelledFeatures(arrays, targets, weighting)
+    return LabelledFeatures(arrays, targets, weighting, sample_weight)
+
+
+def relative_weights(table: Table, is_learned: bool = True) -> np.ndarray | None:
+    """Returns the weights of images in the loss, scaled to a mean of 1.
+
+    So L2 strengths and learning rates mean the same with and without weights.
+
+    Args:
+        table: The images.
+        is_learned: Whether they are learned from. Images that only tell when to stop
+            get equal weights if all of theirs are 0.
+
+    Returns:
+        float32 `[N]`; None for equal weights.
+
+    Raises:
+        KerasTransferError: If images that are learned from all have a weight of 0.
+    """
+    weights = table.sample_weight
+    if weights is None or not len(weights):
+        return None
+    mean = weights.mean(dtype=np.float64)
+    if not mean:
+        if not is_learned:
+            return None
+        raise KerasTransferError(
+            f"Nothing is learned from images of weight 0. Received: {len(weights)} "
+            "images, all with a sample_weight of 0. Give some a larger one."
+        )
+    return (weights / mean).astype(np.float32)
 
 
 def class_weighting(
@@ -223,13 +255,24 @@ def mean_and_scale(data: LabelledFeatures) -> tuple[np.ndarray, float]:
 
     There is one standard deviation for all features, because dividing each feature by
     its own would amplify those that hardly vary, and with them the rounding differences
-    between engines.
+    between engines. An image counts as often as its weight says.
     """
-    mean = sum(chunk.sum(0, dtype=np.float64) for _, chunk in data.chunks())
-    mean = np.asarray(mean) / len(data)
+
+    def weighted(rows: slice, values: np.ndarray) -> np.ndarray:
+        if data.sample_weight is None:
+            return values
+        return values * data.sample_weight[rows, None]
+
+    total = float(len(data))
+    if data.sample_weight is not None:
+        total = len(data.views) * float(data.sample_weight.sum(dtype=np.float64))
+    mean = sum(
+        weighted(rows, chunk).sum(0, dtype=np.float64) for rows, chunk in data.chunks()
+    )
+    mean = np.asarray(mean) / total
     single = mean.astype(np.float32)
     square = sum(
-        float(np.square(chunk - single).sum(dtype=np.float64))
-        for _, chunk in data.chunks()
+        float(weighted(rows, np.square(chunk - single)).sum(dtype=np.float64))
+        for rows, chunk in data.chunks()
     )
-    return mean, max(float(np.sqrt(square / (len(data) * len(mean)))), 1e-12)
+    return mean, max(float(np.sqrt(square / (total * len(mean)))), 1e-12)

@@ -14,14 +14,17 @@ from conftest import CLASSES, Told
 from PIL import Image
 
 import keras_transfer
+from keras_transfer.advice import probe as probe_module
 from keras_transfer.advice.logme import logme
+from keras_transfer.advice.probe import Probed, learning_curve
 from keras_transfer.advice.ranking import rank_by_accuracy
 from keras_transfer.advice.rules import Evidence, recommend, separation
 from keras_transfer.config import load_config
-from keras_transfer.data.tables import Table
-from keras_transfer.errors import UsageError
+from keras_transfer.data.tables import Splits, Table
+from keras_transfer.errors import KerasTransferError, UsageError
 from keras_transfer.evaluation.crossvalidation import estimate, fold_numbers
 from keras_transfer.runs.manifest import Estimate
+from keras_transfer.training.head import train_head
 from keras_transfer.workflows.advise import command_line
 from keras_transfer.workflows.inputs import prepare
 
@@ -116,6 +119,56 @@ def test_folds_of_several_labels_and_of_rare_classes():
     numbers = fold_numbers(table(targets), 10, 5, seed=0)
     assert np.bincount(numbers).tolist() == [8] * 5
     assert all(len(set(numbers[targets == index])) == 4 for index in range(10))
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_probes_learn_by_the_weights_of_images(share, monkeypatch):
+    rng = np.random.default_rng(0)
+    targets = np.arange(120) % 2
+    rows = rng.normal(size=(120, 4)).astype(np.float32) + targets[:, None]
+    rows = rows.astype(np.float32)
+    weights = np.where(np.arange(120) % 3, 1 + 4 * targets, 0).astype(np.float32)
+    trained = []
+
+    def recorded(config, data, *others):
+        trained.append((data.sample_weight, train_head(config, data, *others)))
+        return trained[-1][1]
+
+    monkeypatch.setattr(probe_module, "train_head", recorded)
+    config = load_config(None, {"data": "digits"})
+    splits = Splits(
+        *[table(targets)] * 3, ("a", "b"), False, lambda sources: iter(()), ()
+    )
+    accuracy = []
+    for given in (weights, 7 * weights, None):
+        images = replace(table(targets), sample_weight=given)
+        probed = Probed(images, rows, np.arange(120) // 2 % 5)
+        curve, _ = learning_curve(config, splits, probed, (share,))
+        accuracy.append(curve[share].values)
+    (one, head), (other, _), (equal, _) = trained
+    np.testing.assert_allclose(one, other, rtol=1e-6)
+    assert np.count_nonzero(one) == round(80 * share)
+    assert np.count_nonzero(equal) == round(120 * share)
+    some = one > 0
+    np.testing.assert_allclose(
+        one[some], weights[some] / weights.mean(dtype=np.float64), rtol=1e-6
+    )
+    assert {*equal} == {0.0, 1.0} if share < 1 else {*equal} == {1.0}
+    # Figures count images alike: those of weight 0 too.
+    said = head.out_of_fold.probabilities[head.out_of_fold.chosen].argmax(1)
+    right = [(said == targets)[probed.folds == fold].mean() for fold in range(5)]
+    shifts = np.subtract(accuracy[0], right)
+    np.testing.assert_allclose(shifts, shifts[0], atol=1e-6)
+    assert accuracy[0] != accuracy[2]
+
+
+def test_probes_of_images_without_weight_are_refused():
+    images = replace(table([0, 1] * 9), sample_weight=np.zeros(18, np.float32))
+    probed = Probed(images, np.zeros((18, 2), np.float32), np.arange(18) % 5)
+    config = load_config(None, {"data": "digits"})
+    splits = Splits(*[images] * 3, ("a", "b"), False, lambda sources: iter(()), ())
+    with pytest.raises(KerasTransferError, match="18 images, all with a sample_weight"):
+        learning_curve(config, splits, probed)
 
 
 def test_fewer_images_or_groups_than_folds_is_an_error():
@@ -228,6 +281,7 @@ def test_a_budget_that_allows_nothing_is_an_error():
 # The commands
 
 
+@pytest.mark.long
 def test_advice_ends_in_a_command_that_uses_what_it_computed(kt, photos):
     result = kt("advise", photos, "--image-size", 64, "--budget", "2h")
     assert result.exit_code == 0, result.output

@@ -10,7 +10,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.utils import compute_class_weight
 
 from keras_transfer.config import HeadConfig
-from keras_transfer.errors import UsageError
+from keras_transfer.data.tables import Table
+from keras_transfer.errors import KerasTransferError, UsageError
 from keras_transfer.evaluation.metrics import score
 from keras_transfer.features.cache import FeatureCache
 from keras_transfer.features.shards import FeatureSpec
@@ -26,8 +27,10 @@ from keras_transfer.training.labelled import (
     CHUNK_ROWS,
     IN_MEMORY_BYTES,
     LabelledFeatures,
+    Weighting,
     class_weighting,
     label_features,
+    relative_weights,
 )
 
 FEATURES = 12
@@ -219,6 +222,51 @@ def test_doubling_a_class_weight_is_like_showing_its_images_twice():
     np.testing.assert_allclose(
         predict_head(one.model, x), predict_head(two.model, x), atol=5e-3
     )
+
+
+def weighted_blobs(weights: np.ndarray) -> LabelledFeatures:
+    x, y = blobs(len(weights), 3)
+    table = Table(
+        tuple(map(str, range(len(y)))), y, ("",) * len(y), weights.astype(np.float32)
+    )
+    return label_features([x], y, Weighting.equal(3), relative_weights(table))
+
+
+@pytest.mark.parametrize("unit", [1.0, 0.3, 50.0])
+def test_a_sample_weight_of_2_is_like_showing_an_image_twice(unit):
+    times = 1 + (np.arange(200) % 3 == 0)
+    weighted = weighted_blobs(unit * times)
+    x, y = weighted.views[0], weighted.targets
+    twice = np.repeat(np.arange(200), times)
+    repeated = labelled(x[twice], targets=y[twice], num_classes=3)
+    config = HeadConfig(l2=(1e-2,))
+    one, two = (train_head(config, data, None, 0) for data in (weighted, repeated))
+    said = predict_head(one.model, x)
+    np.testing.assert_allclose(said, predict_head(two.model, x), atol=1e-3)
+    assert one.history[0]["loss"] == pytest.approx(two.history[0]["loss"], rel=1e-3)
+    plain = train_head(config, labelled(x, targets=y, num_classes=3), None, 0)
+    assert np.abs(said - predict_head(plain.model, x)).max() > 0.01
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_sample_weights_are_relative_and_draw_a_head_to_their_images(kind):
+    y = blobs(200, 3)[1]
+    config = HeadConfig(kind=kind, l2=(1e-2,), epochs=8)
+    shares, weights = [], []
+    for each in (1.0, 5.0, np.where(y == 1, 20.0, 1.0)):
+        data = weighted_blobs(np.broadcast_to(each, y.shape))
+        head = train_head(config, data, folds(200), 0)
+        weights.append(head.model.get_weights()[0])
+        shares.append((predict_head(head.model, data.views[0]).argmax(1) == 1).mean())
+    np.testing.assert_array_equal(weights[0], weights[1])
+    assert shares[2] > shares[0] + 0.1
+
+
+def test_images_of_weight_0_alone_teach_nothing():
+    with pytest.raises(KerasTransferError, match="3 images, all with a sample_weight"):
+        weighted_blobs(np.zeros(3))
+    table = Table(("1", "2"), np.arange(2), ("", ""), np.zeros(2, np.float32))
+    assert relative_weights(table, is_learned=False) is None
 
 
 def test_a_sample_weight_of_0_leaves_an_image_out():
@@ -446,7 +494,9 @@ def test_streamed_features_give_the_same_head(tmp_path, config, views):
         found = [
             table.features([b"t%031d" % i for i in range(300)]) for table in tables
         ]
-        part = label_features(found, train.targets, train.weighting, in_memory_bytes)
+        part = label_features(
+            found, train.targets, train.weighting, in_memory_bytes=in_memory_bytes
+        )
         kinds.append(type(part.views[0]).__name__)
         return train_head(
             config, replace(part, chunk_rows=chunk_rows), folds(300), seed=0

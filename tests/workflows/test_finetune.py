@@ -328,6 +328,7 @@ def test_stages_are_unfrozen_from_the_top(guessing, tune, copy):
     assert not {x for x in layers if x.startswith(("block1", "block2", "stem"))}
 
 
+@pytest.mark.long
 def test_everything_can_be_unfrozen(guessing, tune, copy):
     run_dir = copy(guessing)
     configure(run_dir, cache_dir="fresh")
@@ -401,6 +402,7 @@ def assert_only_attempts_changed(
     assert manifest.attempts == attempts > manifest.finetune.attempts
 
 
+@pytest.mark.long
 def test_of_two_fine_tunings_the_better_stays(tuned, guessing, tune, kt, copy):
     run_dir = copy(tuned)
     first = Run(run_dir).manifest.finetune
@@ -434,6 +436,7 @@ def test_of_two_fine_tunings_the_better_stays(tuned, guessing, tune, kt, copy):
     assert [row["phase"] for row in history].count("finetune") == 1
 
 
+@pytest.mark.long
 def test_force_is_for_one_time_only(tuned, tune, copy):
     run_dir = copy(tuned)
     assert tune(run_dir, "--force", epochs=1).manifest.finetune.config.force
@@ -600,6 +603,7 @@ def test_predictions_and_thresholds_become_those_of_the_new_model(
         assert (said["sure"], said["far"]) == (row["sure"], row["far"])
 
 
+@pytest.mark.long
 def test_figures_without_test_images_are_labelled_as_what_they_are(
     photos, tmp_path, kt
 ):
@@ -715,6 +719,7 @@ def test_only_a_clear_change_of_class_is_a_disagreement():
     assert is_close(parity(several, several[:, ::-1], 1e-3))
 
 
+@pytest.mark.long
 def test_free_space_is_needed_for_what_is_not_cached_yet(
     guessing, kt, tune, copy, monkeypatch
 ):
@@ -755,6 +760,7 @@ def feature_tables(cache_dir: str | Path) -> list[dict]:
     return [x for x in FeatureCache(Path(cache_dir)).list() if x["split_point"]]
 
 
+@pytest.mark.long
 def test_online_augmentation_makes_new_views_every_epoch(
     guessing, tune, copy, monkeypatch
 ):
@@ -787,6 +793,70 @@ def test_online_augmentation_makes_new_views_every_epoch(
     views = {row for number, i, row in seen if i == 0}
     assert len(views) == 3
     assert report.parity["top1_agreement"] == 1.0
+
+
+def test_weights_of_images_count_in_training(workspace, photos, tmp_path, monkeypatch):
+    weight = dict(zip(CLASSES, (8.0, 1.0, 0.5), strict=True))
+    lines = [
+        f"{photos / name / f'{i:02d}.jpg'},{name},{weight[name]}"
+        for name in CLASSES
+        for i in range(20)
+    ]
+    table = tmp_path / "weighted.csv"
+    table.write_text("\n".join(["path,label,sample_weight", *lines]))
+    run_dir = fit(table, workspace, "weighted", head=UNTRAINED)
+    tails = []
+
+    def recorded(recipe, data, checkpoint, listener):
+        for part in (data.train, data.stopping):
+            expected = np.array([weight[CLASSES[i]] for i in part.targets])
+            np.testing.assert_allclose(
+                part.sample_weight, expected / expected.mean(), rtol=1e-6
+            )
+        (tmp_path / "other").mkdir()
+        plain = replace(data, train=replace(data.train, sample_weight=None))
+        tails.append(train_tail(recipe, plain, tmp_path / "other", listener))
+        tails.append(train_tail(recipe, data, checkpoint, listener))
+        return tails[-1]
+
+    monkeypatch.setattr(finetune_module, "train_tail", recorded)
+    run = keras_transfer.unfreeze_and_finetune(
+        run_dir, unfreeze="from:top_conv", epochs=2, batch_size=8, patience=3
+    )
+    plain, weighted = tails
+    assert any(
+        (one != other).any()
+        for one, other in zip(plain.weights, weighted.weights, strict=True)
+    )
+    with run.splits_path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            assert float(row["sample_weight"]) == weight[row["label"]]
+
+
+def test_images_to_stop_by_may_all_have_weight_0(
+    workspace, photos, tmp_path, monkeypatch
+):
+    lines = [
+        f"{photos / name / f'{i:02d}.jpg'},{name},{int(i < 3)}"
+        for name in CLASSES
+        for i in range(20)
+    ]
+    table = tmp_path / "few.csv"
+    table.write_text("\n".join(["path,label,sample_weight", *lines]))
+    run_dir = fit(table, workspace, "few", head=UNTRAINED)
+    seen = []
+
+    def recorded(recipe, data, checkpoint, listener):
+        seen.append(data)
+        return train_tail(recipe, data, checkpoint, listener)
+
+    monkeypatch.setattr(finetune_module, "train_tail", recorded)
+    keras_transfer.unfreeze_and_finetune(
+        run_dir, unfreeze="from:top_conv", epochs=1, batch_size=8, patience=3
+    )
+    (data,) = seen
+    assert data.train.sample_weight.max() > 1
+    assert len(data.stopping) and data.stopping.sample_weight is None
 
 
 def test_of_each_image_one_view_is_read():
@@ -1058,6 +1128,7 @@ def test_with_patience_further_images_choose_the_epoch(guessing, tune, copy):
     assert report.deciding_images == 14  # not those
 
 
+@pytest.mark.long
 def test_the_default_patience_of_old_runs_was_not_asked_for(guessing, tune, copy):
     """Version 0.1.0 wrote it out into every config.yaml."""
     manifest = json.loads((guessing / "manifest.json").read_text())
@@ -1074,6 +1145,7 @@ def test_the_default_patience_of_old_runs_was_not_asked_for(guessing, tune, copy
     assert list(patience.values()) == [None, 4, 7, 4]
 
 
+@pytest.mark.long
 def test_a_head_of_more_folds_than_images_that_are_left(photos, tmp_path, tune):
     lines = ["path,label"]
     lines += [f"{photos}/{x}/{i:02d}.jpg,{x}" for x in CLASSES[:2] for i in range(6)]
@@ -1298,6 +1370,7 @@ def test_a_training_that_diverged_is_not_gone_on_with(unfinished, guessing, kt, 
     assert {path.name for path in run_dir.iterdir()} == RUN_FILES
 
 
+@pytest.mark.long
 def test_an_error_after_the_last_epoch_loses_none(
     guessing, uninterrupted, kt, tune, copy, monkeypatch
 ):
@@ -1401,6 +1474,7 @@ def test_labels_may_be_several(kt, tune, tmp_path):
     assert evaluated["log_loss"] == pytest.approx(figures["test"]["log_loss"], abs=1e-3)
 
 
+@pytest.mark.long
 def test_two_classes_out_of_balance(photos, workspace, tmp_path, tune, kt):
     folder = tmp_path / "two"
     for name, count in (("circle", 20), ("stripes", 8)):
