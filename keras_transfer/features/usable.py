@@ -15,6 +15,31 @@ from keras_transfer.features.extraction import Extraction
 _MOST_REASONS = 3  # listed in an error message
 
 
+def check_skipped(config: Config, extraction: Extraction) -> None:
+    """Checks that enough images could be used.
+
+    Raises:
+        UnusableImagesError: If more than `max_skipped` of the images are unusable.
+    """
+    skipped = extraction.skipped
+    total = len(skipped) + len(extraction.digests)
+    if len(skipped) <= config.max_skipped * total:
+        return
+    # Cut off file sizes in parentheses, which would make equal reasons differ.
+    counts = Counter(reason.partition(" (")[0] for reason in skipped.values())
+    shown = counts.most_common(_MOST_REASONS)
+    reasons = [f"{reason} ({count:,})" for reason, count in shown]
+    others = len(skipped) - sum(count for _, count in shown)
+    reasons += [f"other reasons ({others:,})"] if others else []
+    raise UnusableImagesError(
+        f"{len(skipped):,} of {total:,} images cannot be used, more than "
+        f"{config.max_skipped:.0%}: {'; '.join(reasons)}. "
+        f"The first is {next(iter(skipped))}. Mend them, or train with a larger "
+        "max_skipped.",
+        skipped,
+    )
+
+
 def usable_splits(config: Config, splits: Splits, extraction: Extraction) -> Splits:
     """Returns the splits without the images that could not be used.
 
@@ -23,22 +48,7 @@ def usable_splits(config: Config, splits: Splits, extraction: Extraction) -> Spl
         KerasTransferError: If too few classes (two, or one for multi-label data) have
             a training image.
     """
-    skipped = extraction.skipped
-    total = len(skipped) + len(extraction.digests)
-    if len(skipped) > config.max_skipped * total:
-        # Cut off file sizes in parentheses, which would make equal reasons differ.
-        counts = Counter(reason.partition(" (")[0] for reason in skipped.values())
-        shown = counts.most_common(_MOST_REASONS)
-        reasons = [f"{reason} ({count:,})" for reason, count in shown]
-        others = len(skipped) - sum(count for _, count in shown)
-        reasons += [f"other reasons ({others:,})"] if others else []
-        raise UnusableImagesError(
-            f"{len(skipped):,} of {total:,} images cannot be used, more than "
-            f"{config.max_skipped:.0%}: {'; '.join(reasons)}. "
-            f"The first is {next(iter(skipped))}. Mend them, or train with a larger "
-            "max_skipped.",
-            skipped,
-        )
+    check_skipped(config, extraction)
     usable = splits.keep(extraction.digests)
     has_images = count_classes(usable.train.targets, len(usable.class_names)) > 0
     if has_images.sum() < (1 if usable.multi_label else 2):
@@ -95,8 +105,8 @@ def data_warnings(splits: Splits, usable: Splits, extraction: Extraction) -> lis
     black = extraction.quality(list(digests))["is_nearly_black"].sum()
     if black:
         lines.append(
-            f"{black:,} images are PNGs of 16 bits that use 12 or fewer, and so nearly "
-            "black. Multiply their pixels by 16, or save them in 8 bits."
+            f"{black:,} images have 16 bits of which they use 12 or fewer, and so are "
+            "nearly black. Multiply their pixels by 16, or save them in 8 bits."
         )
     known = splits.absent_classes()
     lines += [line for line in usable.absent_classes() if line not in known]

@@ -1,0 +1,127 @@
+"""The workflow of `extract_features`: features of all images as arrays."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from keras_transfer.data.listing import list_data
+from keras_transfer.data.loading import targets_of
+from keras_transfer.data.tables import Listing, Splits, Table, sorted_classes
+from keras_transfer.errors import KerasTransferError
+from keras_transfer.events import Listener
+from keras_transfer.features.base import frozen_base
+from keras_transfer.features.frozen_part import Storage, frozen_features
+from keras_transfer.features.usable import check_skipped
+from keras_transfer.workflows.inputs import Inputs
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ImageFeatures:
+    """The features of N images with their labels, in the order of DATA.
+
+    Images of a `tf.data.Dataset` are in the order in which it was read, which is its
+    own only if it does not shuffle.
+
+    It can be unpacked as `features, labels, sources = ...`.
+
+    Attributes:
+        features: float32 `[N, D]` outputs of the frozen base.
+        labels: str `[N]` class names; for multi-label data, uint8 `[N, num_classes]`
+            with 1 where the class is present.
+        sources: str `[N]` identifiers of the images: a path, relative to the data or,
+            of paths and tables in Python, absolute; or an id.
+        groups: str `[N]` groups for scikit-learn's `GroupKFold` and the like; an image
+            without a group is a group of its own, which has the name of its source.
+        class_names: Class names, in the order of the columns of multi-label data.
+    """
+
+    features: np.ndarray
+    labels: np.ndarray
+    sources: np.ndarray
+    groups: np.ndarray
+    class_names: tuple[str, ...]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Yields features, labels and sources."""
+        return iter((self.features, self.labels, self.sources))
+
+    def __repr__(self) -> str:
+        images, size = self.features.shape
+        return (
+            f"ImageFeatures({images:,} images, {size:,} features, "
+            f"{len(self.class_names)} classes)"
+        )
+
+
+def features_of_data(inputs: Inputs, listener: Listener) -> ImageFeatures:
+    """Implements `api.extract_features`.
+
+    Args:
+        inputs: Checked inputs; splits are ignored.
+        listener: Receives notes, and progress after each image.
+
+    Raises:
+        UsageError: If DATA does not exist or is not in a supported form.
+        KerasTransferError: If there are no images, more than `max_skipped` of them are
+            unusable, or the weights cannot be used.
+    """
+    config = inputs.config
+    listing = list_data(inputs.data, config)
+    if not listing.sources:
+        raise KerasTransferError(f"There are no images. Received: {config.data}.")
+    for warning in listing.warnings:
+        listener.note(warning)
+    part = frozen_base(config)
+    images = _as_one_split(listing)
+    found = frozen_features(part, images, 0, Storage(config.precision), listener)
+    check_skipped(config, found.extraction)
+    _note_left_out(found.extraction.skipped, listener)
+    table = images.train.keep(found.extraction.digests)
+    if not len(table):
+        raise KerasTransferError(
+            f"None of the {len(images.train)} images can be used. Received: "
+            f"{config.data}."
+        )
+    names = images.class_names
+    return ImageFeatures(
+        found.rows(table.sources)[:],
+        table.targets if images.multi_label else np.array(names)[table.targets],
+        np.array(table.sources),
+        np.array(table.groups),
+        names,
+    )
+
+
+def _as_one_split(listing: Listing) -> Splits:
+    """Makes all images training images, each with a group."""
+    names = listing.class_names or sorted_classes(
+        name for labels in listing.labels for name in labels
+    )
+    targets = targets_of(listing.labels, names, listing.multi_label)
+    groups = (
+        group or source
+        for source, group in zip(listing.sources, listing.groups, strict=True)
+    )
+    table = Table(tuple(listing.sources), targets, tuple(groups))
+    if listing.positions is not None:
+        table = table.select(np.argsort(listing.positions))
+    return Splits(
+        train=table,
+        val=table.keep(()),
+        test=table.keep(()),
+        class_names=tuple(names),
+        multi_label=listing.multi_label,
+        read=listing.read,
+        warnings=(),
+        root=listing.root,
+    )
+
+
+def _note_left_out(skipped: dict[str, str], listener: Listener) -> None:
+    if skipped:
+        source, reason = next(iter(skipped.items()))
+        listener.note(
+            f"{len(skipped):,} images cannot be used and are left out; the first is "
+            f"{source}: {reason}"
+        )
