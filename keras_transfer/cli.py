@@ -11,33 +11,38 @@ import re
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from keras_transfer import __version__
 from keras_transfer.config import (
-    FLAGS,
-    Balance,
     Config,
     Format,
-    HeadKind,
-    Metric,
-    Precision,
     Quantization,
-    TrainingPrecision,
     check_export,
     choices,
-    default_of,
     finetune_options,
+    listing_config,
     load_config,
     with_finetune,
 )
 from keras_transfer.errors import KerasTransferError, UsageError, explaining_full_disk
 from keras_transfer.events import Broadcast
 from keras_transfer.models.bases import get_base
+from keras_transfer.options import (
+    CONFIG_FILE,
+    JSON,
+    LISTING,
+    MEASURED,
+    PATH,
+    SET,
+    Bytes,
+    Minutes,
+    config_options,
+    finetune_section_options,
+)
 from keras_transfer.runs.files import check_output, check_sort_into
 from keras_transfer.runs.manifest import Phase
 from keras_transfer.runs.run import Run, open_run
@@ -160,248 +165,12 @@ def main(debug: bool) -> None:
         sys.excepthook = show_traceback
 
 
-class _ClassWeight(click.ParamType[Any]):
-    """Accepts `balanced`, `none`, or weights by class name such as `cat=2,dog=1`."""
-
-    name = "class weight"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> Any:
-        if value in choices(Balance):
-            return value
-        weights: dict[str, float] = {}
-        for part in str(value).split(","):
-            name, _, number = part.rpartition("=")
-            name = name.strip()
-            try:
-                weight = float(number)
-            except ValueError:
-                name = ""
-            if not name or name in weights:
-                self.fail(
-                    f"{value!r} is not balanced, none or NAME=WEIGHT,..., with each "
-                    "name once, such as cat=2,dog=1.",
-                    param,
-                    ctx,
-                )
-            weights[name] = weight
-        return weights
-
-
-_PATH = click.Path(path_type=Path)
-_Command = TypeVar("_Command", bound=Callable[..., Any])
-
-_OPTIONS: dict[str, dict[str, Any]] = {
-    "base": {
-        "help": "Pretrained base; `kt bases` lists all.",
-        "metavar": "NAME",
-    },
-    "weights": {
-        "help": "Weights of the base: imagenet, none (random) or a file.",
-        "metavar": "WEIGHTS",
-    },
-    "image_size": {
-        "type": int,
-        "metavar": "PIXELS",
-        "help": "Side of the square input images.  [default: the base's own size]",
-    },
-    "head.kind": {"type": click.Choice(choices(HeadKind)), "help": "Kind of head."},
-    "head.epochs": {
-        "type": int,
-        "metavar": "N",
-        "help": "Maximum number of training iterations of the head.",
-    },
-    "head.class_weight": {
-        "type": _ClassWeight(),
-        "metavar": "balanced|none|NAME=WEIGHT,...",
-        "help": "Class weights in the loss; 1 for classes that are not named.",
-    },
-    "head.logit_adjustment": {
-        "type": float,
-        "metavar": "TAU",
-        "help": "Even out class frequencies: 0 keeps them, 1 predicts as if all were "
-        "equal.",
-    },
-    "metric": {
-        "type": click.Choice(choices(Metric)),
-        "help": "Metric that decides which model is better.  [default: accuracy, or "
-        "mean average precision for multi-label data]",
-    },
-    "augment": {
-        "type": int,
-        "metavar": "N",
-        "help": "Number of augmented views cached per training image.",
-    },
-    "folds": {
-        "type": int,
-        "metavar": "K",
-        "help": "Choose the L2 strength by K-fold cross-validation.  [default: 5]",
-    },
-    "abstain_at_accuracy": {
-        "type": float,
-        "metavar": "SHARE",
-        "help": "Mark predictions as sure so that this share of them is correct, with "
-        "95% confidence, such as 0.95.  [default: mark none]",
-    },
-    "precision": {
-        "type": click.Choice(choices(Precision)),
-        "help": "Arithmetic precision of the frozen base.",
-    },
-    "splits.file": {
-        "type": _PATH,
-        "metavar": "FILE",
-        "help": "splits.csv of an earlier run, to keep its splits.  [default: none]",
-    },
-    "max_skipped": {
-        "type": float,
-        "metavar": "SHARE",
-        "help": "Largest fraction of unusable images that is tolerated.",
-    },
-    "name": {
-        "metavar": "NAME",
-        "help": "Name of the run.  [default: DATA-BASE]",
-    },
-    "runs_dir": {
-        "type": _PATH,
-        "metavar": "DIR",
-        "help": "Directory that contains the runs.",
-    },
-    "seed": {"type": int, "metavar": "N", "help": "Random seed."},
-    "data_dir": {
-        "type": _PATH,
-        "metavar": "DIR",
-        "help": "Directory where tensorflow-datasets keeps prepared data sets.  "
-        "[default: tensorflow-datasets' own]",
-    },
-    "cache_dir": {
-        "type": _PATH,
-        "metavar": "DIR",
-        "help": "Directory where features are cached.  [default: keras_transfer in the "
-        "user's cache directory]",
-    },
-}
-
-
-def _config_options(*keys: str) -> Callable[[_Command], _Command]:
-    """Adds options for config keys; an omitted option keeps the config's value."""
-
-    def decorate(command: _Command) -> _Command:
-        for key in reversed(keys):
-            given = dict(_OPTIONS[key])
-            _add_default(given, key)
-            name = key.replace(".", "__")
-            command = click.option(FLAGS[key], name, **given)(command)
-        return command
-
-    return decorate
-
-
-_FINETUNE_OPTIONS: dict[str, dict[str, Any]] = {
-    "--unfreeze": {
-        "metavar": "WHAT",
-        "help": "Layers to train: top (the last stage), stages:N (the last N), all or "
-        "from:LAYER.",
-    },
-    "--lr": {
-        "key": "learning_rate",
-        "type": float,
-        "metavar": "RATE",
-        "help": "Peak learning rate of the head.",
-    },
-    "--base-lr": {
-        "type": float,
-        "metavar": "RATE",
-        "help": "Peak learning rate of the base's last stage.  [default: --lr times "
-        "--layer-decay]",
-    },
-    "--layer-decay": {
-        "type": float,
-        "metavar": "RATIO",
-        "help": "Ratio of a stage's learning rate to that of the stage above.  "
-        "[default: 0.3, or 1 with --base-lr]",
-    },
-    "--epochs": {"type": int, "metavar": "N", "help": "Maximum number of epochs."},
-    "--batch-size": {
-        "type": int,
-        "metavar": "N",
-        "help": "Number of images per training step.",
-    },
-    "--augment": {
-        "metavar": "N|online",
-        "help": "Number of augmented views cached per training image, or online for a "
-        "new view in every epoch.",
-    },
-    "--precision": {
-        "type": click.Choice(choices(TrainingPrecision)),
-        "help": "Arithmetic precision of training.",
-    },
-    "--train-bn/--no-train-bn": {"help": "Train BatchNormalization layers too."},
-    "--from-scratch-head/--trained-head": {
-        "help": "Start from a random head, to measure what the trained one is worth.",
-    },
-    "--disk-budget": {
-        "key": "disk_budget_gb",
-        "type": float,
-        "metavar": "GB",
-        "help": "Maximum disk space for cached activations.",
-    },
-    "--force/--keep-best": {
-        "help": "Keep the fine-tuned model even if it is not better."
-    },
-}
-
-
-def _finetune_options() -> Callable[[_Command], _Command]:
-    """Adds options for the keys of the config's `finetune` section."""
-
-    def decorate(command: _Command) -> _Command:
-        for flag, given in reversed(_FINETUNE_OPTIONS.items()):
-            given = dict(given)
-            first = flag.partition("/")[0].removeprefix("--")
-            name = given.pop("key", first.replace("-", "_"))
-            _add_default(given, f"finetune.{name}")
-            command = click.option(flag, name, default=None, **given)(command)
-        return command
-
-    return decorate
-
-
-def _add_default(given: dict[str, Any], key: str) -> None:
-    """Appends the config's default to the help of an option."""
-    default = default_of(key)
-    if isinstance(default, bool):
-        default = "yes" if default else "no"
-    if default is not None:
-        given["help"] += f"  [default: {default}]"
-
-
-_MEASURED = ("image_size", "seed", "max_skipped", "data_dir", "cache_dir")
-_SET = click.option(
-    "--set",
-    "assignments",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Set any config key to a value in YAML syntax; may be repeated.",
-)
-_CONFIG = click.option(
-    "--config",
-    "file",
-    type=_PATH,
-    metavar="FILE",
-    help="YAML file of config keys.  [default: none]",
-)
-_JSON = click.option(
-    "--json", "as_json", is_flag=True, help="Print the result as JSON."
-)
-
-
 @main.command()
 @click.argument("data", required=False)
-@_config_options(
+@config_options(
     *("base", "weights", "image_size", "head.kind", "head.epochs", "head.class_weight"),
     *("head.logit_adjustment", "metric", "augment", "folds", "abstain_at_accuracy"),
-    *("precision", "splits.file", "max_skipped", "name"),
+    *("precision", *LISTING, "splits.file", "max_skipped", "name"),
 )
 @click.option(
     "--overwrite/--no-overwrite",
@@ -413,22 +182,22 @@ _JSON = click.option(
     default=None,
     help="Also export a SavedModel.  [default: no]",
 )
-@_config_options("runs_dir", "seed", "data_dir", "cache_dir")
+@config_options("runs_dir", "seed", "cache_dir")
 @click.option(
     "--reread/--no-reread",
     default=None,
     help="Read images again whose size and times are unchanged.  [default: no]",
 )
-@_CONFIG
-@_SET
-@_JSON
+@CONFIG_FILE
+@SET
+@JSON
 def fit(
     file: Path | None, assignments: tuple[str, ...], as_json: bool, **options: Any
 ) -> None:
     """Train a classifier on DATA with a frozen base and evaluate it.
 
-    DATA is a folder of class folders, a folder of train/ val/ test/ folders, a CSV
-    file with columns path,label[,split][,group], tfds:NAME, or digits.
+    DATA is a folder of class folders, a folder of train/ val/ test/ folders, a table
+    (CSV, TSV, Parquet) with columns path,label[,split][,group], tfds:NAME, or digits.
 
     \b
     kt fit photos/ --base MobileNetV2 --head mlp --set head.dropout=0.5
@@ -458,16 +227,16 @@ def fit(
 
 
 @main.command()
-@click.argument("run", type=_PATH)
-@_finetune_options()
+@click.argument("run", type=PATH)
+@finetune_section_options()
 @click.option(
     "--resume/--no-resume",
     default=None,
     help="Continue an interrupted fine-tuning, or start over.  [default: stop with an "
     "error if there is one]",
 )
-@_CONFIG
-@_SET
+@CONFIG_FILE
+@SET
 def unfreeze_and_finetune(
     run: Path,
     resume: bool | None,
@@ -497,15 +266,15 @@ def unfreeze_and_finetune(
 
 
 @main.command()
-@click.argument("run", type=_PATH)
+@click.argument("run", type=PATH)
 @click.argument("data", required=False)
 @click.option(
     "--phase",
     type=click.Choice(choices(Phase)),
     help="Evaluate the model of this phase.  [default: the run's current model]",
 )
-@_config_options("data_dir")
-@_JSON
+@config_options(*LISTING)
+@JSON
 @click.option(
     "--drift",
     "is_drift",
@@ -517,8 +286,8 @@ def evaluate(
     data: str | None,
     is_drift: bool,
     phase: Phase | None,
-    data_dir: Path | None,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Evaluate a RUN's model on its test images or on labeled DATA.
 
@@ -526,14 +295,14 @@ def evaluate(
     kt evaluate saved_models/photos-efficientnet_lite0 --json
     kt evaluate saved_models/photos-efficientnet_lite0 new/ --drift
     """
-    if is_drift and (data is None or phase or data_dir):
+    if is_drift and (data is None or phase or any(options.values())):
         raise click.UsageError(
             "--drift compares a folder of images with the run's current model. "
             "Received: "
             + ("no folder" if data is None else "another option beside it")
             + ". Run: kt evaluate RUN FOLDER --drift"
         )
-    opened = open_run(run)
+    opened, given = open_run(run), listing_config(options)
     _import_tensorflow()
     if is_drift:
         _show_drift(opened, Path(str(data)), as_json)
@@ -542,7 +311,7 @@ def evaluate(
     from keras_transfer.workflows.evaluate import evaluate_run
 
     with terminal.listening() as listener:
-        found = evaluate_run(opened, data, data_dir, phase, listener)
+        found = evaluate_run(opened, data, given, phase, listener)
     if as_json:
         _write_json(found.model_dump())
     else:
@@ -568,10 +337,10 @@ def _show_drift(run: Run, folder: Path, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("run_and_paths", nargs=-1, type=_PATH, metavar="RUN IMAGE...")
+@click.argument("run_and_paths", nargs=-1, type=PATH, metavar="RUN IMAGE...")
 @click.option(
     "--bundle",
-    type=_PATH,
+    type=PATH,
     metavar="DIR",
     help="Use an exported version instead of a RUN.  [default: none]",
 )
@@ -592,14 +361,14 @@ def _show_drift(run: Run, folder: Path, as_json: bool) -> None:
 )
 @click.option(
     "--output",
-    type=_PATH,
+    type=PATH,
     metavar="FILE",
     help="Write the rows to a file, which is complete or not there.  [default: print "
     "them]",
 )
 @click.option(
     "--sort-into",
-    type=_PATH,
+    type=PATH,
     metavar="DIR",
     help="Also link (or copy) each image into DIR/CLASS/, or DIR/_unsure/ if it is "
     "not sure.  [default: none]",
@@ -656,7 +425,7 @@ def predict(
 
 
 @main.command()
-@click.argument("run", type=_PATH)
+@click.argument("run", type=PATH)
 @click.option(
     "--format",
     "form",
@@ -725,7 +494,7 @@ def export(
 
 
 @main.command()
-@click.argument("run", type=_PATH)
+@click.argument("run", type=PATH)
 @click.argument("flags", nargs=-1, metavar="[-- FLAG...]")
 @click.option(
     "--host",
@@ -773,30 +542,18 @@ def serve(
     os.execv(command[0], command)
 
 
-class _Minutes(click.ParamType[Any]):
-    """Converts a duration such as 30m, 2h or 90s to minutes."""
-
-    name = "duration"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> float:
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", str(value))
-        if not found:
-            self.fail(f"{value!r} is no duration such as 30m, 2h or 90s.", param, ctx)
-        return float(found[1]) * {"s": 1 / 60, "m": 1, "h": 60}[found[2]]
-
-
 @main.command()
 @click.argument("data")
-@_config_options("base", "weights")
+@config_options("base", "weights")
 @click.option(
     "--budget",
-    type=_Minutes(),
+    type=Minutes(),
     metavar="TIME",
     help="Maximum time that the method may take, such as 90s, 30m or 2h.  [default: no "
     "limit]",
 )
-@_config_options(*_MEASURED)
-@_JSON
+@config_options(*MEASURED)
+@JSON
 def advise(data: str, budget: float | None, as_json: bool, **options: Any) -> None:
     """Recommend a method for DATA, based on measurements on this machine.
 
@@ -825,14 +582,14 @@ def advise(data: str, budget: float | None, as_json: bool, **options: Any) -> No
 )
 @click.option(
     "--chart",
-    type=_PATH,
+    type=PATH,
     default=Path("rank.png"),
     show_default=True,
     metavar="FILE",
     help="PNG file to write.",
 )
-@_config_options(*_MEASURED)
-@_JSON
+@config_options(*MEASURED)
+@JSON
 def rank(data: str, bases: str, chart: Path, as_json: bool, **options: Any) -> None:
     """Compare bases on DATA by accuracy of a linear probe, speed and size.
 
@@ -882,28 +639,13 @@ def cache() -> None:
 
 
 @cache.command("list")
-@_config_options("cache_dir")
+@config_options("cache_dir")
 def cache_list(cache_dir: Path | None) -> None:
     """List the cached features."""
     from keras_transfer import terminal
     from keras_transfer.features.cache import FeatureCache
 
     terminal.show_cache(list(FeatureCache(cache_dir).list()))
-
-
-class _Bytes(click.ParamType[Any]):
-    """Converts a size such as 20GB, 1.5TB or 500000000 to bytes."""
-
-    name = "size"
-    _units = {unit: 1000**power for power, unit in enumerate(("", "K", "M", "G", "T"))}
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int:
-        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", str(value).strip(), re.I)
-        if not found:
-            self.fail(f"{value!r} is not a size such as 20GB, 500MB or 0.", param, ctx)
-        return int(float(found[1]) * self._units[found[2].upper()])
 
 
 @cache.command("prune")
@@ -916,12 +658,12 @@ class _Bytes(click.ParamType[Any]):
 )
 @click.option(
     "--max-size",
-    type=_Bytes(),
+    type=Bytes(),
     metavar="SIZE",
     help="Delete the least recently used features until the rest fits, for example "
     "20GB.  [default: no limit]",
 )
-@_config_options("cache_dir")
+@config_options("cache_dir")
 def cache_prune(
     unused_days: float | None, max_size: int | None, cache_dir: Path | None
 ) -> None:
@@ -940,7 +682,7 @@ def cache_prune(
 
 
 @cache.command("path")
-@_config_options("cache_dir")
+@config_options("cache_dir")
 def cache_path(cache_dir: Path | None) -> None:
     """Print the path of the cache directory."""
     from keras_transfer import terminal

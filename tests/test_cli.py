@@ -15,7 +15,7 @@ import yaml
 from click.testing import CliRunner
 
 from keras_transfer.cli import main
-from keras_transfer.config import load_config
+from keras_transfer.config import USUAL_NAMES, load_config
 from keras_transfer.evaluation.metrics import evaluate
 from keras_transfer.features.cache import FeatureCache
 from keras_transfer.features.shards import FeatureSpec
@@ -228,6 +228,30 @@ def test_options_that_do_not_fit_the_images_are_found_before_tensorflow_is_impor
     (line,) = done.stderr.splitlines()
     assert line.startswith("Error: ") and all(word in line for word in words)
     assert "c13" not in line
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"path,image,label\na,b,x\n", ["'path', 'image'", "--path-column path."]),
+        (b"path,label,category\na,x,y\n", ["--label-column label."]),
+        (b"path,dx\na,x\n", ["no column label, class,", "--label-column NAME."]),
+        (bytes(128) + b"DICM" + bytes(9), ["This is an image (DICOM), not a table."]),
+    ],
+)
+def test_a_table_that_is_not_understood_is_one_line(kt, content, words):
+    Path("data.csv").write_bytes(content)
+    result = kt("fit", "data.csv")
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert all(word in line for word in words)
+    assert line.isprintable() and "\\x00" not in line
+
+
+def test_the_usual_names_of_columns_are_in_the_help(kt):
+    said = " ".join(kt("fit", "--help").output.split())
+    for names in USUAL_NAMES.values():
+        assert f"[default: {', '.join(names[:-1])} or {names[-1]}]" in said
 
 
 def test_the_name_of_data_is_shown_as_it_is(capsys):
