@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import keras
 
 from keras_transfer.config import HeadConfig
-from keras_transfer.errors import KerasTransferError, UsageError
+from keras_transfer.errors import KerasTransferError, UsageError, first_line
 from keras_transfer.models.bases import Base, Scaling
 from keras_transfer.models.weights import pretrained_network
 
@@ -51,7 +51,7 @@ def build_base(base: Base, weights: str, image_size: int, seed: int) -> keras.Mo
     except ValueError as error:
         raise UsageError(
             f"{base.name} cannot be built for images of {image_size} pixels: "
-            f"{str(error).splitlines()[0]} Its own size is {base.image_size}."
+            f"{first_line(error)}. Its own size is {base.image_size}."
         ) from None
     features = _POOLING[base.pooling](name=POOL)(network.output)
     model = keras.Model(image, features, name=base.name)

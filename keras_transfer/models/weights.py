@@ -10,7 +10,7 @@ from pathlib import Path
 
 import keras
 
-from keras_transfer.errors import UsageError, WeightsError
+from keras_transfer.errors import UsageError, WeightsError, first_line
 from keras_transfer.models.bases import DOWNLOAD_FREE, Base, keras_cache, weights_path
 from keras_transfer.models.torch_checkpoint import read_torch_checkpoint
 
@@ -160,8 +160,7 @@ def _explained(base: Base, path: Path) -> Iterator[None]:
     except WeightsError:
         raise
     except Exception as error:
-        cause = str(error).strip().splitlines()
         raise WeightsError(
             f"{path} does not hold weights of {base.name} without its classifier "
-            f"({type(error).__name__}: {cause[0] if cause else ''})."
+            f"({type(error).__name__}: {first_line(error)})."
         ) from None

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from keras_transfer.config import Config, load_config
-from keras_transfer.errors import KerasTransferError, UsageError
+from keras_transfer.errors import KerasTransferError, UsageError, first_line
 from keras_transfer.runs.files import (
     UNFINISHED,
     locked,
@@ -121,7 +121,7 @@ class Run:
         except (OSError, ValueError) as error:
             raise KerasTransferError(
                 f"{self.run_dir / MANIFEST} cannot be read: "
-                f"{str(error).splitlines()[0]}. Train the run again."
+                f"{first_line(error)}. Train the run again."
             ) from None
 
     @property

@@ -264,6 +264,7 @@ def test_on_a_full_disk_there_is_no_half_run(
     assert {path: path.read_bytes() for path in small_disk.glob("mine/*")} == before
 
 
+@pytest.mark.long
 def test_labels_may_be_several(kt, tmp_path):
     rng = np.random.default_rng(0)
     lines = ["path,label"]
@@ -289,6 +290,7 @@ def test_labels_may_be_several(kt, tmp_path):
     assert evaluated["log_loss"] == pytest.approx(figures["log_loss"], abs=1e-3)
 
 
+@pytest.mark.long
 def test_augmented_views_are_cached_and_trained_on(kt, photos):
     arguments = ["fit", photos, *SMALL, "--augment", 2, "--folds", 2, "--name"]
     assert kt(*arguments, "views").exit_code == 0
@@ -323,6 +325,23 @@ def test_kept_splits_stay_and_new_images_find_their_place(kt, photos, cached, tm
     assert before.items() <= after.items()
     manifest = keras_transfer.open_run("after").manifest
     assert manifest.images_forwarded == 10
+
+
+def test_groups_come_from_file_names(kt, photos, cached):
+    """The names are 00.jpg to 19.jpg."""
+    name = ("--name", "pairs", "--group-regex", r"^(\d\d)")
+    assert kt("fit", photos, *cached, *name).exit_code == 0
+    splits = rows(Path("saved_models/pairs/splits.csv").read_text())
+    assert {row["group"] for row in splits} == {f"{i:02d}" for i in range(20)}
+    split_of = {row["group"]: row["split"] for row in splits}
+    assert all(row["split"] == split_of[row["group"]] for row in splits)
+    # They apply to other images too, where they fit.
+    told = kt("evaluate", "saved_models/pairs", photos).stderr
+    assert "Groups by group_regex: 20, of 60 images." in told
+
+    result = kt("fit", photos, *cached, "--name", "one", "--group-regex", r"\d(.jpg)")
+    assert result.exit_code == 0
+    assert "Nothing says how good the model is" in result.stderr
 
 
 def test_a_disagreeing_precision_falls_back_and_says_so(kt, photos, monkeypatch):
@@ -640,7 +659,7 @@ def test_16_bit_images_that_use_12_bits_are_noted(kt, tmp_path):
         path = tmp_path / "scans" / name / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path)
-    note = "20 images are PNGs of 16 bits that use 12 or fewer"
+    note = "20 images have 16 bits of which they use 12 or fewer"
     for name, forwarded in (("first", 40), ("second", 0)):  # from the cache, too
         result = kt("fit", tmp_path / "scans", *SMALL, "--name", name)
         assert result.exit_code == 0, result.output
