@@ -869,6 +869,11 @@ def test_missing_values_are_missing_however_they_are_written(files, missing):
     assert "has no label" in str(caught_by((files, pd.Series(["a", "b", None, "a"]))))
 
 
+def test_the_home_directory_may_be_short():
+    listing = listed((["~/a.jpg", Path("~/b.jpg")], ["x", "y"]))
+    assert listing.sources == [str(Path.home() / name) for name in ("a.jpg", "b.jpg")]
+
+
 def caught_by(data: object) -> KerasTransferError:
     with pytest.raises(KerasTransferError) as caught:
         listed(data)

@@ -167,7 +167,7 @@ def _absolute(paths: Iterable[object]) -> dict[str, int]:
                 f"A path is a str or Path. Received: item {row} is "
                 f"{type(path).__name__} {str(path)[:60]!r}."
             )
-        absolute = str(Path(path).absolute())
+        absolute = str(Path(path).expanduser().absolute())
         if absolute in rows:
             raise KerasTransferError(
                 f"A path is there once. Received: {path} as item {rows[absolute]} and "
