@@ -4,7 +4,7 @@ Each function checks its arguments first and only then imports the workflow that
 the work, and TensorFlow along with it.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from keras_transfer.workflows.drift import RunDrift
     from keras_transfer.workflows.evaluate import RunEvaluation
     from keras_transfer.workflows.extract import ImageFeatures
+    from keras_transfer.workflows.inputs import Inputs
 
 
 class Run(runs.Run):
@@ -316,11 +317,7 @@ def advise(
             budget.
         KerasTransferError: If the data or the weights cannot be used.
     """
-    from keras_transfer.workflows.inputs import prepare
-
-    name, in_memory = _named(data)
-    config = load_config(None, {**options, "data": name})
-    inputs = prepare(config, makes_run=False, in_memory=in_memory)
+    inputs = _measured_inputs(data, options)
     from keras_transfer.workflows.advise import measure
 
     return measure(inputs, options, budget, Broadcast(listeners))
@@ -352,11 +349,7 @@ def rank(
         UsageError: If a base is unknown, or `bases` is empty.
         KerasTransferError: If no base has its weights or can be built.
     """
-    from keras_transfer.workflows.inputs import prepare
-
-    name, in_memory = _named(data)
-    config = load_config(None, {**options, "data": name})
-    inputs = prepare(config, makes_run=False, in_memory=in_memory)
+    inputs = _measured_inputs(data, options)
     from keras_transfer.workflows.rank import measure_bases
 
     names = None if bases is None else [bases] if isinstance(bases, str) else [*bases]
@@ -396,11 +389,7 @@ def extract_features(
         KerasTransferError: If there are no images, more than `max_skipped` of them
             cannot be used, or the weights cannot be used.
     """
-    from keras_transfer.workflows.inputs import prepare
-
-    name, in_memory = _named(data)
-    config = load_config(None, {**options, "base": base, "data": name})
-    inputs = prepare(config, makes_run=False, in_memory=in_memory)
+    inputs = _measured_inputs(data, {**options, "base": base})
     from keras_transfer.workflows.extract import features_of_data
 
     return features_of_data(inputs, Broadcast(listeners))
@@ -410,3 +399,12 @@ def _named(data: object) -> tuple[str, object | None]:
     """Returns the name of DATA for a config, and the images if they are in memory."""
     images = settled(data)
     return name_of(images), None if isinstance(images, str) else images
+
+
+def _measured_inputs(data: object, options: Mapping[str, Any]) -> "Inputs":
+    """Checks the inputs of a measurement, which makes no run."""
+    from keras_transfer.workflows.inputs import prepare
+
+    name, in_memory = _named(data)
+    config = load_config(None, {**options, "data": name})
+    return prepare(config, makes_run=False, in_memory=in_memory)
