@@ -30,7 +30,6 @@ from keras_transfer.data.tables import (
     Listing,
     Splits,
     Table,
-    sorted_classes,
 )
 from keras_transfer.errors import KerasTransferError
 
@@ -69,10 +68,8 @@ def load(
     if listing.mistake:
         raise listing.mistake
     if not listing.sources:
-        raise _no_images(data)
-    class_names = listing.class_names or sorted_classes(
-        name for labels in listing.labels for name in labels
-    )
+        raise no_images(data)
+    class_names = listing.classes()
     _check_class_names(class_names, listing)
     if len(class_names) < 2:
         raise KerasTransferError(
@@ -117,7 +114,7 @@ def load_all(
     """
     listing = list_data(data, options or ListingConfig(), multi_label, usual)
     if not listing.sources:
-        raise _no_images(data)
+        raise no_images(data)
     unknown = {name for labels in listing.labels for name in labels} - {*class_names}
     if unknown:
         raise KerasTransferError(
@@ -131,10 +128,11 @@ def load_all(
                 f"{len(names)} labels."
             )
     targets = targets_of(listing.labels, class_names, multi_label)
-    return _to_table(listing, targets, range(len(targets))), listing
+    return to_table(listing, targets, range(len(targets))), listing
 
 
-def _no_images(data: object) -> KerasTransferError:
+def no_images(data: object) -> KerasTransferError:
+    """Returns the error of DATA without images."""
     name = name_of(data)
     expected = "a row or a pair for each image"
     if isinstance(data, (str, os.PathLike)):
@@ -193,7 +191,7 @@ def _to_splits(listing: Listing, class_names: tuple[str, ...]) -> Splits:
     tables = {}
     for split in SPLIT_NAMES:
         rows = [i for i, name in enumerate(listing.splits) if name == split]
-        tables[split] = _to_table(listing, targets, rows)
+        tables[split] = to_table(listing, targets, rows)
     if not len(tables["train"]):
         raise KerasTransferError(
             "No image is in the train split: nothing to learn from."
@@ -221,7 +219,8 @@ def _to_splits(listing: Listing, class_names: tuple[str, ...]) -> Splits:
     )
 
 
-def _to_table(listing: Listing, targets: np.ndarray, rows: Sequence[int]) -> Table:
+def to_table(listing: Listing, targets: np.ndarray, rows: Sequence[int]) -> Table:
+    """Returns the images of a listing with the given indices, in order."""
     weights = listing.sample_weight
     return Table(
         tuple(listing.sources[i] for i in rows),

@@ -118,6 +118,12 @@ class Listing:
         self.splits.append(split)
         self.groups.append(group)
 
+    def classes(self) -> list[str]:
+        """Returns the names of all classes in the order of the outputs."""
+        return self.class_names or sorted_classes(
+            name for labels in self.labels for name in labels
+        )
+
 
 @dataclass(frozen=True)
 class Table:
@@ -316,9 +322,14 @@ class Splits:
         return digest.hexdigest()
 
     def label(self, target: np.ndarray) -> str:
-        """Formats an image's target as in a data file: class names joined by `|`."""
-        indices = np.flatnonzero(target) if self.multi_label else [int(target)]
-        return LABEL_SEPARATOR.join(self.class_names[i] for i in indices)
+        """Formats an image's target; see `label_text`."""
+        return label_text(target, self.class_names)
+
+
+def label_text(target: np.ndarray, class_names: Sequence[str]) -> str:
+    """Formats an image's target as in a data file: class names joined by `|`."""
+    indices = np.flatnonzero(target).tolist() if target.ndim else [int(target)]
+    return LABEL_SEPARATOR.join(class_names[i] for i in indices)
 
 
 def one_hot(targets: np.ndarray, num_classes: int) -> np.ndarray:

@@ -4,12 +4,12 @@ Arrays and data sets are not kept. What is kept of each image is its name, its l
 its split and a digest of its pixels.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple, NoReturn
 
 from keras_transfer.data.in_memory.forms import DATASET
 from keras_transfer.data.reading import Reader, hashing
-from keras_transfer.data.tables import Splits, Table
+from keras_transfer.data.tables import Splits, Table, label_text
 from keras_transfer.data.text_cells import read_table
 from keras_transfer.errors import KerasTransferError
 from keras_transfer.events import SILENT
@@ -53,16 +53,8 @@ def find_test_images(
         is_other = is_complete and run.config.data == DATASET
         return GivenAgain(None, [_DIFFERS] if is_other else [])
     found = table.keep(test)
-    as_splits = Splits(
-        train=table.keep(()),
-        val=table.keep(()),
-        test=found,
-        class_names=tuple(class_names),
-        multi_label=found.targets.ndim == 2,
-        read=read,
-        warnings=(),
-    )
-    differs = relabelled(run, as_splits)
+    label_of = {row["path"]: row["label"] for _, row in read_table(run.splits_path)}
+    differs = _relabelled(label_of, [found], class_names)
     return GivenAgain(found, [f"Labels of the run differ: {differs}."] * bool(differs))
 
 
@@ -72,37 +64,37 @@ _DIFFERS = (
 )
 
 
-def check_names(run: Run, sources: Collection[str], data: str) -> None:
+def check_names(names: Collection[str], sources: Collection[str], data: str) -> None:
     """Checks that no image of a run is missing among images that are given again.
 
     Args:
-        run: The run.
+        names: Names of the run's images.
         sources: Names of the images that were given.
         data: Name of the data, for the message.
 
     Raises:
         KerasTransferError: If one is missing.
     """
-    names = {row["path"] for _, row in read_table(run.splits_path)}
-    if missing := names - {*sources}:
+    if missing := {*names} - {*sources}:
         _refuse(
             data,
             f"{len(missing):,} of {len(names):,} are missing, such as {min(missing)}",
         )
 
 
-def check_labels(run: Run, splits: Splits, data: str) -> None:
+def check_labels(label_of: Mapping[str, str], splits: Splits, data: str) -> None:
     """Checks that images that are given again have the labels of the run.
 
     Args:
-        run: The run.
+        label_of: Label of each of the run's images.
         splits: The images.
         data: Name of the data, for the message.
 
     Raises:
         KerasTransferError: If one has another label.
     """
-    if differs := relabelled(run, splits):
+    tables = [table for _, table in splits.items()]
+    if differs := _relabelled(label_of, tables, splits.class_names):
         _refuse(data, differs)
 
 
@@ -114,14 +106,14 @@ def _refuse(data: str, differs: str) -> NoReturn:
     )
 
 
-def relabelled(run: Run, splits: Splits) -> str:
+def _relabelled(
+    label_of: Mapping[str, str], tables: Iterable[Table], class_names: Sequence[str]
+) -> str:
     """Says how many images have other labels than in a run; "" if none has."""
-    label_of = {row["path"]: row["label"] for _, row in read_table(run.splits_path)}
     found = [
-        (source, splits.label(target))
-        for _, table in splits.items()
+        (source, label_text(target, class_names))
+        for table in tables
         for source, target in zip(table.sources, table.targets, strict=True)
-        if source in label_of
     ]
     others = [(source, label) for source, label in found if label != label_of[source]]
     if not others:

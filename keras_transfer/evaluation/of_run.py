@@ -148,11 +148,13 @@ def run_splits(run: Run, in_memory: object | None = None) -> Splits:
             f"{run.run_dir}. Give them again, to evaluate(run, data) or "
             "unfreeze_and_finetune(run, data=data); nothing else can have them."
         )
+    rows = [row for _, row in read_table(run.splits_path)]
+    split_of = {row["path"]: row["split"] for row in rows}
     options: ListingConfig = config
     data: object = config.data
     if in_memory is not None:
         data = in_memory
-        check_names(run, list_data(data, options).sources, name_of(data))
+        check_names(split_of, list_data(data, options).sources, name_of(data))
     multi_label = False
     if config.data == PATHS:  # splits.csv names the files, in columns of its own
         data, options = run.splits_path, ListingConfig()
@@ -164,10 +166,10 @@ def run_splits(run: Run, in_memory: object | None = None) -> Splits:
         options,
         multi_label,
     )
-    split_of = {row["path"]: row["split"] for _, row in read_table(run.splits_path)}
     splits = splits.keep(split_of).relabel(class_names)
     if in_memory is not None:
-        check_labels(run, splits, name_of(in_memory))
+        label_of = {row["path"]: row["label"] for row in rows}
+        check_labels(label_of, splits, name_of(in_memory))
     # Version 0.1.0 chose models by validation images, which `load` gives another split.
     val = {source for source, name in split_of.items() if name == "val"}
     if not val:

@@ -33,7 +33,7 @@ from keras_transfer.features.frozen_part import (
     frozen_features,
 )
 from keras_transfer.features.parity import PARITY_TOLERANCE, is_close
-from keras_transfer.features.usable import usable_splits
+from keras_transfer.features.usable import tell_of_unusable, usable_splits
 from keras_transfer.models.classifier import cut, weights_digest
 
 HALF_TOLERANCE = 0.01
@@ -123,7 +123,7 @@ def frozen_activations(
         pixels = work.decode_training_images()
         extraction = _both(extraction, pixels.extraction)
     usable = usable_splits(config, splits, extraction)
-    work.tell_of_unusable(extraction)
+    tell_of_unusable(extraction, listener)
     sources, transform = usable.train.sources, None
     if work.online:
         train = [pixels.rows(sources)]
@@ -265,15 +265,6 @@ class _Work:
         nothing = self.splits.train.keep(())
         only_train = replace(self.splits, val=nothing, test=nothing)
         return replace(self, part=part).compute(only_train, _PIXELS)
-
-    def tell_of_unusable(self, extraction: Extraction) -> None:
-        """Sends a note on how many images are left out, if any."""
-        if extraction.skipped:
-            source, reason = next(iter(extraction.skipped.items()))
-            self.listener.note(
-                f"{len(extraction.skipped):,} images cannot be used and are left out; "
-                f"the first is {source}: {reason}"
-            )
 
     def row_bytes(self, storage: Storage) -> int:
         """Returns the size of one image's activation in bytes."""

@@ -10,6 +10,7 @@ import scipy.sparse
 from keras_transfer.config import Config
 from keras_transfer.data.tables import Splits, Table, count_classes
 from keras_transfer.errors import KerasTransferError, UnusableImagesError
+from keras_transfer.events import Listener
 from keras_transfer.features.extraction import Extraction
 
 _MOST_REASONS = 3  # listed in an error message
@@ -38,6 +39,16 @@ def check_skipped(config: Config, extraction: Extraction) -> None:
         "max_skipped.",
         skipped,
     )
+
+
+def tell_of_unusable(extraction: Extraction, listener: Listener) -> None:
+    """Sends a note on how many images are left out, if any."""
+    if extraction.skipped:
+        source, reason = next(iter(extraction.skipped.items()))
+        listener.note(
+            f"{len(extraction.skipped):,} images cannot be used and are left out; "
+            f"the first is {source}: {reason}"
+        )
 
 
 def usable_splits(config: Config, splits: Splits, extraction: Extraction) -> Splits:

@@ -1,18 +1,18 @@
 """The workflow of `extract_features`: features of all images as arrays."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from keras_transfer.data.listing import list_data
-from keras_transfer.data.loading import targets_of
-from keras_transfer.data.tables import Listing, Splits, Table, sorted_classes
+from keras_transfer.data.loading import no_images, targets_of, to_table
+from keras_transfer.data.tables import Listing, Splits
 from keras_transfer.errors import KerasTransferError
 from keras_transfer.events import Listener
 from keras_transfer.features.base import frozen_base
 from keras_transfer.features.frozen_part import Storage, frozen_features
-from keras_transfer.features.usable import check_skipped
+from keras_transfer.features.usable import check_skipped, tell_of_unusable
 from keras_transfer.workflows.inputs import Inputs
 
 
@@ -69,14 +69,14 @@ def features_of_data(inputs: Inputs, listener: Listener) -> ImageFeatures:
     config = inputs.config
     listing = list_data(inputs.data, config)
     if not listing.sources:
-        raise KerasTransferError(f"There are no images. Received: {config.data}.")
+        raise no_images(inputs.data)
     for warning in listing.warnings:
         listener.note(warning)
     part = frozen_base(config)
     images = _as_one_split(listing)
     found = frozen_features(part, images, 0, Storage(config.precision), listener)
     check_skipped(config, found.extraction)
-    _note_left_out(found.extraction.skipped, listener)
+    tell_of_unusable(found.extraction, listener)
     table = images.train.keep(found.extraction.digests)
     if not len(table):
         raise KerasTransferError(
@@ -95,17 +95,17 @@ def features_of_data(inputs: Inputs, listener: Listener) -> ImageFeatures:
 
 def _as_one_split(listing: Listing) -> Splits:
     """Makes all images training images, each with a group."""
-    names = listing.class_names or sorted_classes(
-        name for labels in listing.labels for name in labels
-    )
+    names = listing.classes()
     targets = targets_of(listing.labels, names, listing.multi_label)
+    order = range(len(targets))
+    if listing.positions is not None:
+        order = np.argsort(listing.positions).tolist()
+    table = to_table(listing, targets, order)
     groups = (
         group or source
-        for source, group in zip(listing.sources, listing.groups, strict=True)
+        for source, group in zip(table.sources, table.groups, strict=True)
     )
-    table = Table(tuple(listing.sources), targets, tuple(groups))
-    if listing.positions is not None:
-        table = table.select(np.argsort(listing.positions))
+    table = replace(table, groups=tuple(groups))
     return Splits(
         train=table,
         val=table.keep(()),
@@ -116,12 +116,3 @@ def _as_one_split(listing: Listing) -> Splits:
         warnings=(),
         root=listing.root,
     )
-
-
-def _note_left_out(skipped: dict[str, str], listener: Listener) -> None:
-    if skipped:
-        source, reason = next(iter(skipped.items()))
-        listener.note(
-            f"{len(skipped):,} images cannot be used and are left out; the first is "
-            f"{source}: {reason}"
-        )
