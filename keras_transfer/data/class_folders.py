@@ -89,14 +89,20 @@ def _list_class_folders(
                 listing.add(source, (class_folder.name,), split)
                 images += 1
             else:
-                left_out["files are no images by their names"].append(found.path)
+                left_out["a file that is no image by its name"].append(found.path)
         if not images:
             shown = class_folder.relative_to(root)
             listing.warnings.append(f"Class folder {str(shown)!r} holds no images.")
     for problem, paths in left_out.items():
+        more = len(paths) - 1
         listing.warnings.append(
-            f"{len(paths)} {problem} and were left out, such as "
-            f"{paths[0].relative_to(root)}."
+            f"{paths[0].relative_to(root)} "
+            + (
+                f"and {more:,} more were left out: each is "
+                if more
+                else "was left out: "
+            )
+            + f"{problem}."
         )
 
 

@@ -106,7 +106,7 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-_UNREADABLE = "folders cannot be read"
+_UNREADABLE = "a folder that cannot be read"
 
 
 class _Found(NamedTuple):
@@ -132,7 +132,7 @@ def walk_folder(
     """
     real = os.path.realpath(folder)
     if real in seen:
-        yield _Found(folder, "folders are links to others that were read already")
+        yield _Found(folder, "a folder that is a link to one that was read already")
         return
     seen.add(real)
     try:

@@ -40,6 +40,7 @@ def load(
     seed: int = 0,
     options: ListingConfig | None = None,
     multi_label: bool = False,
+    fewest_classes: int = 2,
 ) -> Splits:
     """Lists the images of DATA and divides them into train and test.
 
@@ -57,10 +58,12 @@ def load(
         options: How the images are listed; None for the defaults.
         multi_label: Whether to treat a table as multi-label even if no row has several
             labels.
+        fewest_classes: Number of classes that there must be: 2, or 1 if nothing is
+            trained.
 
     Raises:
         UsageError: If DATA does not exist or is not in a supported form.
-        KerasTransferError: If there are no images, fewer than two classes or no
+        KerasTransferError: If there are no images, too few classes or no
             training images, or if a layout, a class name or a line is not valid.
     """
     config = config or SplitsConfig()
@@ -71,7 +74,7 @@ def load(
         raise no_images(data)
     class_names = listing.classes()
     _check_class_names(class_names, listing)
-    if len(class_names) < 2:
+    if len(class_names) < fewest_classes:
         raise KerasTransferError(
             f"A classifier needs at least two classes. Received: {name_of(data)} with "
             f"{repr(class_names[0]) + ' only' if class_names else 'none'}."

@@ -162,6 +162,18 @@ class Table:
             None if self.sample_weight is None else self.sample_weight[picked],
         )
 
+    def joined(self, other: "Table") -> "Table":
+        """Returns a table of these images and then those of another split."""
+        weights = [
+            x.sample_weight for x in (self, other) if x.sample_weight is not None
+        ]
+        return Table(
+            self.sources + other.sources,
+            np.concatenate([self.targets, other.targets]),
+            self.groups + other.groups,
+            np.concatenate(weights) if weights else None,
+        )
+
 
 @dataclass(frozen=True)
 class Extra:
@@ -326,10 +338,12 @@ class Splits:
         return label_text(target, self.class_names)
 
 
-def label_text(target: np.ndarray, class_names: Sequence[str]) -> str:
-    """Formats an image's target as in a data file: class names joined by `|`."""
+def label_text(
+    target: np.ndarray, class_names: Sequence[str], separator: str = LABEL_SEPARATOR
+) -> str:
+    """Formats an image's target: class names joined as in a data file, or otherwise."""
     indices = np.flatnonzero(target).tolist() if target.ndim else [int(target)]
-    return LABEL_SEPARATOR.join(class_names[i] for i in indices)
+    return separator.join(class_names[i] for i in indices)
 
 
 def one_hot(targets: np.ndarray, num_classes: int) -> np.ndarray:

@@ -4,7 +4,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.stats
@@ -12,7 +12,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from keras_transfer.data.tables import Table, count_classes
 from keras_transfer.errors import UsageError
-from keras_transfer.evaluation.intervals import CONFIDENCE
+from keras_transfer.evaluation.intervals import CONFIDENCE, Groups
 from keras_transfer.evaluation.metrics import (
     FIELDS,
     Evaluation,
@@ -25,6 +25,9 @@ from keras_transfer.runs.manifest import Estimate
 
 FOLDS = 5
 """Number of folds by default."""
+
+OUT_OF_FOLD = "out_of_fold"
+"""Name under which figures of cross-validation stand beside those of splits."""
 
 MOST_CROSS_VALIDATED = 20_000
 """With more training images, a held-out tenth takes the place of the folds. So it does
@@ -107,6 +110,30 @@ def fold_numbers(table: Table, num_classes: int, folds: int, seed: int) -> np.nd
     return numbers
 
 
+def quick_folds(table: Table, num_classes: int, seed: int) -> np.ndarray | None:
+    """Assigns images to folds without dividing groups, in little time.
+
+    One image of each group stands for all of it, which scales to many groups, unlike
+    exact stratification of all images.
+
+    Args:
+        table: The N images.
+        num_classes: Number of classes.
+        seed: Seed of the assignment.
+
+    Returns:
+        int64 `[N]` fold of each image, starting at 0; None if there are fewer images or
+        groups than 5 folds.
+    """
+    groups = Groups.of(table.groups)
+    index = np.arange(len(table)) if groups is None else groups.index
+    first = table.select(np.unique(index, return_index=True)[1])
+    if len(first) < FOLDS:
+        return None
+    alone = replace(first, groups=("",) * len(first))
+    return fold_numbers(alone, num_classes, FOLDS, seed)[index]
+
+
 def head_folds(
     table: Table, num_classes: int, folds: int | None, seed: int
 ) -> np.ndarray | None:
@@ -136,6 +163,37 @@ def head_folds(
         with contextlib.suppress(UsageError):
             return fold_numbers(table, num_classes, fewer, seed)
     return None
+
+
+def can_be_right(table: Table, num_classes: int, folds: np.ndarray) -> np.ndarray:
+    """Tells which images a model could predict that learned from the other folds.
+
+    It cannot if no image that it learned from shows the image's class, as when all
+    images of a class are in one group, or if all of them show that class alone. For
+    multi-label data, a class has to be shown by some of them and not by others, as far
+    as the image shows it or does not.
+
+    Args:
+        table: The N images; those with a sample_weight of 0 are not learned from.
+        num_classes: Number of classes.
+        folds: int64 `[N]` fold of each image, starting at 0; -1 for none.
+
+    Returns:
+        bool `[N]`; False for images in no fold.
+    """
+    found = np.zeros(len(table), bool)
+    weights = table.sample_weight
+    has_weight = np.ones(len(table), bool) if weights is None else weights > 0
+    for fold in range(int(folds.max(initial=-1)) + 1):
+        rows = np.flatnonzero(folds == fold)
+        learned = table.targets[(folds != fold) & has_weight]
+        counts, targets = count_classes(learned, num_classes), table.targets[rows]
+        if targets.ndim == 1:
+            found[rows] = (counts[targets] > 0) & (counts[targets] < len(learned))
+        else:
+            known = np.where(targets > 0, counts > 0, counts < len(learned))
+            found[rows] = known.all(1)
+    return found
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ class OutOfDistribution:
         bank = _normalize(features[chosen]).astype(np.float16)
         tested = rng.permutation(len(features))[:MOST_FITTED]
         detector = cls(bank, math.inf, 0, _one_of_several(groups, chosen))
-        nearest = detector._nearest_other(
+        nearest = detector.score_left_out(
             features[tested], groups and [groups[row] for row in tested]
         )
         found = nearest[np.isfinite(nearest)]
@@ -146,13 +146,22 @@ class OutOfDistribution:
             features: float32 `[n, D]`, as given to `fit`.
             groups: Group of each image, as given to `fit`.
         """
-        nearest = self._nearest_other(features, groups)
+        nearest = self.score_left_out(features, groups)
         return np.isfinite(nearest) & (nearest > self.threshold)
 
-    def _nearest_other(
-        self, features: np.ndarray, groups: Sequence[str] | None
+    def score_left_out(
+        self, features: np.ndarray, groups: Sequence[str] | None = None
     ) -> np.ndarray:
-        """Computes distances of training images to others; infinite without others."""
+        """Computes how far training images are from the other ones.
+
+        Args:
+            features: As in `is_far_left_out`.
+            groups: As in `is_far_left_out`.
+
+        Returns:
+            float32 `[n]`, the distance to the nearest other training image, from 0 to
+            2; infinite without others.
+        """
         own = bank = np.zeros(0, np.int64)  # numbers of groups
         if groups and self.bank_groups:
             numbered = Groups.of([*groups, *self.bank_groups])

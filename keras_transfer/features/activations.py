@@ -301,7 +301,7 @@ class _Work:
         spec = self.part.spec_of(engine, storage.dtype)
         # An upper bound, as the cached rows may belong to other images.
         there = sum(
-            min(count, cache.rows(self.part.with_view(spec, view)))
+            min(count, cache.rows(self.part.augmented(self.views).spec(spec, view)))
             for view, count in enumerate(counts)
         )
         missing, free = sum(counts) - there, cache.free_bytes()

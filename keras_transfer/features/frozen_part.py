@@ -49,6 +49,28 @@ class Storage:
 
 
 @dataclass(frozen=True)
+class Views:
+    """Changed copies of each training image, whose features are computed too.
+
+    Attributes:
+        count: Number of views per training image, in addition to the plain image.
+        key: Stands for the change in the cache, with its version; views that differ in
+            it are computed anew.
+        make: Creates the function from (uint8 `[S, S, 3]` pixels, the image's SHA-256
+            digest, the view's number from 1 on) to the view's pixels. The result must
+            depend on nothing else. It is called only if there are views.
+    """
+
+    count: int
+    key: str
+    make: Callable[[], Callable[[np.ndarray, bytes, int], np.ndarray]]
+
+    def spec(self, plain: FeatureSpec, number: int) -> FeatureSpec:
+        """Returns the cache's specification of a view; 0 is the plain image."""
+        return replace(plain, view=number, augmentation=self.key) if number else plain
+
+
+@dataclass(frozen=True)
 class FrozenPart:
     """A model that is not trained, with everything that its features depend on.
 
@@ -94,10 +116,13 @@ class FrozenPart:
         """Returns the specification of features that an engine computes."""
         return self.spec(engine.precision, engine.name, engine.device, dtype)
 
-    def with_view(self, spec: FeatureSpec, view: int) -> FeatureSpec:
-        """Returns the specification for a view; view 0 is the plain image."""
-        augmentation = f"{AUGMENT_VERSION}:{self.seed}" if view else ""
-        return replace(spec, view=view, augmentation=augmentation)
+    def augmented(self, count: int) -> Views:
+        """Returns a number of randomly augmented views."""
+        return Views(
+            count,
+            f"{AUGMENT_VERSION}:{self.seed}",
+            partial(make_augmenter, self.image_size, self.seed),
+        )
 
     def most_cached(self, storage: Storage) -> tuple[FeatureSpec, int]:
         """Returns the specification with the most cached features, and their number.
@@ -120,7 +145,7 @@ class FrozenPart:
 
 @dataclass(frozen=True)
 class FrozenFeatures:
-    """The features of all images, plain and augmented.
+    """The features of all images, and those of views of the training images.
 
     Attributes:
         extraction: Details of the computation.
@@ -144,7 +169,7 @@ class FrozenFeatures:
 def frozen_features(
     part: FrozenPart,
     splits: Splits,
-    views: int,
+    views: int | Views,
     storage: Storage = Storage(),  # noqa: B008
     listener: Listener = SILENT,
     check: Callable[[Engine, np.ndarray], object] = lambda *_: None,
@@ -155,8 +180,8 @@ def frozen_features(
     Args:
         part: The frozen part that computes the features.
         splits: The images.
-        views: Number of augmented views per training image, in addition to the plain
-            image.
+        views: Views of the training images, in addition to the plain images; a number
+            stands for as many augmented ones.
         storage: How the features are computed and stored.
         listener: Receives notes, and progress after each image.
         check: Called with the engine and a first batch of pixels before anything is
@@ -169,6 +194,8 @@ def frozen_features(
         UsageError: If bfloat16 is requested but is not available here.
     """
     started = time.perf_counter()
+    if isinstance(views, int):
+        views = part.augmented(views)
     spec, rows = part.most_cached(storage)
     if not rows:
         _note_old_features(part, storage, listener)
@@ -183,7 +210,8 @@ def frozen_features(
         return made
 
     def tables_of(spec: FeatureSpec) -> list[FeatureTable]:
-        return [part.cache.table(part.with_view(spec, v)) for v in range(views + 1)]
+        numbers = range(views.count + 1)
+        return [part.cache.table(views.spec(spec, number)) for number in numbers]
 
     images = _images(part, splits, views, storage.quality)
     try:
@@ -231,15 +259,15 @@ def _make_engine(
     return made
 
 
-def _images(part: FrozenPart, splits: Splits, views: int, quality: bool) -> Images:
+def _images(part: FrozenPart, splits: Splits, views: Views, quality: bool) -> Images:
     """Returns the images of all splits, and how to read, decode and measure them."""
     sources = [source for _, table in splits.items() for source in table.sources]
     images = Images(
         sources,
         partial(_read_training_images_first, splits),
         make_measuring_decoder(part.image_size),
-        make_augmenter(part.image_size, part.seed) if views else None,
-        dict.fromkeys(splits.train.sources, views),
+        views.make() if views.count else None,
+        dict.fromkeys(splits.train.sources, views.count),
         decoded_ahead=_WAITING_BYTES // (3 * part.image_size**2),
     )
     if splits.root:

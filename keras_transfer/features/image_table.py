@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from keras_transfer.data.cells import utf8
-from keras_transfer.data.quality import FILE_TYPES
+from keras_transfer.data.quality import FILE_TYPES, QUALITY_DTYPE
 from keras_transfer.data.tables import Extra, Splits
 from keras_transfer.events import Listener
 from keras_transfer.features.extraction import Extraction
@@ -114,6 +114,32 @@ def known_images(path: Path, listener: Listener) -> dict[str, tuple[str, bytes]]
         )
         if digest is not None
     }
+
+
+def known_hashes(path: Path, sources: Sequence[str]) -> np.ndarray:
+    """Reads what perceptual hashes tell copies by from the image table of a run.
+
+    Args:
+        path: Path of the image table.
+        sources: The images.
+
+    Returns:
+        `[N]` of `quality.QUALITY_DTYPE` with only `contrast` and `perceptual_hash`;
+        zeros for images that were not measured, and if there is no table.
+    """
+    rows = np.zeros(len(sources), QUALITY_DTYPE)
+    names = ["source", "contrast", "perceptual_hash"]
+    try:
+        table = pq.read_table(pa.BufferReader(path.read_bytes()), columns=names)
+    except (OSError, pa.ArrowException):
+        return rows
+    columns = (column.to_pylist() for column in table.columns)
+    known = {source: found for source, *found in zip(*columns, strict=True)}
+    for row, source in zip(rows, sources, strict=True):
+        contrast, hash_ = known.get(utf8(source), (None, None))
+        if contrast is not None and hash_ is not None:
+            row["contrast"], row["perceptual_hash"] = contrast, hash_
+    return rows
 
 
 def changed_images(

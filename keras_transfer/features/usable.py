@@ -1,16 +1,22 @@
 """Removes unusable images from splits, and finds copies and doubtful ones."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
-import scipy.sparse
 
 from keras_transfer.config import Config
 from keras_transfer.data.tables import Splits, Table, count_classes
 from keras_transfer.errors import KerasTransferError, UnusableImagesError
 from keras_transfer.events import Listener
+from keras_transfer.features.copies import (
+    connected,
+    hash_copies,
+    same_group,
+    same_value,
+    trusted,
+)
 from keras_transfer.features.extraction import Extraction
 
 _MOST_REASONS = 3  # listed in an error message
@@ -44,11 +50,12 @@ def check_skipped(config: Config, extraction: Extraction) -> None:
 def tell_of_unusable(extraction: Extraction, listener: Listener) -> None:
     """Sends a note on how many images are left out, if any."""
     if extraction.skipped:
+        count = len(extraction.skipped)
         source, reason = next(iter(extraction.skipped.items()))
-        listener.note(
-            f"{len(extraction.skipped):,} images cannot be used and are left out; "
-            f"the first is {source}: {reason}"
-        )
+        words = "image cannot be used and is left out:"
+        if count > 1:
+            words = "images cannot be used and are left out; the first is"
+        listener.note(f"{count:,} {words} {source}: {reason}")
 
 
 def usable_splits(config: Config, splits: Splits, extraction: Extraction) -> Splits:
@@ -70,65 +77,39 @@ def usable_splits(config: Config, splits: Splits, extraction: Extraction) -> Spl
     return usable
 
 
-def copies_grouped(table: Table, digests: Mapping[str, bytes]) -> Table:
-    """Returns a table in which images with the same bytes belong to the same group.
+def copies_grouped(
+    table: Table, digests: Mapping[str, bytes], quality: np.ndarray
+) -> Table:
+    """Returns a table in which copies of an image belong to the same group.
 
     Otherwise, a copy of an image that is predicted could be among those learned from.
+    Copies have the same bytes, or their perceptual hashes tell so, as far as these are
+    `trusted`.
 
     Args:
         table: The N images.
         digests: SHA-256 of each image's bytes, by source.
+        quality: `[N]` of `quality.QUALITY_DTYPE`; zeros for images not measured.
 
     Returns:
         The table itself if no image is a copy of another.
     """
-    _, copy = np.unique([digests[x] for x in table.sources], return_inverse=True)
-    if copy.max(initial=-1) + 1 == len(table):
+    count = len(table)
+    equal = same_value(np.array([digests[x] for x in table.sources], "S32"))
+    alike = hash_copies(quality)
+    if not len(equal) and not len(alike):
         return table
-    # Images that share a group or their bytes are connected, over any number of steps.
-    _, group = np.unique(
-        [name or f"\0{index}" for index, name in enumerate(table.groups)],
-        return_inverse=True,
-    )
-    count, first_group = len(table), copy.max() + 1
-    links = scipy.sparse.coo_array(
-        (np.ones(count), (copy, first_group + group)),
-        shape=2 * (first_group + group.max() + 1,),
-    )
-    _, component = scipy.sparse.csgraph.connected_components(links, directed=False)
-    return replace(table, groups=tuple(map(str, component[copy])))
+    certain = [equal, same_group(table.groups)]
+    number = connected(count, [*certain, trusted(count, certain, alike)])
+    return replace(table, groups=tuple(map(str, number)))
 
 
-def data_warnings(splits: Splits, usable: Splits, extraction: Extraction) -> list[str]:
-    """Finds problems in the images' content that bias metrics.
+def keep_copies_together(table: Table, extraction: Extraction) -> Table:
+    """Returns a table as `copies_grouped` does, from what was found while extracting.
 
     Args:
-        splits: All images; their own warnings are not repeated.
-        usable: The images that have features.
-        extraction: Digests and quality measures of the images.
-
-    Returns:
-        One line per problem: nearly black images, classes without usable images,
-        duplicates across splits, and duplicates with different labels.
+        table: Images that have features.
+        extraction: Their digests and quality measures.
     """
-    digests = extraction.digests
-    lines = []
-    black = extraction.quality(list(digests))["is_nearly_black"].sum()
-    if black:
-        lines.append(
-            f"{black:,} images have 16 bits of which they use 12 or fewer, and so are "
-            "nearly black. Multiply their pixels by 16, or save them in 8 bits."
-        )
-    known = splits.absent_classes()
-    lines += [line for line in usable.absent_classes() if line not in known]
-    lines += usable.shared(digests, "are byte for byte in")
-    labels = defaultdict(set)
-    for _, table in usable.items():
-        for source, target in zip(table.sources, table.targets, strict=True):
-            labels[digests[source]].add(target.tobytes())
-    torn = sum(len(labels[digest]) > 1 for digest in digests.values())
-    if torn:
-        lines.append(
-            f"{torn} images are byte for byte copies of images with other labels."
-        )
-    return lines
+    quality = extraction.quality(table.sources)
+    return copies_grouped(table, extraction.digests, quality)

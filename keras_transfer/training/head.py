@@ -19,7 +19,7 @@ from keras_transfer.evaluation.metrics import score
 from keras_transfer.events import SILENT, Listener
 from keras_transfer.features.cache import Features
 from keras_transfer.features.frozen_part import FrozenFeatures
-from keras_transfer.features.usable import copies_grouped
+from keras_transfer.features.usable import keep_copies_together
 from keras_transfer.models.classifier import build_head
 from keras_transfer.training.candidates import Candidate
 from keras_transfer.training.labelled import (
@@ -125,7 +125,7 @@ def train_on_features(
         head,
         label_features(views, table.targets, weighting, relative_weights(table)),
         head_folds(
-            copies_grouped(table, features.extraction.digests),
+            keep_copies_together(table, features.extraction),
             len(names),
             config.folds,
             config.seed,

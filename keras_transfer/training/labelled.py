@@ -114,7 +114,7 @@ class LabelledFeatures:
 
 
 def label_features(
-    views: Sequence[Features],
+    views: Sequence[Features | np.ndarray],
     targets: np.ndarray,
     weighting: Weighting,
     sample_weight: np.ndarray | None = None,

@@ -563,6 +563,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 @linux
+@pytest.mark.long
 def test_a_small_file_of_many_pixels_costs_no_memory(other_process):
     bombs = {
         png_bomb(): "20000x20000",

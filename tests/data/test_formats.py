@@ -597,6 +597,7 @@ def mixed(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_a_run_of_mixed_formats_predicts_and_exports(mixed, tmp_path, kt):
     told = Told()
     run = keras_transfer.fit(
