@@ -43,6 +43,10 @@ class WeightsError(KerasTransferError):
     """The weights of a base are missing, damaged or do not match it."""
 
 
+class ListenerError(KerasTransferError):
+    """A listener cannot go on, which is no reason for the workflow to end."""
+
+
 class DivergenceError(KerasTransferError):
     """Training produced non-finite numbers, and would do so again if repeated."""
 

@@ -59,9 +59,12 @@ class TrainedTail:
         weights: Values of `layer_groups.changed_variables`, in order; the mean over
             several epochs or those of one. Empty while none of these is finished.
         history: One dict per epoch: epoch (starting at 1), loss (mean weighted
-            cross-entropy in nats of the training rows), with `patience` val_loss (the
-            same of the rows that choose the epoch; NaN without any), learning_rate (of
-            the head, at the end of the epoch) and seconds.
+            cross-entropy in nats of the training rows), accuracy (share of these rows
+            whose most likely class is correct; not for multi-label data), with
+            `patience` val_loss (the loss of the rows that choose the epoch; NaN without
+            any), learning_rate (of the head, at the end of the epoch), seconds and
+            images_per_second. Loss and accuracy are means over the images, each with
+            the weights before its step.
         best_epoch: The epoch that the weights are from, starting at 1; with a mean of
             several, the last of these. 0 while none is finished.
         precision: Arithmetic of training: `f32`, `bf16` or `f16`.
@@ -170,6 +173,8 @@ def train_tail(
     if state is not None:
         learner.set_state(state)
 
+    for row in tail.history:
+        listener.epoch("finetune", int(row["epoch"]), row)
     done = itertools.count(len(tail.history) * steps + 1)
 
     def on_batch() -> None:
@@ -179,12 +184,13 @@ def train_tail(
         epoch = len(tail.history)
         started = time.perf_counter()
         batches = data.batches(config.batch_size, recipe.seed, epoch)
-        loss = learner.train(batches, steps, on_batch)
+        figures = learner.train(batches, steps, on_batch)
         seconds = time.perf_counter() - started
-        row = {"epoch": epoch + 1, "loss": loss}
+        row = {"epoch": epoch + 1, **figures}
         if config.patience is not None:
             row["val_loss"] = _validate(learner, data.stopping)
         row |= {"learning_rate": learner.rate(), "seconds": seconds}
+        row["images_per_second"] = len(data.train.targets) / seconds
         tail.history.append(row)
         _take_weights(tail, config, learner.weights)
         _save(checkpoint / _STATE, tail, learner.state())
@@ -361,7 +367,9 @@ class _Learner:
         optimizer.build(self._model.trainable_variables)
         self._optimizer = optimizer
         loss = keras_loss(train.multi_label, train.weighting.logit_offset)
-        self._model.compile(optimizer, loss, jit_compile=False)
+        accuracy = keras.metrics.MeanMetricWrapper(_is_right, "accuracy")
+        metrics = [] if train.multi_label else [accuracy]
+        self._model.compile(optimizer, loss, metrics=metrics, jit_compile=False)
         self._predict = inference_function(self._model, train.multi_label)
         rows = train.views[0]
         self._signature = (
@@ -385,17 +393,18 @@ class _Learner:
         batches: Iterator[tuple[np.ndarray, np.ndarray]],
         steps: int,
         on_batch: Callable[[], object],
-    ) -> float:
-        """Trains for one epoch; returns its mean loss."""
+    ) -> dict[str, float]:
+        """Trains for one epoch; returns its mean loss and accuracy."""
         watch = _Watch(on_batch)
-        loss = self._fit(batches, steps, watch)
-        if not math.isfinite(loss):
+        figures = self._fit(batches, steps, watch)
+        if not math.isfinite(figures["loss"]):
             raise DivergenceError(
-                f"The loss is {loss} after {len(watch.times)} batches. {_FIX}"
+                f"The loss is {figures['loss']} after {len(watch.times)} batches. "
+                f"{_FIX}"
             )
         if not all(np.isfinite(value).all() for value in self.weights()):
             raise DivergenceError(f"Weights are not finite. {_FIX}")
-        return loss
+        return figures
 
     def predict(self, rows: Features | np.ndarray) -> np.ndarray:
         return predict_rows(self._predict, rows)
@@ -418,7 +427,7 @@ class _Learner:
         batches: Iterator[tuple[np.ndarray, np.ndarray]],
         steps: int,
         watch: "_Watch",
-    ) -> float:
+    ) -> dict[str, float]:
         dataset = tf.data.Dataset.from_generator(
             lambda: batches, output_signature=self._signature
         )
@@ -428,7 +437,15 @@ class _Learner:
         options.autotune.enabled = False
         dataset = dataset.prefetch(2).with_options(options)
         log = self._model.fit(dataset, shuffle=False, callbacks=[watch], verbose=0)
-        return log.history["loss"][0]
+        values = log.history
+        return {x: values[x][0] for x in ("loss", "accuracy") if x in values}
+
+
+def _is_right(targets_and_weights: Any, logits: Any) -> Any:
+    """Returns float `[N]`: 1 where the most likely class is the target."""
+    targets, _ = keras.ops.split(targets_and_weights, 2, axis=-1)
+    is_right = keras.ops.argmax(targets, axis=-1) == keras.ops.argmax(logits, axis=-1)
+    return keras.ops.cast(is_right, "float32")
 
 
 class _Watch(keras.callbacks.Callback):
