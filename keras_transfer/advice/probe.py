@@ -1,24 +1,32 @@
 """Linear probes on cached features: their accuracy and learning curve."""
 
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import threadpoolctl
 
 from keras_transfer.config import Config, HeadConfig
 from keras_transfer.data.samples import sample_images
 from keras_transfer.data.tables import Splits, Table
 from keras_transfer.evaluation.crossvalidation import (
     FOLDS,
+    estimate,
     evaluate_out_of_fold,
     fold_numbers,
+    quick_folds,
 )
+from keras_transfer.evaluation.intervals import wilson
+from keras_transfer.evaluation.metrics import deciding_metric, score
 from keras_transfer.features.engine import make_engine, seconds_per_image
 from keras_transfer.features.frozen_part import FrozenFeatures, FrozenPart
+from keras_transfer.features.usable import keep_copies_together
 from keras_transfer.runs.manifest import Estimate
-from keras_transfer.training.head import train_head
+from keras_transfer.training.head import LINEAR_L2, TrainedHead, train_head
 from keras_transfer.training.labelled import (
+    CHUNK_ROWS,
     LabelledFeatures,
     Weighting,
     relative_weights,
@@ -27,8 +35,16 @@ from keras_transfer.training.labelled import (
 SHARES = (0.25, 0.5, 1.0)
 """Fractions of the training images used for the points of the learning curve."""
 
+QUICK_SHARES = (0.125, 0.25, 0.5, 1.0)
+"""Those of the quick curve."""
+
 _MOST_PROBED = 20_000  # training images, whose features are kept in memory
 _SAMPLE = 32  # images to measure the speed on
+
+_MOST_QUICK = 1_000  # training images of the quick curve
+_QUICK_DIRECTIONS = 128  # of their features; see `quick_learning_curve`
+_QUICK_ITERATIONS = 30  # enough for figures, not for weights that last
+_FEWEST_PER_FOLD = 2  # images that each fold of a point has at least
 
 
 @dataclass(frozen=True)
@@ -86,25 +102,10 @@ def learning_curve(
         KerasTransferError: If all images have a sample_weight of 0.
     """
     table, names = probed.table, splits.class_names
-    weights = relative_weights(table)
-    if weights is None:
-        weights = np.ones(len(table), np.float32)
-    counted = np.flatnonzero(weights)
-    order = counted[deal(table.targets[counted], config.seed)]
     curve = {}
-    for share in shares:
+    for share, some in _shares(table, shares, config.seed):
         started = time.perf_counter()
-        # All images are predicted, but only these are learned from.
-        some = order[: max(round(share * len(order)), FOLDS)]
-        weights_of_some = np.zeros_like(weights)
-        weights_of_some[some] = weights[some]
-        data = LabelledFeatures(
-            [probed.rows],
-            table.targets,
-            Weighting.equal(len(names)),
-            weights_of_some,
-        )
-        head = train_head(HeadConfig(), data, probed.folds, config.seed)
+        head = _head_of_some(HeadConfig(), probed, some, len(names), config.seed)
         seconds = time.perf_counter() - started
         assert head.out_of_fold is not None
         _, estimated = evaluate_out_of_fold(
@@ -113,6 +114,136 @@ def learning_curve(
         assert estimated is not None
         curve[share] = estimated
     return curve, seconds
+
+
+def _shares(
+    table: Table, shares: Sequence[float], seed: int
+) -> Iterator[tuple[float, np.ndarray]]:
+    """Yields (fraction, indices of as many images), each including those before.
+
+    Images with a sample_weight of 0 are not counted.
+
+    Raises:
+        KerasTransferError: If all images have a sample_weight of 0.
+    """
+    weights = relative_weights(table)
+    counted = np.arange(len(table)) if weights is None else np.flatnonzero(weights)
+    order = counted[deal(table.targets[counted], seed)]
+    for share in shares:
+        yield share, order[: max(round(share * len(order)), FOLDS)]
+
+
+def _head_of_some(
+    config: HeadConfig,
+    probed: Probed,
+    some: np.ndarray,
+    num_classes: int,
+    seed: int,
+    chunk_rows: int = CHUNK_ROWS,
+) -> TrainedHead:
+    """Trains heads on some of the images; all are predicted, out of fold."""
+    table, weights = probed.table, relative_weights(probed.table)
+    weights_of_some = np.zeros(len(table), np.float32)
+    weights_of_some[some] = 1 if weights is None else weights[some]
+    weighting = Weighting.equal(num_classes)
+    data = LabelledFeatures(
+        [probed.rows], table.targets, weighting, weights_of_some, chunk_rows
+    )
+    return train_head(config, data, probed.folds, seed)
+
+
+def quick_learning_curve(
+    config: Config,
+    splits: Splits,
+    features: FrozenFeatures,
+    l2: float | None = None,
+) -> list[tuple[int, Estimate]]:
+    """Cross-validates heads on 1/8, 1/4, 1/2 and all of the training images, fast.
+
+    It costs the same for any number of images: there are at most 1,000 of them, and of
+    their features only the 128 directions in which they differ most.
+    tests/benchmarks/learning_curve.py compares the figures with those of `kt advise`.
+
+    Args:
+        config: The resolved config; its metric and seed are used.
+        splits: The usable images.
+        features: Their features.
+        l2: The L2 strength of the run's linear head. Weaker ones than this are not
+            tried, a stronger one is, since fewer images need more. None tries all.
+
+    Returns:
+        (number of images, the deciding metric over folds with its 95% interval) for
+        each share of at least 2 images per fold. Each head learned from 4/5 of them.
+        Empty if there are too few images or groups for folds. The log loss is positive.
+
+    Raises:
+        KerasTransferError: If all images have a sample_weight of 0.
+    """
+    table = splits.train
+    if len(table) > _MOST_QUICK:
+        picked = deal(table.targets, config.seed)[:_MOST_QUICK]
+        table = table.select(np.sort(picked))
+    classes = len(splits.class_names)
+    apart = keep_copies_together(table, features.extraction)
+    folds = quick_folds(apart, classes, config.seed)
+    if folds is None:
+        return []
+    rows, ratio = _main_directions(features.rows(table.sources)[:], config.seed)
+    strengths = LINEAR_L2 if l2 is None else [l2 * 10**power for power in (0, 0.75)]
+    head = HeadConfig(
+        l2=tuple(strength * ratio for strength in strengths), epochs=_QUICK_ITERATIONS
+    )
+    probed, curve = Probed(table, rows, folds), []
+    for _, some in _shares(table, QUICK_SHARES, config.seed):
+        if len(some) >= _FEWEST_PER_FOLD * FOLDS:
+            # One chunk: dividing so few rows between threads takes longer.
+            found = _head_of_some(head, probed, some, classes, config.seed, _MOST_QUICK)
+            assert found.out_of_fold is not None
+            said = found.out_of_fold.probabilities[found.out_of_fold.chosen]
+            curve.append((len(some), _over_folds(table, said, folds, config.metric)))
+    return curve
+
+
+def _main_directions(rows: np.ndarray, seed: int) -> tuple[np.ndarray, float]:
+    """Returns the coordinates of features along their main directions.
+
+    Returns:
+        (float32 `[N, R]`; what L2 strengths have to be multiplied by, because they
+        refer to features of unit overall variance).
+    """
+    from sklearn.utils.extmath import randomized_svd
+
+    if min(rows.shape) <= _QUICK_DIRECTIONS:
+        return rows, 1.0
+    centered = rows - rows.mean(0)
+    with threadpoolctl.threadpool_limits(1, user_api="blas"):
+        _, _, directions = randomized_svd(
+            centered, _QUICK_DIRECTIONS, n_iter=2, random_state=seed
+        )
+    reduced = centered @ directions.T
+    return reduced, float(centered.var() / reduced.var())
+
+
+def _over_folds(
+    table: Table, said: np.ndarray, folds: np.ndarray, metric: str | None
+) -> Estimate:
+    """Estimates the deciding metric over the folds in which it is defined."""
+    name = deciding_metric(table.targets, metric)
+    sign, most = (-1, math.inf) if name == "log_loss" else (1, 1.0)
+    parts = [np.flatnonzero(folds == fold) for fold in range(FOLDS)]
+    values = [
+        sign * score(name, table.targets[part], said[part])
+        for part in parts
+        if len(np.unique(table.targets[part])) > 1
+    ] or [sign * score(name, table.targets, said)]
+    found = estimate(values, 1 / FOLDS, (0.0, most))
+    if name != "accuracy":
+        return found
+    # Folds that happen to agree would say that nothing is uncertain.
+    low, high = wilson(found.mean, len(table)).tolist()
+    return found.model_copy(
+        update={"low": min(found.low, low), "high": max(found.high, high)}
+    )
 
 
 def deal(targets: np.ndarray, seed: int) -> np.ndarray:

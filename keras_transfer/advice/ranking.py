@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from keras_transfer.markup import html_table
 from keras_transfer.runs.manifest import Estimate
 
 
@@ -48,6 +49,27 @@ class RankResult:
     def __repr__(self) -> str:
         bases = ", ".join(f"{one.base} {one.accuracy}" for one in self.ranked)
         return f"RankResult({bases}; {len(self.left_out)} left out)"
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: the bases, and those that were left out."""
+        rows = [
+            (
+                one.base,
+                one.accuracy,
+                f"{one.logme:.4f}",
+                f"{one.images_per_second:,.0f}",
+                f"{one.parameters:,}",
+                f"{one.megabytes:,.1f}",
+                "none is both faster and better" if one.is_best else "",
+            )
+            for one in self.ranked
+        ]
+        names = ("base", "accuracy (95% interval)", "LogME", "img/s", "parameters")
+        shown = html_table("Bases, most accurate first", (*names, "MB", ""), rows)
+        if self.left_out:
+            header = ("base", "reason")
+            shown += html_table("Left out", header, self.left_out.items())
+        return shown
 
 
 def rank_by_accuracy(

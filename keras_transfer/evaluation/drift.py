@@ -13,6 +13,7 @@ import numpy as np
 
 from keras_transfer.errors import UsageError
 from keras_transfer.evaluation.intervals import as_interval, wilson
+from keras_transfer.markup import html_table
 
 _CHUNK = 50  # divisions of the images that are drawn at once
 _ROUNDS = 40 * _CHUNK  # the smallest p-value is 1 / (_ROUNDS + 1)
@@ -97,6 +98,27 @@ class Drift:
         return (
             f"Drift({self.images:,} new, {self.reference_images:,} reference images, "
             f"far {self.far}, predicted classes p = {self.p_value:.4f})"
+        )
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: the shifts, the largest ones first."""
+        most = sorted(self.classes.items(), key=lambda x: -abs(x[1].difference))
+        named = [("far from the training images", self.far)]
+        named += [(f"predicted {name}", shift) for name, shift in most]
+        rows = [
+            (
+                name,
+                x.reference,
+                x.new,
+                f"{x.difference:+.3f} ({x.low:+.3f} to {x.high:+.3f})",
+            )
+            for name, x in named
+        ]
+        return html_table(
+            f"{self.images:,} new images beside {self.reference_images:,} of the run; "
+            f"predicted classes: p = {self.p_value:.4f}",
+            ("", "run", "new", "shift (95% interval)"),
+            rows,
         )
 
     def model_dump(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from keras_transfer.evaluation.intervals import (
     roc_auc,
     wilson,
 )
+from keras_transfer.markup import html_table
 
 BINS = 15
 """Number of bins of the expected calibration error. Naeini et al. 2015 used 10, Guo et
@@ -101,9 +102,9 @@ class Evaluation(BaseModel):
     """Mean recall over the classes that occur; 0 if none does."""
     macro_f1: float
     """Mean F1 over the classes that occur or were predicted; 0 if none does."""
-    log_loss: float
+    log_loss: float | None
     """Mean cross-entropy in nats; for multi-label data, the mean over images and
-    classes."""
+    classes. None if only the largest probabilities are known."""
     roc_auc: float | None = None
     """Mean area under the ROC curve over the classes for which it is defined; None if
     there are none."""
@@ -163,6 +164,24 @@ class Evaluation(BaseModel):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self})"
 
+    def _repr_html_(self) -> str:
+        """What notebooks show: the metrics, and those of the worst classes."""
+        names = [x for x in dict.fromkeys(FIELDS.values()) if x != self.headline]
+        figures = [
+            (name.replace("_", " "), self.describe(name))
+            for name in names
+            if getattr(self, name) is not None
+        ]
+        classes = sorted(self.classes.items(), key=lambda item: item[1].f1)
+        rows = [
+            (name, x.describe("recall"), f"{x.precision:.3f}", f"{x.f1:.3f}", x.support)
+            for name, x in classes
+        ]
+        header = ("class", "recall (95% interval)", "precision", "F1", "images")
+        return html_table(self, ("", "(95% interval)"), figures) + html_table(
+            "Classes, the worst first", header, rows
+        )
+
 
 def evaluate(
     targets: np.ndarray,
@@ -193,7 +212,7 @@ def evaluate(
     predicted = _predicted(targets, probabilities, thresholds)
     is_right = _is_right(targets, predicted)
     counts = _counts(targets, predicted, len(class_names))
-    totals, losses = counts.sum(0), _losses(targets, probabilities)
+    totals, losses = counts.sum(0), log_losses(targets, probabilities)
     fractions = _fraction_intervals(counts, is_right, numbered, seed)
     by_class, ranked = _rank_metrics(targets, probabilities, numbered)
     intervals = {
@@ -270,7 +289,7 @@ def score(metric: str, targets: np.ndarray, probabilities: np.ndarray) -> float:
         these images is 0.
     """
     if metric == "log_loss":
-        return -float(_losses(targets, probabilities).mean())
+        return -float(log_losses(targets, probabilities).mean())
     if metric in ("auc", "mean_average_precision"):
         return _mean_rank_metric(metric, targets, probabilities)
     predicted = _predicted(targets, probabilities)
@@ -302,7 +321,7 @@ def calibration_error(confidence: np.ndarray, is_right: np.ndarray) -> float:
     Returns:
         The error from 0 to 1.
     """
-    bins = _bins(confidence)
+    bins = confidence_bins(confidence)
     gaps = np.bincount(bins, is_right - confidence.astype(np.float64))
     return float(np.abs(gaps).sum() / len(confidence))
 
@@ -321,7 +340,7 @@ def error_if_calibrated(confidence: np.ndarray, seed: int) -> float:
     """
     rng = np.random.default_rng(seed)
     ordered = np.sort(confidence).astype(np.float64)
-    bins = _bins(ordered)
+    bins = confidence_bins(ordered)
     starts = np.flatnonzero(np.r_[True, bins[1:] != bins[:-1]])
     rounds = max(min(_ROUNDS, _MOST_VALUES // len(ordered)), 1)
     errors: list[float] = []
@@ -332,9 +351,17 @@ def error_if_calibrated(confidence: np.ndarray, seed: int) -> float:
     return float(np.mean(errors))
 
 
-def _bins(confidence: np.ndarray) -> np.ndarray:
-    """Returns the int64 `[N]` bin of each image, by quantiles of the confidence."""
-    edges = np.quantile(confidence, np.arange(1, BINS) / BINS, method="higher")
+def confidence_bins(confidence: np.ndarray, count: int = BINS) -> np.ndarray:
+    """Divides images into bins of equal count by quantiles of the confidence.
+
+    Args:
+        confidence: float `[N]` largest probability of each image.
+        count: Number of bins; fewer are used where confidences are equal.
+
+    Returns:
+        int64 `[N]` number of each image's bin, from the least confident on.
+    """
+    edges = np.quantile(confidence, np.arange(1, count) / count, method="higher")
     return np.searchsorted(edges, confidence, side="right")
 
 
@@ -523,7 +550,7 @@ def _confusion(
     return cells.reshape(classes, classes).tolist()
 
 
-def _losses(targets: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+def log_losses(targets: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     """Computes the float64 `[N]` cross-entropy of each image in nats."""
     if targets.ndim == 2:
         clipped = _clipped(probabilities)

@@ -282,10 +282,12 @@ def test_a_budget_that_allows_nothing_is_an_error():
 
 
 @pytest.mark.long
+@pytest.mark.long
 def test_advice_ends_in_a_command_that_uses_what_it_computed(kt, photos):
     result = kt("advise", photos, "--image-size", 64, "--budget", "2h")
     assert result.exit_code == 0, result.output
-    *_, recommended, command = result.stdout.strip().splitlines()
+    *_, shares, recommended, command = result.stdout.strip().splitlines()
+    assert shares.split() == ["25%", "50%", "100%"]  # below the learning curve
     assert recommended.startswith("Recommended: feature extraction")
     program, *arguments = command.split()
     assert program == "kt" and "&&" not in arguments

@@ -1,11 +1,14 @@
-"""Charts, drawn with matplotlib."""
+"""The chart of `kt rank`."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from keras_transfer.advice.ranking import Ranked
+from keras_transfer.reporting.charts.output import save_png
+from keras_transfer.reporting.charts.style import ACCENT, INK, MUTED, new_axes, styled
 
 
+@styled
 def draw_chart(ranked: Sequence[Ranked], path: Path) -> None:
     """Draws accuracy against speed, with the Pareto front as a line.
 
@@ -13,10 +16,10 @@ def draw_chart(ranked: Sequence[Ranked], path: Path) -> None:
         ranked: The measured bases.
         path: The PNG file to write.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = new_axes(
+        "images a second on this machine", "accuracy of a linear probe, 95% interval"
+    )
+    figure.set_size_inches(6.4, 4.2)
     for one in ranked:
         low, high = one.accuracy.low, one.accuracy.high
         mean, speed = one.accuracy.mean, one.images_per_second
@@ -24,17 +27,19 @@ def draw_chart(ranked: Sequence[Ranked], path: Path) -> None:
             speed,
             mean,
             yerr=[[mean - low], [high - mean]],
-            fmt="o",
-            color="tab:blue" if one.is_best else "tab:gray",
-            capsize=3,
+            fmt="o" if one.is_best else "D",
+            color=ACCENT if one.is_best else MUTED,
+            markersize=5,
+            linewidth=1.2,
         )
         axes.annotate(
-            one.base, (speed, mean), xytext=(6, 6), textcoords="offset points"
+            one.base,
+            (speed, mean),
+            xytext=(6, 6),
+            textcoords="offset points",
+            color=INK if one.is_best else MUTED,
         )
     front = sorted((x.images_per_second, x.accuracy.mean) for x in ranked if x.is_best)
-    axes.plot(*zip(*front, strict=True), color="tab:blue", linewidth=1)
+    axes.plot(*zip(*front, strict=True), color=ACCENT, linewidth=1)
     axes.set_xlim(0, 1.25 * max(one.images_per_second for one in ranked))
-    axes.set_xlabel("images a second on this machine")
-    axes.set_ylabel("accuracy of a linear probe, 95% interval")
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150, format="png")
+    save_png(figure, path)
