@@ -1,4 +1,5 @@
-"""What people look at: charts, and tables of predictions.
+"""What people look at: pages, charts, heat and feature maps, and tables of predictions.
 
-Reading order: predictions, charts.
+Reading order: predictions, charts, explain, projection, text_chart; page, contents,
+album, thumbnails, summary, of_run; tracking, display.
 """

@@ -8,8 +8,14 @@ import numpy as np
 import pytest
 
 from keras_transfer.data.tables import Prediction, Table
+from keras_transfer.errors import UsageError
 from keras_transfer.evaluation.decisions import DecisionRule
-from keras_transfer.reporting.predictions import PredictedTable, Rows, predictions_csv
+from keras_transfer.reporting.predictions import (
+    PredictedTable,
+    Rows,
+    predictions_csv,
+    read_predictions,
+)
 
 CLASSES = ("cat", "path", 'd"o,g')
 
@@ -117,3 +123,57 @@ def test_of_many_classes_the_most_likely_are_listed(num_classes, columns):
             listed = [row[f"class_{k}"] for k in range(1, 6)]
             assert listed == [names[i] for i in best[:5]]
             assert float(row["score_5"]) == pytest.approx(expected[best[4]], abs=1e-6)
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+@pytest.mark.parametrize("names", [("cat", "Cat", "dog"), tuple(map(str, range(150)))])
+def test_kept_predictions_are_read_back(tmp_path, names, multi_label):
+    rng = np.random.default_rng(0)
+    probabilities = rng.dirichlet(np.full(len(names), 0.1), 6).astype(np.float32)
+    targets = rng.integers(0, len(names), 6)
+    thresholds = None
+    if multi_label:
+        targets = (probabilities > 0.3).astype(np.uint8)
+        targets[0] = 0
+        thresholds = np.full(len(names), 0.2, np.float32)
+    sources = ("a,b.jpg", 'c"d.jpg', "e\nf.jpg", "g\udcff.jpg", "ö.jpg", "6")
+    table = Table(sources, targets, ("",) * 6)
+    far = np.array([True, False] * 3)
+    rule = DecisionRule(None if multi_label else 0.5, thresholds)
+    parts = [PredictedTable(table, "test", "test", probabilities, far)]
+    path = tmp_path / "predictions.csv"
+    text = predictions_csv(parts, names, rule)
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    found = read_predictions(path, names, multi_label)
+    assert tuple(found.sources) == sources and {*found.how} == {"test"}
+    assert np.array_equal(found.targets, targets)
+    predicted = rule.predicted(probabilities)
+    assert np.array_equal(found.is_predicted, predicted)
+    expected = (
+        probabilities
+        if len(names) < 100
+        else np.where(
+            probabilities >= np.sort(probabilities, 1)[:, -5:-4], probabilities, 0
+        )
+    )
+    assert np.abs(found.probabilities - expected).max() < 1e-6
+    assert found.far.tolist() == [1, 0] * 3
+    sure = [-1] * 6 if multi_label else (probabilities.max(1) >= 0.5).astype(int)
+    assert np.array_equal(found.sure, sure)
+    right = predicted == (targets if multi_label else np.eye(len(names))[targets])
+    assert np.array_equal(found.is_right, right.all(1))
+    assert found.select(found.far > 0).sources.tolist() == [*sources[::2]]
+
+
+def test_damaged_predictions(tmp_path):
+    path = tmp_path / "predictions.csv"
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_predictions(path, CLASSES, False)
+    for line in (
+        "a,test",
+        "a,test,test,owl,cat,1,0,0,,",
+        "a,test,test,cat,cat,x,0,0,,",
+    ):
+        path.write_text(f"header\n{line}\n")
+        with pytest.raises(UsageError, match="is damaged"):
+            read_predictions(path, CLASSES, False)

@@ -1,0 +1,186 @@
+"""Small pictures for the report page: encoded images -> WebP without metadata."""
+
+import io
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from keras_transfer.data.formats.convert import converted_pixels, file_type
+from keras_transfer.data.formats.limits import check_pixels
+from keras_transfer.data.formats.pixels import upright
+from keras_transfer.data.formats.silence import silenced
+from keras_transfer.data.reading import Reader, map_ahead
+from keras_transfer.errors import KerasTransferError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+LARGE, SMALL = 256, 112
+"""Longer sides in pixels: of pictures that heat maps lie on, and of all others. A
+typical photo takes 9 KB and 2 KB."""
+
+_ORIENTATION = 0x0112  # EXIF
+_QUALITY = 72  # of WebP; artifacts are not seen at these sizes
+_HEAT_QUALITY = 60
+_HEAT_SIDE = 64
+_HEAT_OPACITY = 0.72  # of the hottest place, so that the image stays visible
+
+# From cold to hot: red, orange, yellow. Readable on gray X-rays and on photos.
+_HEAT_STOPS = np.array([0.0, 0.5, 1.0])
+_HEAT_COLORS = np.array([[150, 20, 60], [235, 90, 30], [255, 225, 90]])
+
+
+@dataclass(frozen=True, repr=False)
+class Thumbnail:
+    """A small picture.
+
+    Attributes:
+        webp: The content of a WebP file without any metadata.
+        width: Its width in pixels.
+        height: Its height in pixels.
+    """
+
+    webp: bytes
+    width: int
+    height: int
+
+    def __repr__(self) -> str:
+        return f"Thumbnail({self.width}x{self.height}, {len(self.webp):,} bytes)"
+
+
+def make_thumbnails(
+    read: Reader, sides: Mapping[str, int], most_bytes: int
+) -> dict[str, Thumbnail]:
+    """Makes small pictures of images.
+
+    Args:
+        read: Reads the encoded bytes of sources.
+        sides: Longer side of the picture in pixels by source, the most important first.
+        most_bytes: Limit of the total size. If it is reached, the least important
+            pictures are left out.
+
+    Returns:
+        The pictures by source. Images that are missing, damaged or of a format whose
+        package is missing have none.
+    """
+
+    def make(item: tuple[str, bytes | OSError]) -> tuple[str, Thumbnail | None]:
+        source, encoded = item
+        if isinstance(encoded, OSError):
+            return source, None
+        return source, thumbnail(encoded, sides[source])
+
+    made: dict[str, Thumbnail] = {}
+    threads = max(min(os.cpu_count() or 1, 8), 2)
+    for source, found in map_ahead(make, _read(read, sides), threads):
+        if found:
+            made[source] = found
+    kept, total = {}, 0
+    for source in sides:
+        if source in made:
+            total += len(made[source].webp)
+            if total > most_bytes:
+                break
+            kept[source] = made[source]
+    return kept
+
+
+def _read(
+    read: Reader, sides: Mapping[str, int]
+) -> Iterator[tuple[str, bytes | OSError]]:
+    """Yields what a reader yields, until the data themselves cannot be read."""
+    try:
+        yield from read([*sides])
+    except (OSError, KerasTransferError):
+        return
+
+
+def thumbnail(encoded: bytes, side: int) -> Thumbnail | None:
+    """Makes a small picture of an image: upright, pixels only.
+
+    Args:
+        encoded: The content of an image file.
+        side: Its longer side in pixels; smaller images are not enlarged.
+
+    Returns:
+        The picture; None if the image cannot be decoded.
+    """
+    from PIL import Image
+
+    try:
+        with silenced():
+            pixels = converted_pixels(encoded)
+            if pixels is None:
+                return _encoded(*_opened(encoded, side))
+            return _encoded(_small_rgb(Image.fromarray(pixels), side), 1)
+    except Exception:  # what libraries raise for damaged files has no common class
+        return None
+
+
+def _opened(encoded: bytes, side: int) -> tuple["Image.Image", int]:
+    """Decodes an image at about the wanted size, which for a JPEG takes less time.
+
+    Returns:
+        (RGB image, EXIF orientation, which the decoder too applies to JPEG only).
+    """
+    from PIL import Image
+
+    with Image.open(io.BytesIO(encoded)) as image:
+        check_pixels(*image.size)
+        image.draft(None, (side, side))
+        is_jpeg = file_type(encoded) == "JPEG"
+        orientation = image.getexif().get(_ORIENTATION, 1) if is_jpeg else 1
+        return _small_rgb(image, side), orientation
+
+
+def _small_rgb(image: "Image.Image", side: int) -> "Image.Image":
+    """Converts an image of any mode to RGB, without alpha, and shrinks it."""
+    from PIL import Image
+
+    if image.mode.startswith(("I", "F")):  # 16 bits; Pillow would cut them off at 255
+        values = np.asarray(image)
+        image = Image.fromarray((values // 256).clip(0, 255).astype(np.uint8))
+    image = image.convert("RGB")
+    image.thumbnail((side, side), Image.Resampling.BILINEAR)
+    return image
+
+
+def _encoded(image: "Image.Image", orientation: int) -> Thumbnail:
+    """Encodes the pixels of an RGB image, upright, and nothing else that it carries."""
+    from PIL import Image
+
+    pixels = np.ascontiguousarray(upright(np.asarray(image), orientation))
+    file = io.BytesIO()
+    plain = Image.fromarray(pixels)
+    plain.save(file, "WEBP", quality=_QUALITY, method=2)
+    return Thumbnail(file.getvalue(), *plain.size)
+
+
+def heat_overlay(heat: np.ndarray, width: int, height: int) -> bytes:
+    """Draws a heat map to lie on a thumbnail.
+
+    The model sees the whole image stretched to a square, so the map is stretched back.
+
+    Args:
+        heat: float32 `[h, w]` from 0 to 1.
+        width: Width of the thumbnail.
+        height: Height of the thumbnail.
+
+    Returns:
+        The content of a WebP file with the thumbnail's proportions, transparent where
+        it is cold.
+    """
+    from PIL import Image
+
+    scale = _HEAT_SIDE / max(width, height)
+    size = max(round(width * scale), 1), max(round(height * scale), 1)
+    values = Image.fromarray((heat * 255).clip(0, 255).astype(np.uint8))
+    smooth = np.asarray(values.resize(size, Image.Resampling.BICUBIC)) / 255
+    channels = [np.interp(smooth, _HEAT_STOPS, x) for x in _HEAT_COLORS.T]
+    rgba = np.dstack([*channels, 255 * _HEAT_OPACITY * smooth]).round().astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(rgba).save(file, "WEBP", quality=_HEAT_QUALITY, method=2)
+    return file.getvalue()
