@@ -21,6 +21,11 @@ except ImportError:  # Windows
 
 UNFINISHED = ".kt-unfinished."
 """Name prefix of hidden files and folders that a process is still writing."""
+SUSPECT = "suspect"
+"""Column of a cleaned table: the kinds of the findings that an image is in."""
+MOST_THUMBNAILS = 1000
+"""Number of pictures of a report page: with more it would have more than 5 MB."""
+
 _NO_LOCKS = {errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
@@ -249,8 +254,96 @@ def check_output(file: Path) -> None:
     if file.exists() and not file.is_file():  # a device or pipe would be replaced
         raise UsageError(
             f"output names a regular file. Received: output={file}, which is none. "
-            "Name another, or leave it out to print the rows."
+            "Name another, or leave it out."
         )
+
+
+def check_fix(file: Path, data: str, splits: Path | None) -> None:
+    """Checks that a cleaned table can be written, before any work is done.
+
+    Args:
+        file: The file to write.
+        data: DATA.
+        splits: The file with old splits, if any.
+
+    Raises:
+        UsageError: If the file is DATA itself or the old splits, has another suffix
+            than .csv, its folder does not exist or cannot be written, or there is
+            something else than an earlier cleaned table in its place.
+    """
+    if file.suffix.lower() != ".csv":  # an image could be replaced by mistake
+        raise UsageError(f"fix names a .csv file. Received: fix={file}. Rename it.")
+    for used, name in ((data, "DATA itself"), (splits, "splits.file")):
+        if used and file.exists() and os.path.exists(used):
+            if os.path.samefile(file, used):
+                raise UsageError(
+                    f"fix would replace {name}. Received: fix={file}. Name another "
+                    "file."
+                )
+    folder = file.absolute().parent
+    is_regular = file.is_file() or not os.path.lexists(file)
+    if not folder.is_dir() or not is_writable(folder) or not is_regular:
+        raise UsageError(
+            "fix names a regular file in a folder that exists and can be written. "
+            f"Received: fix={file}. Name another."
+        )
+    if file.exists() and not _is_cleaned(file):
+        raise UsageError(
+            "fix names a new file, or an earlier cleaned table to replace. Received: "
+            f"fix={file}, which is something else. Name another, or remove it."
+        )
+
+
+def _is_cleaned(file: Path) -> bool:
+    """Returns whether a file has the first and the marking columns of such a table."""
+    try:
+        # Not every path in it is valid UTF-8.
+        with file.open(newline="", encoding="utf-8", errors="surrogateescape") as lines:
+            names = next(csv.reader(lines), [])
+    except (OSError, csv.Error):
+        return False
+    return names[:2] == ["path", "label"] and {"group", SUSPECT} <= {*names}
+
+
+def check_directory(directory: Path) -> None:
+    """Checks that files can be written to a directory, which may not exist yet.
+
+    Raises:
+        UsageError: If they cannot.
+    """
+    try:
+        if not is_writable(directory):
+            raise NotADirectoryError
+        # Not every file system says before that nothing can be made in it.
+        tempfile.TemporaryDirectory(
+            dir=nearest_directory(directory), prefix=UNFINISHED
+        ).cleanup()
+    except OSError:
+        raise UsageError(
+            f"output names a directory that can be written. Received: "
+            f"output={directory}. Name another."
+        ) from None
+
+
+def check_report(runs: int, form: str, thumbnails: int, output: Path | None) -> None:
+    """Checks what is asked of a report, before any work is done.
+
+    Raises:
+        UsageError: If there are too many thumbnails, charts are asked of several runs,
+            or the file cannot be written.
+    """
+    if not 0 <= thumbnails <= MOST_THUMBNAILS:
+        raise UsageError(
+            f"A page has at most {MOST_THUMBNAILS:,} pictures. Received: "
+            f"thumbnails={thumbnails}. Ask for fewer."
+        )
+    if form == "png" and runs > 1:
+        raise UsageError(
+            f"Charts are drawn of one run. Received: format=png and {runs} runs. "
+            "Draw them one by one."
+        )
+    if form == "html" and output is not None:
+        check_output(output)
 
 
 def sync(path: Path) -> None:

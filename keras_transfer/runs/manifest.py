@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import platform
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from typing import Literal
@@ -13,6 +14,12 @@ from pydantic import BaseModel, ConfigDict
 from keras_transfer.config import FinetuneConfig
 
 Phase = Literal["fit", "finetune"]
+
+FEW_IMAGES = 30
+"""With fewer test images than this, out-of-fold figures come first. At an accuracy of
+0.9 on 30 images, the 95% confidence interval is 0.74 to 0.97 (Wilson)."""
+
+_SPLITS = ("test", "out_of_fold", "deciding", "val")  # the most telling first
 
 _PACKAGES = (
     "keras-transfer",
@@ -278,6 +285,18 @@ class Manifest(BaseModel):
     def to_json(self) -> str:
         """Formats the manifest as ASCII JSON, since not every path is valid UTF-8."""
         return json.dumps(self.model_dump(mode="json"), indent=1)
+
+
+def headline_split(images: Mapping[str, int]) -> str:
+    """Returns the split whose figures come first; "" if there is none.
+
+    Args:
+        images: Number of images by the splits of a phase in metrics.json.
+    """
+    found = [name for name in _SPLITS if name in images]
+    if found[1:] and images[found[0]] < FEW_IMAGES and found[0] == "test":
+        return found[1]
+    return found[0] if found else ""
 
 
 def now() -> str:

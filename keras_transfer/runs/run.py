@@ -35,6 +35,7 @@ from keras_transfer.runs.files import (
 )
 from keras_transfer.runs.manifest import Manifest, Phase
 
+AUDIT = "audit.json"
 CONFIG = "config.yaml"
 HISTORY = "history.csv"
 IMAGES = "images.parquet"
@@ -42,6 +43,7 @@ LABELS = "labels.txt"
 MANIFEST = "manifest.json"
 METRICS = "metrics.json"
 MODEL = "model.keras"
+REPORT = "report.html"
 SKIPPED = "skipped.csv"
 SPLITS = "splits.csv"
 
@@ -94,7 +96,7 @@ class Run:
         """
         try:
             return (self.run_dir / MANIFEST).read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return b""
 
     @property
@@ -172,6 +174,11 @@ class Run:
         return self.run_dir / IMAGES
 
     @property
+    def audit_path(self) -> Path:
+        """Path of the findings, an `Audit`; missing in runs of earlier versions."""
+        return self.run_dir / AUDIT
+
+    @property
     def far_path(self) -> Path:
         """Path of what tells far images; missing in runs of earlier versions."""
         return self.run_dir / FAR
@@ -180,6 +187,11 @@ class Run:
     def predictions_path(self) -> Path:
         """Path of predictions.csv, with one line per image of the run."""
         return self.run_dir / PREDICTIONS
+
+    @property
+    def report_path(self) -> Path:
+        """Path of the report page; missing if it was not wanted."""
+        return self.run_dir / REPORT
 
     @property
     def splits_path(self) -> Path:
@@ -452,3 +464,8 @@ def _recover(run_dir: Path) -> None:
 def phase_model(phase: Phase) -> str:
     """Returns the file name of a phase's model if it is not the run's current model."""
     return f"model.{phase}.keras"
+
+
+def phase_predictions(phase: Phase) -> str:
+    """Returns the file name of an earlier phase's predictions, as `PREDICTIONS`."""
+    return f"predictions.{phase}.csv"

@@ -1,46 +1,32 @@
-"""The output of `kt`: progress bars and tables, without noise from libraries."""
+"""Results of commands as tables."""
 
-import contextlib
-import functools
-import io
-import os
-import re
-import sys
-import tempfile
-import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
 from keras_transfer.advice.rules import METHODS
-from keras_transfer.errors import KerasTransferError
-from keras_transfer.events import SILENT, Listener, duration
+from keras_transfer.findings.finding import Audit
+from keras_transfer.markup import printable
 from keras_transfer.models.bases import BASES, weights_path
-from keras_transfer.runs.files import replacing
+from keras_transfer.reporting.text_chart import text_chart
+from keras_transfer.terminal.console import console, show_line
 
 if TYPE_CHECKING:
     from keras_transfer.advice.ranking import RankResult
     from keras_transfer.evaluation.drift import Shift
     from keras_transfer.evaluation.metrics import Evaluation
     from keras_transfer.evaluation.thresholds import SureEvaluation
+    from keras_transfer.runs.run import Run
     from keras_transfer.workflows.advise import Recommendation
+    from keras_transfer.workflows.compare import RunComparison
     from keras_transfer.workflows.drift import RunDrift
     from keras_transfer.workflows.finetune import FinetuneResult
     from keras_transfer.workflows.fit import FitResult
+    from keras_transfer.workflows.leaderboard import ListedRun
 
 
 _MOST_CLASSES = 30
@@ -55,187 +41,7 @@ _METRICS = {
 }
 """Labels of the metrics of an evaluation, in the order in which they are shown."""
 
-# Control characters (which terminals obey), line separators, bidirectional controls,
-# and surrogates (which stand for bytes that are not valid text).
-_STEERING = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def printable(text: str) -> str:
-    r"""Escapes characters that are not printable the way Python does, as in `\x1b`.
-
-    File and class names are untrusted, so all text shown to people passes through here.
-    """
-    return _STEERING.sub(lambda found: ascii(found[0])[1:-1], text)
-
-
-class _Console(Console):
-    def render_str(self, text: str, **options: Any) -> Text:
-        return super().render_str(printable(text), **options)
-
-
-# For piped output rich would assume 80 columns and wrap lines there.
-console = _Console(
-    markup=False,
-    highlight=False,
-    emoji=False,
-    width=None if sys.stdout.isatty() else 200,
-)
-messages = _Console(stderr=True, width=None if sys.stderr.isatty() else 200)
-
-
-_EXACT = sys.getfilesystemencodeerrors()  # keeps names that are not valid text
-
-_QUIET_SECONDS = 10.0  # between progress lines when there are no progress bars
-
-
-@contextlib.contextmanager
-def listening() -> Iterator[Listener]:
-    """Yields a listener that shows notes, epochs and progress on stderr.
-
-    Progress is shown as bars on a terminal and as occasional lines elsewhere. Stdout is
-    reserved for results, so anything that libraries print in the meantime, such as
-    download progress, is redirected to stderr.
-    """
-    columns = (
-        TextColumn("{task.description:>10}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with (
-        contextlib.redirect_stdout(sys.stderr),
-        Progress(*columns, console=messages, disable=not messages.is_terminal) as bars,
-    ):
-        yield _Shown(bars)
-
-
-class _Shown(Listener):
-    """Shows the events of a workflow."""
-
-    def __init__(self, bars: Progress):
-        self._bars = bars
-        self._tasks: dict[str, TaskID] = {}
-        self._last_line = time.monotonic()
-
-    def note(self, text: str) -> None:
-        show_note(text)
-        self._last_line = time.monotonic()
-
-    def progress(self, step: str, done: int, total: int) -> None:
-        if messages.is_terminal:
-            if step not in self._tasks:
-                self._tasks[step] = self._bars.add_task(step)
-            self._bars.update(self._tasks[step], completed=done, total=total or None)
-        elif time.monotonic() - self._last_line > _QUIET_SECONDS:
-            self.note(
-                f"{step}: {done:,} of {total:,}" if total else f"{step}: {done:,}"
-            )
-
-    def epoch(self, phase: str, number: int, figures: Mapping[str, float]) -> None:
-        if phase == "finetune":
-            shown = ", ".join(
-                f"{name.replace('_', ' ')} {figures[name]:.4f}"
-                for name in ("loss", "val_loss")
-                if name in figures
-            )
-            self.note(f"epoch {number}: {shown}, {duration(figures['seconds'])}")
-
-
-@contextlib.contextmanager
-def quiet_stderr() -> Iterator[None]:
-    """Suppresses what C++ libraries write to stderr.
-
-    It is shown only if the block fails with an unexpected error.
-    """
-    sys.stderr.flush()
-    with tempfile.TemporaryFile() as noise:
-        kept = os.dup(2)
-        os.dup2(noise.fileno(), 2)
-        try:
-            yield
-        except (KerasTransferError, KeyboardInterrupt):
-            raise
-        except BaseException:
-            os.dup2(kept, 2)
-            noise.seek(0)
-            _show_lines(noise.read().decode(errors="replace"))
-            raise
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-
-
-def import_tensorflow() -> None:
-    """Imports TensorFlow without its start-up messages."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-    with quiet_stderr():
-        import tensorflow  # noqa: F401
-
-
-@contextlib.contextmanager
-def writing_rows(
-    output: Path | None,
-) -> Iterator[tuple[Callable[[str], object], Listener]]:
-    """Yields a function that writes a line of results, and a listener for progress.
-
-    Args:
-        output: File to write, which is replaced when the block succeeds; None for
-            stdout. If that is a terminal, the lines themselves are the progress.
-    """
-    if output:
-        # A link stays one; what it names is replaced.
-        with replacing(output.resolve()) as file, listening() as listener:
-            yield lambda line: file.write(f"{line}\n".encode(errors=_EXACT)), listener
-    elif sys.stdout.isatty():
-        yield write_line, SILENT
-    else:
-        write = functools.partial(write_line, to=sys.stdout)
-        with listening() as listener:  # which redirects stdout
-            yield write, listener
-
-
-def write_line(line: object, to: TextIO | None = None) -> None:
-    """Writes a line of results: exact for a file or pipe, escaped on a terminal.
-
-    Exact output is UTF-8 regardless of the locale, except for file names that are not
-    valid text, which are written byte for byte.
-
-    Args:
-        line: The line.
-        to: The stream; None for stdout.
-    """
-    text, stream = str(line), to or sys.stdout
-    if stream.isatty():
-        text = printable(text)
-    elif isinstance(stream, io.TextIOWrapper):
-        stream.reconfigure(encoding="utf-8", errors=_EXACT)
-    print(text, file=stream, flush=True)
-
-
-def show_sorted(directory: Path, counts: Mapping[str, int]) -> None:
-    """Shows how many images were sorted into each folder, on stderr."""
-    most = sorted(counts, key=lambda name: (-counts[name], name))
-    shown = ", ".join(f"{name} {counts[name]:,}" for name in most[:_MOST_CLASSES])
-    more = f" and {len(most) - _MOST_CLASSES} more" if most[_MOST_CLASSES:] else ""
-    show_line(f"Sorted into {directory}: {shown or 'none'}{more}")
-
-
-def show_line(text: str) -> None:
-    """Writes a line to stderr, with unprintable characters escaped."""
-    print(printable(text), file=sys.stderr)
-
-
-def show_traceback(
-    kind: type[BaseException], error: BaseException, trace: TracebackType | None
-) -> None:
-    """Prints a traceback; installed as `sys.excepthook` by --debug."""
-    _show_lines("".join(traceback.format_exception(kind, error, trace)))
-
-
-def _show_lines(text: str) -> None:
-    for line in filter(None, text.split("\n")):
-        show_line(line)
+_SEVERITY_COLORS = {"high": "bold red", "medium": "yellow", "low": "cyan"}
 
 
 def show_run(result: "FitResult") -> None:
@@ -253,14 +59,20 @@ def show_run(result: "FitResult") -> None:
         show_sure(result.sure, result.evaluations["test"].images)
     if manifest.skipped:
         console.print(
-            f"- {manifest.skipped} images were left out: {run.run_dir / 'skipped.csv'}",
+            f"- Left out: {manifest.skipped:,}, see {run.run_dir / 'skipped.csv'}",
         )
     seconds = manifest.timings
+    waited = ""
+    if count := manifest.images_decoded:
+        images = "image" if count == 1 else "images"
+        waited = (
+            f" (waited {seconds['decode']:.1f} s for {count:,} {images}, "
+            f"{seconds['forward']:.1f} s for the base)"
+        )
     console.print(
-        f"Time: features {seconds['features']:.1f} s (waited "
-        f"{seconds['decode']:.1f} s for {manifest.images_decoded:,} images, "
-        f"{seconds['forward']:.1f} s for the base), head {seconds['head']:.1f} s, "
-        f"model {seconds['model']:.1f} s, total {seconds['total']:.1f} s.",
+        f"Time: features {seconds['features']:.1f} s{waited}, head "
+        f"{seconds['head']:.1f} s, model {seconds['model']:.1f} s, total "
+        f"{seconds['total']:.1f} s.",
     )
     if run.name != run.config.name:
         console.print(
@@ -268,15 +80,14 @@ def show_run(result: "FitResult") -> None:
             f"stays as it is; this run is {run.name}"
         )
     console.print(f"Run: {run.run_dir}")
+    _show_page(run)
+    audit = Audit.from_json(run.audit_path.read_bytes())
+    if any(one.suspects for one in audit.at_least("medium")):
+        console.print(f"kt audit {manifest.data} shows which images were found.")
     console.print(
         f"Next: kt predict {run.run_dir} IMAGE..., or kt unfreeze-and-finetune "
         f"{run.run_dir}"
     )
-
-
-def show_note(text: str) -> None:
-    """Shows a note on stderr."""
-    messages.print(f"- {text}", style="dim", markup=False, highlight=False)
 
 
 def show_finetuning(result: "FinetuneResult") -> None:
@@ -286,6 +97,8 @@ def show_finetuning(result: "FinetuneResult") -> None:
     """
     run, report = result.run, result.report
     _show_phases(result)
+    if not report.kept:
+        console.print("Of the fine-tuned model that was not kept:")
     if report.calibration:
         found = report.calibration
         text = (
@@ -312,9 +125,15 @@ def show_finetuning(result: "FinetuneResult") -> None:
         f"{seconds['total']:.1f} s.",
     )
     console.print(f"Run: {run.run_dir}")
+    _show_page(run)
     console.print(
         f"Next: kt predict {run.run_dir} IMAGE..., or kt export {run.run_dir}"
     )
+
+
+def _show_page(run: "Run") -> None:
+    if run.report_path.is_file():
+        console.print(f"Page: {run.report_path}")
 
 
 def _show_phases(result: "FinetuneResult") -> None:
@@ -453,6 +272,53 @@ def show_drift(found: "RunDrift") -> None:
     )
 
 
+def show_audit(found: Audit, folder: Path, fix: Path | None) -> None:
+    """Shows what an audit found, the worst first, and what to do next.
+
+    Args:
+        found: The audit.
+        folder: Directory with its table and its page.
+        fix: The cleaned table; None if there is none.
+    """
+    from keras_transfer.findings.cleaned import count_marked
+    from keras_transfer.findings.finding import counted
+
+    findings = found.findings
+    console.print(
+        f"{counted(found.images, 'image')} of "
+        f"{counted(len(found.class_counts), 'class', 'classes')}: "
+        f"{counted(len(findings), 'finding')}"
+    )
+    table = Table(box=None, pad_edge=False)
+    table.add_column("severity", no_wrap=True)
+    table.add_column("images", justify="right", no_wrap=True)
+    table.add_column("finding", overflow="fold")
+    for one in findings:
+        color = _SEVERITY_COLORS[one.severity]
+        count = f"{len(one.suspects):,}" if one.suspects else ""
+        words = Text.assemble(
+            (printable(one.kind), "bold"), f": {printable(one.message)}"
+        )
+        table.add_row(Text(one.severity, style=color), count, words)
+    if findings:
+        console.print(table)
+    for note in found.notes:
+        console.print(f"- {note}")
+    console.print(f"Page: {folder / 'report.html'}, table: {folder / 'audit.csv'}")
+    if fix and (marked := count_marked(fix)):
+        rows = "row" if marked == 1 else f"{marked:,} rows"
+        console.print(
+            f"Next: look at the {rows} with a `suspect`, delete or relabel them, then: "
+            f"kt fit {fix}"
+        )
+    elif fix:
+        console.print(f"Next: kt fit {fix}")
+    elif findings:
+        console.print(
+            "Next: look at the page, or write a cleaned table with --fix FILE"
+        )
+
+
 def show_recommendation(found: "Recommendation") -> None:
     """Shows the result of `kt advise`; the last line is the command to run."""
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -465,8 +331,94 @@ def show_recommendation(found: "Recommendation") -> None:
         table.add_row(one.rule, one.message)
         table.add_row("", numbers, style="dim")
     console.print(table)
+    figure = "Accuracy" if found.evidence.neighbours is not None else "mAP"
+    console.print(f"{figure} by share of the training images, with 95% intervals:")
+    curve = [(f"{share:.0%}", one) for share, one in found.evidence.curve.items()]
+    for line in text_chart(curve, console.encoding).splitlines():
+        console.print(line)
     console.print(f"Recommended: {METHODS[found.method]}")
     console.print(found.command, soft_wrap=True)
+
+
+def show_runs(found: "Sequence[ListedRun]") -> None:
+    """Shows the result of `kt runs`; what cannot be read comes last, and why."""
+    listed = [one for one in found if not one.problem]
+    metrics = {one.metric for one in listed if one.figure}
+    is_one = len(metrics) == 1
+    figure = f"{_words(min(metrics)) if is_one else 'figure'} (95% interval)"
+    columns: dict[str, list[str]] = {
+        "run": [one.run_dir.name for one in listed],
+        "data": [Path(one.data).name or one.data for one in listed],
+        "base": [one.base for one in listed],
+        "phase": [one.phase for one in listed],
+        figure: [
+            (f"{_words(one.metric)} " if one.figure and not is_one else "")
+            + (one.figure or "none")
+            for one in listed
+        ],
+        "images": [
+            f"{one.images:,} {_words(one.split)}" if one.split else "" for one in listed
+        ],
+        "MB": [f"{one.size / 1e6:,.1f}" for one in listed],
+        "img/s": [
+            f"{speed:,.0f}" if (speed := one.images_per_second) else ""
+            for one in listed
+        ],
+        "date": [one.created[:16].replace("T", " ") for one in listed],
+    }
+    columns = {name: cells for name, cells in columns.items() if any(cells)}
+    too_wide = _leave_out(columns, ("base", "data", "img/s", "MB", "date"))
+    table = Table(box=None, pad_edge=False)
+    for name in columns:
+        at_right = name in ("images", "MB", "img/s", "date")
+        table.add_column(
+            name,
+            justify="right" if at_right else "left",
+            no_wrap=name != "run",
+            overflow="fold",
+        )
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*row)
+    if listed:
+        console.print(table)
+    if too_wide:
+        console.print(f"(a wider terminal shows more: {', '.join(too_wide)})")
+    for one in found:
+        if one.problem:
+            console.print(f"{one.run_dir.name}: {one.problem}")
+    if not found:
+        console.print("No runs.")
+
+
+def _leave_out(columns: dict[str, list[str]], order: Sequence[str]) -> list[str]:
+    """Removes columns, in this order, until a table fits; returns their names."""
+
+    def width() -> int:
+        cells = (max(map(cell_len, (name, *x))) for name, x in columns.items())
+        return sum(cells) + len(columns) - 1
+
+    removed = []
+    for name in order:
+        if width() > console.width and columns.pop(name, []):
+            removed.append(name)
+    return removed
+
+
+def show_comparison(found: "RunComparison") -> None:
+    """Shows the result of `kt runs compare`."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("run", overflow="fold")
+    table.add_column(f"{_words(found.metric)} (95% interval)")
+    for name, figures in zip(found.names, (found.first, found.second), strict=True):
+        table.add_row(name, figures.describe(found.metric))
+    console.print(table)
+    console.print(
+        f"Difference: {found.difference:+.3f} on {found.first.images:,} common test "
+        f"images, p = {found.p_value:.3g}"
+    )
+    for reason, count in found.left_out.items():
+        console.print(f"Left out: {count:,} test images of {found.names[0]} {reason}")
+    console.print(found.sentence)
 
 
 def show_ranking(result: "RankResult") -> None:
@@ -537,3 +489,11 @@ def show_cache(tables: list[dict[str, Any]]) -> None:
             f"{row['days_unused']:.1f}",
         )
     console.print(table)
+
+
+def show_sorted(directory: Path, counts: Mapping[str, int]) -> None:
+    """Shows how many images were sorted into each folder, on stderr."""
+    most = sorted(counts, key=lambda name: (-counts[name], name))
+    shown = ", ".join(f"{name} {counts[name]:,}" for name in most[:_MOST_CLASSES])
+    more = f" and {len(most) - _MOST_CLASSES} more" if most[_MOST_CLASSES:] else ""
+    show_line(f"Sorted into {directory}: {shown or 'none'}{more}")
