@@ -14,8 +14,9 @@ The subpackages and modules, from top to bottom; each imports only those below i
     terminal        what is printed
     api             the public functions and `Run`
     workflows       one module per command
-    reporting       charts
+    reporting       report pages, charts
     advice          advice derived from measurements
+    findings        what an audit finds
     serving         exported models and TensorFlow Serving
     training        training of heads and tails
     evaluation      metrics with confidence intervals
@@ -24,6 +25,7 @@ The subpackages and modules, from top to bottom; each imports only those below i
     runs            the run directory
     runtime         TensorFlow's C API, OpenVINO
     config, events, errors
+    markup          untrusted text; HTML of results in notebooks
 """
 
 import os
@@ -36,17 +38,23 @@ __all__ = [
     "Config",
     "KerasTransferError",
     "Listener",
+    "MlflowListener",
     "Run",
+    "TensorBoardListener",
     "UsageError",
     "advise",
+    "audit",
+    "compare_runs",
     "drift",
     "evaluate",
     "export",
     "extract_features",
     "fit",
+    "list_runs",
     "open_run",
     "predict",
     "rank",
+    "report",
     "to_png",
     "unfreeze_and_finetune",
 ]
@@ -55,20 +63,25 @@ if TYPE_CHECKING:
     from keras_transfer.api import (
         Run,
         advise,
+        audit,
+        compare_runs,
         drift,
         evaluate,
         export,
         extract_features,
         fit,
+        list_runs,
         open_run,
         predict,
         rank,
+        report,
         unfreeze_and_finetune,
     )
     from keras_transfer.config import Config
     from keras_transfer.data.formats.convert import to_png
     from keras_transfer.errors import KerasTransferError, UsageError
     from keras_transfer.events import Listener
+    from keras_transfer.reporting.tracking import MlflowListener, TensorBoardListener
 
 # Otherwise TensorFlow, from Python or through its C API, reserves all GPU memory.
 os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
@@ -77,6 +90,8 @@ _MODULES = {
     "Config": "keras_transfer.config",
     "KerasTransferError": "keras_transfer.errors",
     "Listener": "keras_transfer.events",
+    "MlflowListener": "keras_transfer.reporting.tracking",
+    "TensorBoardListener": "keras_transfer.reporting.tracking",
     "UsageError": "keras_transfer.errors",
     "to_png": "keras_transfer.data.formats.convert",
 }

@@ -17,14 +17,27 @@ from keras_transfer.config import (
     load_config,
 )
 from keras_transfer.data.in_memory.forms import name_of, settled
-from keras_transfer.events import Broadcast, Listener
+from keras_transfer.events import Listener
+from keras_transfer.markup import html_table
+from keras_transfer.reporting.display import told
 from keras_transfer.runs import run as runs
+from keras_transfer.runs.files import check_directory, check_fix, check_report
 from keras_transfer.runs.manifest import Phase
+from keras_transfer.workflows.leaderboard import (
+    ListedRun,
+    SortKey,
+    list_run,
+    list_runs_in,
+)
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from keras_transfer.advice.ranking import RankResult
     from keras_transfer.data.tables import Prediction
+    from keras_transfer.findings.finding import Audit
     from keras_transfer.workflows.advise import Recommendation
+    from keras_transfer.workflows.compare import RunComparison
     from keras_transfer.workflows.drift import RunDrift
     from keras_transfer.workflows.evaluate import RunEvaluation
     from keras_transfer.workflows.extract import ImageFeatures
@@ -37,6 +50,22 @@ class Run(runs.Run):
     Attributes:
         run_dir: The run's directory, such as `saved_models/<run>`.
     """
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: the data, the base and the headline figure."""
+        one = list_run(self.run_dir)
+        rows = {
+            "directory": one.run_dir,
+            "data": one.data,
+            "base": one.base,
+            "phase": one.phase,
+            one.metric.replace("_", " "): one.figure,
+            "images": f"{one.images:,} {one.split.replace('_', ' ')}",
+            "made": one.created,
+        }
+        if one.problem:
+            rows = {"directory": one.run_dir, "problem": one.problem}
+        return html_table(f"Run {self.name}", (), rows.items())
 
     def unfreeze_and_finetune(self, **options: Any) -> "Run":
         """Fine-tunes the model; see `keras_transfer.unfreeze_and_finetune`."""
@@ -61,6 +90,80 @@ class Run(runs.Run):
     def export(self, **options: Any) -> Path:
         """Exports the model; see `keras_transfer.export`."""
         return export(self, **options)
+
+    def report(self, *others: str | Path | runs.Run, **options: Any) -> Path:
+        """Writes the report page; see `keras_transfer.report`."""
+        return report(self, *others, **options)
+
+    def show_batch(self, n: int = 9, seed: int = 0) -> "Figure":
+        """Draws training images with their labels, as the model sees them.
+
+        Args:
+            n: Maximum number of images, at least 1.
+            seed: Seed of their choice.
+
+        Returns:
+            A matplotlib figure, which a notebook shows.
+
+        Raises:
+            UsageError: If the images were given in Python, and so are not kept.
+            KerasTransferError: If the data no longer exist.
+        """
+        from keras_transfer.workflows.notebook import draw_batch
+
+        return draw_batch(self, n, seed)
+
+    def plot_confusion(self) -> "Figure":
+        """Draws the confusion matrix of the run's first figures in metrics.json.
+
+        Returns:
+            A matplotlib figure, which a notebook shows.
+
+        Raises:
+            UsageError: If images may show several classes, or none were held out.
+        """
+        from keras_transfer.workflows.notebook import draw_confusion
+
+        return draw_confusion(self)
+
+    def plot_top_losses(self, n: int = 9) -> "Figure":
+        """Draws the images that the model was most wrong about, with heat maps.
+
+        They are held-out images, and training images as they were predicted out of
+        fold. Each is shown with its label and with the class that was predicted (of
+        several labels, the one that costs most); heat is what speaks for that class.
+
+        Args:
+            n: Maximum number of images, at least 1.
+
+        Returns:
+            A matplotlib figure, which a notebook shows.
+
+        Raises:
+            UsageError: If the images were given in Python, and so are not kept, or the
+                run was made by an earlier version, which kept no predictions.
+            KerasTransferError: If the data no longer exist.
+        """
+        from keras_transfer.workflows.notebook import draw_top_losses
+
+        return draw_top_losses(self, n)
+
+    def plot_curves(self, phase: Phase | None = None) -> "Figure":
+        """Draws how the model was trained.
+
+        Args:
+            phase: `fit` for the losses against the head's L2 strength, `finetune` for
+                the epochs of fine-tuning; None for the last one.
+
+        Returns:
+            A matplotlib figure, which a notebook shows.
+
+        Raises:
+            UsageError: If the run was not fine-tuned and `phase` is `finetune`.
+        """
+        from keras_transfer.workflows.notebook import draw_curves
+
+        return draw_curves(self, phase)
 
 
 def open_run(run: str | Path | runs.Run) -> Run:
@@ -115,7 +218,7 @@ def fit(
         _ = inputs.splits
     from keras_transfer.workflows.fit import extract_and_fit
 
-    return Run(extract_and_fit(inputs, Broadcast(listeners)).run.run_dir)
+    return Run(extract_and_fit(inputs, told(listeners)).run.run_dir)
 
 
 def unfreeze_and_finetune(
@@ -123,6 +226,7 @@ def unfreeze_and_finetune(
     *,
     data: object | None = None,
     resume: bool | None = None,
+    report: bool | None = None,
     listeners: Iterable[Listener] = (),
     **options: Any,
 ) -> Run:
@@ -137,6 +241,7 @@ def unfreeze_and_finetune(
         resume: True continues an interrupted fine-tuning after its last finished epoch,
             and False starts over. None raises an error if there is an interrupted
             fine-tuning.
+        report: Whether to make the report page; None does as `fit` did.
         listeners: Receive notes, progress, epochs and artifacts. Decisions and expected
             times are announced before the work starts.
         **options: Keys of `config.FinetuneConfig`, such as `unfreeze="all"` or
@@ -154,7 +259,7 @@ def unfreeze_and_finetune(
     in_memory = None if data is None else settled(data)
     from keras_transfer.workflows.finetune import run_finetuning
 
-    run_finetuning(opened, options, resume, Broadcast(listeners), in_memory)
+    run_finetuning(opened, options, resume, told(listeners), in_memory, report)
     return opened
 
 
@@ -192,7 +297,7 @@ def evaluate(
     images = None if data is None else settled(data)
     from keras_transfer.workflows.evaluate import evaluate_run
 
-    return evaluate_run(opened, images, given, phase, Broadcast(listeners))
+    return evaluate_run(opened, images, given, phase, told(listeners))
 
 
 def drift(
@@ -222,7 +327,7 @@ def drift(
     opened = open_run(run)
     from keras_transfer.workflows.drift import measure_drift
 
-    return measure_drift(opened, paths, Broadcast(listeners))
+    return measure_drift(opened, paths, told(listeners))
 
 
 def predict(
@@ -283,13 +388,60 @@ def export(
             agree with the model, packages are missing, or another process changed the
             run in the meantime. Earlier exports are left as they are.
     """
-    opened, told = open_run(run), Broadcast(listeners)
+    opened, listener = open_run(run), told(listeners)
     check_export(format, quantize, keep)
     from keras_transfer.workflows.export import export_format, export_savedmodel
 
     if format == "savedmodel":
-        return export_savedmodel(opened, min_accuracy, keep, told)
-    return export_format(opened, format, quantize, min_accuracy, told).path
+        return export_savedmodel(opened, min_accuracy, keep, listener)
+    return export_format(opened, format, quantize, min_accuracy, listener).path
+
+
+def report(
+    run: str | Path | runs.Run,
+    *others: str | Path | runs.Run,
+    output: str | Path | None = None,
+    format: Literal["html", "png"] = "html",
+    thumbnails: int = 200,
+    images: bool = True,
+    listeners: Iterable[Listener] = (),
+) -> Path:
+    """Writes the report page of a run, or one that shows several side by side.
+
+    A page is one HTML file that loads nothing. It has small pictures of the images,
+    without metadata, and relative paths.
+
+    Args:
+        run: A run, or its directory or name.
+        *others: Further runs to show beside it.
+        output: The file to write, or the folder of charts; None for report.html or
+            `charts` in the run, or report-RUN-RUN.html (of more than three runs,
+            report-RUN-and-3-more.html) in the working directory.
+        format: `html` for a page, `png` for the charts of one run as files.
+        thumbnails: Largest number of pictures, from 0 to 1,000.
+        images: Whether the page has pictures.
+        listeners: Receive progress if features are computed again, and artifacts.
+
+    Returns:
+        The page, or the folder of charts.
+
+    Raises:
+        UsageError: If a run does not exist, or an option does not fit.
+        KerasTransferError: If a file of a run is damaged, or another process changed
+            the run meanwhile.
+    """
+    opened = [open_run(one) for one in (run, *others)]
+    path = None if output is None else Path(output)
+    check_report(len(opened), format, thumbnails, path)
+    from keras_transfer.reporting.of_run.page import ReportOptions
+    from keras_transfer.workflows.report import draw_run, report_run, report_runs
+
+    options, listener = ReportOptions(thumbnails, images), told(listeners)
+    if format == "png":
+        return draw_run(opened[0], options, listener, path)
+    if others:
+        return report_runs(opened, options, listener, path)
+    return report_run(opened[0], options, listener, output=path)
 
 
 def advise(
@@ -320,7 +472,7 @@ def advise(
     inputs = _measured_inputs(data, options)
     from keras_transfer.workflows.advise import measure
 
-    return measure(inputs, options, budget, Broadcast(listeners))
+    return measure(inputs, options, budget, told(listeners))
 
 
 def rank(
@@ -353,7 +505,57 @@ def rank(
     from keras_transfer.workflows.rank import measure_bases
 
     names = None if bases is None else [bases] if isinstance(bases, str) else [*bases]
-    return measure_bases(inputs, names, Broadcast(listeners))
+    return measure_bases(inputs, names, told(listeners))
+
+
+def audit(
+    data: object,
+    *,
+    output: str | Path | None = None,
+    fix: str | Path | None = None,
+    listeners: Iterable[Listener] = (),
+    **options: Any,
+) -> "Audit":
+    """Looks for what is wrong with images, labels and splits.
+
+    It finds copies and near duplicates, also in several splits or with several labels;
+    label errors (with `pip install 'keras-transfer[audit]'`); outliers; odd and
+    unusable files; shortcuts, by which the class can be told from what should not
+    matter; classes that look alike or have few images; and doubtful splits.
+
+    Features are cached, so that `fit` does not compute them again.
+
+    Args:
+        data: Images in any form that `fit` accepts. One class is enough.
+        output: Directory for `audit.csv` and the page `report.html`, which replace
+            those of an earlier audit; None writes neither.
+        fix: CSV file for a cleaned table, which `fit` reads in place of `data`: without
+            copies, suspects marked in a column, and near duplicates in one group. None
+            writes none. No image is touched.
+        listeners: Receive notes, progress and artifacts.
+        **options: Config keys, such as `base="MobileNetV2"` or
+            `group_column="patient"`.
+
+    Returns:
+        The findings, the worst first, with the images that each is about.
+
+    Raises:
+        UsageError: If an option or the data are not valid, `fix` would replace
+            something else than an earlier cleaned table, or it is given for images that
+            are not files.
+        KerasTransferError: If none of the images can be used, or the weights cannot.
+    """
+    inputs = _measured_inputs(data, options, fewest_classes=1)
+    folder, file = (None if path is None else Path(path) for path in (output, fix))
+    if folder:
+        check_directory(folder)
+    if file:
+        check_fix(file, inputs.config.data, inputs.config.splits.file)
+    if not inputs.need_tensorflow:
+        _ = inputs.splits
+    from keras_transfer.workflows.audit import audit_data
+
+    return audit_data(inputs, told(listeners), folder, file)
 
 
 def extract_features(
@@ -392,7 +594,54 @@ def extract_features(
     inputs = _measured_inputs(data, {**options, "base": base})
     from keras_transfer.workflows.extract import features_of_data
 
-    return features_of_data(inputs, Broadcast(listeners))
+    return features_of_data(inputs, told(listeners))
+
+
+def list_runs(
+    runs_dir: str | Path = "saved_models",
+    *,
+    data: str | None = None,
+    sort: SortKey = "date",
+) -> list[ListedRun]:
+    """Lists runs with their headline figures; TensorFlow is not needed.
+
+    Args:
+        runs_dir: Directory that contains the runs.
+        data: Lists only runs of these data: the DATA argument as it was given, a path
+            to the same folder or file, or its last part; None for all.
+        sort: `date`, `name`, `data`, `base`, `size`, `speed` or the name of a metric,
+            which is then also the figure; the newest or best come first.
+
+    Returns:
+        One row per run. A run that cannot be read has the reason in `problem`, and
+        comes last.
+
+    Raises:
+        UsageError: If the directory does not exist.
+    """
+    return list_runs_in(Path(runs_dir), data, sort)
+
+
+def compare_runs(a: str | Path | runs.Run, b: str | Path | runs.Run) -> "RunComparison":
+    """Tests whether one of two runs is better on the test images both have in common.
+
+    Args:
+        a: A run, or its directory or name.
+        b: Another one. Classes are matched by name.
+
+    Returns:
+        Metrics of both on these images, the two-sided p-value of a paired test, and the
+        number of test images that do not count, by reason.
+
+    Raises:
+        UsageError: If a run does not exist, or only one has multi-label data.
+        KerasTransferError: If the runs have no test image in common, or were made by a
+            version that kept no predictions.
+    """
+    first, second = open_run(a), open_run(b)
+    from keras_transfer.workflows.compare import compare_two
+
+    return compare_two(first, second)
 
 
 def _named(data: object) -> tuple[str, object | None]:
@@ -401,10 +650,17 @@ def _named(data: object) -> tuple[str, object | None]:
     return name_of(images), None if isinstance(images, str) else images
 
 
-def _measured_inputs(data: object, options: Mapping[str, Any]) -> "Inputs":
+def _measured_inputs(
+    data: object, options: Mapping[str, Any], fewest_classes: int = 2
+) -> "Inputs":
     """Checks the inputs of a measurement, which makes no run."""
     from keras_transfer.workflows.inputs import prepare
 
     name, in_memory = _named(data)
     config = load_config(None, {**options, "data": name})
-    return prepare(config, makes_run=False, in_memory=in_memory)
+    return prepare(
+        config,
+        makes_run=False,
+        in_memory=in_memory,
+        fewest_classes=fewest_classes,
+    )

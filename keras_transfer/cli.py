@@ -11,10 +11,12 @@ import re
 import shlex
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from keras_transfer import __version__
 from keras_transfer.config import (
@@ -23,6 +25,7 @@ from keras_transfer.config import (
     Quantization,
     check_export,
     choices,
+    default_of,
     finetune_options,
     listing_config,
     load_config,
@@ -30,11 +33,15 @@ from keras_transfer.config import (
 )
 from keras_transfer.errors import KerasTransferError, UsageError, explaining_full_disk
 from keras_transfer.events import Broadcast
+from keras_transfer.findings.finding import SEVERITIES, Severity
+from keras_transfer.markup import printable
 from keras_transfer.models.bases import get_base
 from keras_transfer.options import (
+    AUDITED,
     CONFIG_FILE,
     JSON,
     LISTING,
+    LOG_TO,
     MEASURED,
     PATH,
     SET,
@@ -43,20 +50,35 @@ from keras_transfer.options import (
     config_options,
     finetune_section_options,
 )
-from keras_transfer.runs.files import check_output, check_sort_into
+from keras_transfer.runs.files import (
+    check_directory,
+    check_fix,
+    check_output,
+    check_report,
+    check_sort_into,
+)
 from keras_transfer.runs.manifest import Phase
 from keras_transfer.runs.run import Run, open_run
+from keras_transfer.workflows.leaderboard import (
+    SortKey,
+    delete_run,
+    describe_deletion,
+    list_runs_in,
+    runs_to_delete,
+)
 
 if TYPE_CHECKING:
     from keras_transfer.data.tables import Predictions
+    from keras_transfer.events import Listener
     from keras_transfer.reporting.predictions import Rows
     from keras_transfer.workflows.inputs import Inputs
 
 
+_DEFAULT = ParameterSource.DEFAULT
 _GROUPS = {
     "Start here": ("fit", "advise", "bases"),
     "Improve": ("unfreeze-and-finetune", "rank"),
-    "Look": ("evaluate",),
+    "Look": ("report", "evaluate", "audit", "runs"),
     "Ship": ("predict", "export", "serve"),
     "Look after": ("cache",),
 }
@@ -79,7 +101,7 @@ class _Commands(click.Group):
                 formatter.write_dl(rows)
 
     def invoke(self, ctx: click.Context) -> Any:
-        from keras_transfer.terminal import printable, show_line
+        from keras_transfer.terminal import show_line
 
         if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may be ASCII
             sys.stdout.reconfigure(errors="backslashreplace")
@@ -92,11 +114,10 @@ class _Commands(click.Group):
         except (click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except KeyboardInterrupt:
-            click.echo(
-                "Interrupted. Computed features are kept, and of fine-tuning every "
-                "finished epoch (--resume).",
-                err=True,
-            )
+            kept = "Computed features are kept"
+            if ctx.invoked_subcommand == "unfreeze-and-finetune":
+                kept += ", and every finished epoch (--resume)"
+            click.echo(f"Interrupted. {kept}.", err=True)
             ctx.exit(130)
         except KerasTransferError as error:
             if ctx.params["debug"]:
@@ -182,6 +203,11 @@ def main(debug: bool) -> None:
     default=None,
     help="Also export a SavedModel.  [default: no]",
 )
+@click.option(
+    "--report/--no-report",
+    default=None,
+    help="Make the page report.html in the run.  [default: yes]",
+)
 @config_options("runs_dir", "seed", "cache_dir")
 @click.option(
     "--reread/--no-reread",
@@ -190,9 +216,14 @@ def main(debug: bool) -> None:
 )
 @CONFIG_FILE
 @SET
+@LOG_TO
 @JSON
 def fit(
-    file: Path | None, assignments: tuple[str, ...], as_json: bool, **options: Any
+    file: Path | None,
+    assignments: tuple[str, ...],
+    log_to: tuple[str, ...],
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Train a classifier on DATA with a frozen base and evaluate it.
 
@@ -202,13 +233,14 @@ def fit(
     \b
     kt fit photos/ --base MobileNetV2 --head mlp --set head.dropout=0.5
     """
+    trackers = _trackers(log_to)
     overrides = {key.replace("__", "."): value for key, value in options.items()}
     inputs = _prepare(load_config(file, overrides, assignments))
     from keras_transfer import terminal
     from keras_transfer.workflows.fit import extract_and_fit
 
     with terminal.listening() as listener:
-        result = extract_and_fit(inputs, listener)
+        result = extract_and_fit(inputs, Broadcast([listener, *trackers]))
     if as_json:
         manifest = result.run.manifest.model_dump(
             include={
@@ -235,13 +267,21 @@ def fit(
     help="Continue an interrupted fine-tuning, or start over.  [default: stop with an "
     "error if there is one]",
 )
+@click.option(
+    "--report/--no-report",
+    default=None,
+    help="Make the page report.html in the run.  [default: as kt fit did]",
+)
 @CONFIG_FILE
 @SET
+@LOG_TO
 def unfreeze_and_finetune(
     run: Path,
     resume: bool | None,
+    report: bool | None,
     file: Path | None,
     assignments: tuple[str, ...],
+    log_to: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Fine-tune pretrained layers of a RUN; keep the result if it is better.
@@ -252,7 +292,7 @@ def unfreeze_and_finetune(
     \b
     kt unfreeze-and-finetune saved_models/photos-MobileNetV2 --unfreeze stages:2
     """
-    opened = open_run(run)
+    opened, trackers = open_run(run), _trackers(log_to)
     given = finetune_options(file, assignments)
     given |= {key: value for key, value in options.items() if value is not None}
     with_finetune(opened.config, given)  # mistakes are found before TensorFlow starts
@@ -261,7 +301,8 @@ def unfreeze_and_finetune(
     from keras_transfer.workflows.finetune import run_finetuning
 
     with terminal.listening() as listener:
-        result = run_finetuning(opened, given, resume, listener)
+        told = Broadcast([listener, *trackers])
+        result = run_finetuning(opened, given, resume, told, report=report)
     terminal.show_finetuning(result)
 
 
@@ -334,6 +375,65 @@ def _show_drift(run: Run, folder: Path, as_json: bool) -> None:
     terminal.show_drift(found)
     for path, reason in found.skipped.items():
         terminal.show_line(f"left out: {path}: {reason}")
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True, type=PATH, metavar="RUN...")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["html", "png"]),
+    default="html",
+    help="A page, or the charts of one RUN as files.  [default: html]",
+)
+@click.option(
+    "--output",
+    type=PATH,
+    metavar="PATH",
+    help="File of the page, or folder of the charts.  [default: report.html or charts "
+    "in the RUN; of several, report-RUN-RUN.html here]",
+)
+@click.option(
+    "--thumbnails",
+    type=click.IntRange(0, 1000),
+    default=200,
+    show_default=True,
+    metavar="N",
+    help="Largest number of pictures.",
+)
+@click.option("--no-images", is_flag=True, help="Leave pictures out.")
+def report(
+    runs: tuple[Path, ...],
+    form: Any,
+    output: Path | None,
+    thumbnails: int,
+    no_images: bool,
+) -> None:
+    """Make a page that shows a RUN, or several side by side.
+
+    The page is one file that loads nothing: figures, mistakes, and what the model
+    looked at. Pictures are small and have no metadata.
+
+    \b
+    kt report saved_models/photos-efficientnet_lite0
+    kt report saved_models/one saved_models/other --output both.html
+    """
+    opened = [open_run(run) for run in runs]
+    check_report(len(opened), form, thumbnails, output)
+    _import_tensorflow()
+    from keras_transfer import terminal
+    from keras_transfer.reporting.of_run.page import ReportOptions
+    from keras_transfer.workflows.report import draw_run, report_run, report_runs
+
+    options = ReportOptions(thumbnails, not no_images)
+    with terminal.listening() as listener:
+        if form == "png":
+            made = draw_run(opened[0], options, listener, output)
+        elif len(opened) > 1:
+            made = report_runs(opened, options, listener, output)
+        else:
+            made = report_run(opened[0], options, listener, output=output)
+    terminal.write_line(made)
 
 
 @main.command()
@@ -626,11 +726,167 @@ def rank(data: str, bases: str, chart: Path, as_json: bool, **options: Any) -> N
 
 
 @main.command()
+@click.argument("data")
+@click.option(
+    "--output",
+    type=PATH,
+    metavar="DIR",
+    help="Directory for audit.csv and report.html.  [default: audit-DATA]",
+)
+@click.option(
+    "--fix",
+    type=PATH,
+    metavar="FILE",
+    help="Also write a cleaned CSV table that kt fit reads: without copies, with "
+    "suspects marked and near duplicates grouped.  [default: none]",
+)
+@click.option(
+    "--fail-on",
+    type=click.Choice(SEVERITIES),
+    help="Exit with status 3 if there is a finding of this severity or a worse one.  "
+    "[default: never]",
+)
+@config_options("base", "weights", "splits.file", *AUDITED)
+@JSON
+def audit(
+    data: str,
+    output: Path | None,
+    fix: Path | None,
+    fail_on: Severity | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Find what is wrong with the images, labels and splits of DATA.
+
+    Finds copies and near duplicates, label errors, outliers, odd files, shortcuts,
+    classes that look alike and doubtful splits. No image is touched.
+
+    \b
+    kt audit photos/
+    kt audit photos/ --fix cleaned.csv && kt fit cleaned.csv
+    """
+    given = {key.replace("__", "."): value for key, value in options.items()}
+    config = load_config(None, {**given, "data": data})
+    if fix:
+        check_fix(fix, data, config.splits.file)
+    if output:
+        check_directory(output)
+    inputs = _prepare(config, makes_run=False, fewest_classes=1)
+    stem = str(inputs.config.name).removesuffix(f"-{inputs.config.base}")
+    folder = output or Path(f"audit-{stem}")
+    check_directory(folder)
+    from keras_transfer import terminal
+    from keras_transfer.workflows.audit import audit_data
+
+    with terminal.listening() as listener:
+        found = audit_data(inputs, listener, folder, fix)
+    if as_json:
+        _write_json({**found.model_dump(), "output": str(folder)})
+    else:
+        terminal.show_audit(found, folder, fix)
+    if fail_on and found.at_least(fail_on):
+        click.get_current_context().exit(3)
+
+
+@main.command()
 def bases() -> None:
     """List the pretrained bases and whether their weights are on this machine."""
     from keras_transfer import terminal
 
     terminal.show_bases()
+
+
+@main.group(invoke_without_command=True)
+@click.option(
+    "--sort",
+    type=click.Choice(choices(SortKey)),
+    default="date",
+    show_default=True,
+    metavar="KEY",
+    help=f"What to sort by, best or newest first: {', '.join(choices(SortKey))}. A "
+    "metric is shown too.",
+)
+@click.option(
+    "--data",
+    metavar="DATA",
+    help="List runs of these data only.  [default: of all]",
+)
+@config_options("runs_dir")
+@JSON
+@click.pass_context
+def runs(
+    ctx: click.Context,
+    sort: Any,
+    data: str | None,
+    runs_dir: Path | None,
+    as_json: bool,
+) -> None:
+    """List all runs with their figures; delete or compare runs.
+
+    \b
+    kt runs --sort accuracy --data photos/
+    kt runs compare saved_models/photos-MobileNetV2 saved_models/photos-ResNet50
+    """
+    if ctx.invoked_subcommand:
+        if any(ctx.get_parameter_source(x) is not _DEFAULT for x in ctx.params):
+            raise click.UsageError(
+                "Options of the list stand without a subcommand. Received: "
+                f"{ctx.invoked_subcommand}. Give its own options after it."
+            )
+        return
+    found = list_runs_in(runs_dir or default_of("runs_dir"), data, sort)
+    if as_json:
+        _write_json([one.to_json() for one in found])
+    else:
+        from keras_transfer.terminal import show_runs
+
+        show_runs(found)
+
+
+@runs.command("rm")
+@click.argument("names", nargs=-1, required=True, metavar="RUN...")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@config_options("runs_dir")
+def runs_rm(names: tuple[str, ...], yes: bool, runs_dir: Path | None) -> None:
+    """Delete RUNs for good, with their exported versions.
+
+    A RUN is a name in the directory of runs, or a path with a separator. Damaged runs
+    are deleted too.
+
+    \b
+    kt runs rm saved_models/photos-MobileNetV2
+    """
+    from keras_transfer.terminal import show_line
+
+    found = runs_to_delete(names, runs_dir)
+    if not yes:
+        click.confirm(printable(describe_deletion(found)), abort=True, err=True)
+    for run in found:
+        delete_run(run)
+        show_line(f"Deleted: {run.run_dir}")
+
+
+@runs.command("compare")
+@click.argument("a", type=PATH, metavar="RUN_A")
+@click.argument("b", type=PATH, metavar="RUN_B")
+def runs_compare(a: Path, b: Path) -> None:
+    """Compare two runs on the test images that they have in common.
+
+    The test is paired. Images that one of the runs was trained on are left out.
+
+    \b
+    kt runs compare saved_models/photos-MobileNetV2 saved_models/photos-ResNet50
+    """
+    first, second = open_run(a), open_run(b)
+    if first.run_dir.resolve() == second.run_dir.resolve():
+        raise UsageError(
+            f"Two different runs are compared. Received: {a} and {b}, which are the "
+            "same. Name another."
+        )
+    from keras_transfer.terminal import show_comparison
+    from keras_transfer.workflows.compare import compare_two
+
+    show_comparison(compare_two(first, second))
 
 
 @main.group()
@@ -691,15 +947,26 @@ def cache_path(cache_dir: Path | None) -> None:
     terminal.write_line(FeatureCache(cache_dir).directory)
 
 
-def _prepare(config: Config, makes_run: bool = True) -> "Inputs":
+def _prepare(
+    config: Config, makes_run: bool = True, fewest_classes: int = 2
+) -> "Inputs":
     """Checks the inputs and lists the images before importing TensorFlow."""
     from keras_transfer.workflows.inputs import prepare
 
-    inputs = prepare(config, makes_run)
+    inputs = prepare(config, makes_run, fewest_classes=fewest_classes)
     if not inputs.need_tensorflow:
         _ = inputs.splits
     _import_tensorflow()
     return inputs
+
+
+def _trackers(log_to: Iterable[str]) -> "list[Listener]":
+    """Creates the listeners of --log-to, before any work is done."""
+    if not log_to:
+        return []
+    from keras_transfer.reporting.tracking import listener_of
+
+    return [listener_of(target) for target in log_to]
 
 
 def _import_tensorflow() -> None:

@@ -249,6 +249,8 @@ class Config(ListingConfig):
     """Whether to replace an existing run of this name."""
     export: bool = False
     """Whether to also publish a SavedModel version directory in the run."""
+    report: bool = True
+    """Whether to make the report page."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of all random choices."""
     base: str = "efficientnet_lite0"

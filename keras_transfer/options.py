@@ -288,6 +288,7 @@ def _add_default(given: dict[str, Any], key: str) -> None:
 
 LISTING = tuple(ListingConfig.model_fields)
 MEASURED = ("image_size", *LISTING, "seed", "max_skipped", "cache_dir")
+AUDITED = ("image_size", *LISTING, "seed", "cache_dir")  # of any number of files
 SET = click.option(
     "--set",
     "assignments",
@@ -301,5 +302,12 @@ CONFIG_FILE = click.option(
     type=PATH,
     metavar="FILE",
     help="YAML file of config keys.  [default: none]",
+)
+LOG_TO = click.option(
+    "--log-to",
+    multiple=True,
+    metavar="tensorboard[:DIR]|mlflow[:URI]",
+    help="Log parameters, epochs, metrics and files; may be repeated.  [default: "
+    "nowhere; DIR tensorboard; URI MLFLOW_TRACKING_URI, or the folder mlruns]",
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

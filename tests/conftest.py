@@ -25,6 +25,7 @@ from keras_transfer.events import Listener
 CLASSES = ("circle", "square", "stripes")
 
 RUN_FILES = {
+    "audit.json",
     "config.yaml",
     "far.npz",
     "history.csv",
@@ -37,7 +38,7 @@ RUN_FILES = {
     "skipped.csv",
     "splits.csv",
 }
-"""What `kt fit` leaves."""
+"""What `kt fit --no-report` leaves."""
 
 
 class Told(Listener):

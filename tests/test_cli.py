@@ -5,8 +5,10 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -19,8 +21,9 @@ from keras_transfer.config import USUAL_NAMES, load_config
 from keras_transfer.evaluation.metrics import evaluate
 from keras_transfer.features.cache import FeatureCache
 from keras_transfer.features.shards import FeatureSpec
+from keras_transfer.markup import printable
 from keras_transfer.models.bases import BASES
-from keras_transfer.terminal import printable, show_evaluation
+from keras_transfer.terminal import show_evaluation
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -44,6 +47,7 @@ def commands(group: click.Group = main, prefix: str = "kt") -> dict[str, click.C
         ["unfreeze-and-finetune", "--help"],
         ["bases"],
         ["cache", "list"],
+        ["runs", "--help"],
     ],
 )
 def test_what_needs_no_tensorflow_does_not_import_it(arguments):
@@ -331,11 +335,11 @@ def test_a_path_is_exact_in_a_pipe():
     assert done.stderr == b""
 
 
-def on_terminal(*arguments: object) -> bytes:
+def on_terminal(*arguments: object, run: Callable[..., Any] = run_kt) -> bytes:
     """What `kt ARGUMENT...` writes to a terminal."""
     ours, its = os.openpty()
     with ThreadPoolExecutor() as pool, open(its, "wb") as terminal:
-        done = pool.submit(run_kt, *arguments, stdout=terminal, stderr=terminal)
+        done = pool.submit(run, *arguments, stdout=terminal, stderr=terminal)
         done.add_done_callback(lambda _: terminal.close())
         written = b""
         with contextlib.suppress(OSError):  # it has hung up
@@ -351,6 +355,50 @@ def test_a_path_is_escaped_on_a_terminal():
     written = on_terminal("cache", "path", "--cache-dir", f"é\udcff{HOSTILE}")
     assert rf"\xe9\udcff{ESCAPED}".encode() in written
     assert b"\x1b" not in written
+
+
+EPOCHS = """
+from keras_transfer.terminal import listening
+with listening() as listener:
+    listener.epoch("fit", 7, {"l2": 1.0, "loss": 0.5})
+    for number in range(1, 41):
+        listener.progress("training", number * 5, 250)
+        rate = 0.0 if number == 40 else 1e-3
+        row = {"loss": 2 / number, "accuracy": 0.75, "learning_rate": rate}
+        row |= {"seconds": 2.0, "images_per_second": 1234.5}
+        listener.epoch("finetune", number, row)
+    listener.note("<- \x1b[31mdone")
+"""
+
+
+def test_each_epoch_is_a_line_in_a_pipe():
+    done = subprocess.run(
+        [sys.executable, "-c", EPOCHS], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == ""
+    *lines, last = done.stderr.splitlines()
+    assert len(lines) == 40 and last == r"- <- \x1b[31mdone"
+    assert "highest rate 1.0e-03" in lines[39]  # which ends at 0
+    assert lines[3] == (
+        "- epoch 4: loss 0.5000, training accuracy 0.7500, highest rate 1.0e-03, "
+        "img/s 1,234, time 2.0 s, time left 92.0 s"
+    )
+
+
+@posix
+def test_epochs_are_a_table_on_a_terminal():
+    """While it runs as many rows as fit, in the end all of them."""
+
+    def run(**options: object) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, "-c", EPOCHS], check=False, **options)
+
+    shown = click.unstyle(on_terminal(run=run).decode())
+    last = shown[shown.rindex("epoch") :].splitlines()
+    assert last[0].split()[:3] == ["epoch", "loss", "training"]
+    rows = [line.split() for line in last if "0.7500" in line]
+    assert [row[0] for row in rows] == [str(number) for number in range(1, 41)]
+    assert rows[3][1:] == "0.5000 0.7500 1.0e-03 1,234 2.0 s 92.0 s".split()
+    assert r"- <- \x1b[31mdone" in shown
 
 
 @pytest.mark.long

@@ -29,6 +29,7 @@ from keras_transfer.advice.probe import (
     probe,
 )
 from keras_transfer.advice.rules import (
+    METHODS,
     Advice,
     Evidence,
     Method,
@@ -48,7 +49,8 @@ from keras_transfer.events import Listener
 from keras_transfer.features.base import frozen_base
 from keras_transfer.features.engine import make_engine, predict, seconds_per_image
 from keras_transfer.features.frozen_part import FrozenPart, Storage, frozen_features
-from keras_transfer.features.usable import data_warnings, usable_splits
+from keras_transfer.features.usable import usable_splits
+from keras_transfer.markup import html_table
 from keras_transfer.models.bases import DOWNLOAD_FREE, get_base, weights_path
 from keras_transfer.models.classifier import attach_head, build_head, cut
 from keras_transfer.models.layer_groups import (
@@ -63,6 +65,7 @@ from keras_transfer.runs.manifest import Estimate
 from keras_transfer.training.labelled import LabelledFeatures, Weighting
 from keras_transfer.training.optim import group_multipliers, layer_patterns
 from keras_transfer.training.tail import TailRecipe, measure_training
+from keras_transfer.workflows.audit import quick_audit
 from keras_transfer.workflows.inputs import Inputs
 
 NEIGHBOURS = 5
@@ -82,6 +85,12 @@ class Recommendation(BaseModel):
     """The measurements."""
     command: str
     """Shell command to run; for images in memory, a Python expression."""
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: the advice, and the command to run."""
+        rows = [(one.rule, one.message) for one in self.advice]
+        caption = f"Recommended: {METHODS[self.method]}"
+        return html_table(caption, (), [*rows, ("command", self.command)])
 
 
 def measure(
@@ -116,8 +125,7 @@ def measure(
     storage = Storage(config.precision, quality=True)
     features = frozen_features(part, inputs.splits, 0, storage, listener)
     splits = usable_splits(config, inputs.splits, features.extraction)
-    for text in data_warnings(inputs.splits, splits, features.extraction):
-        listener.note(text)
+    quick_audit(config.data, inputs.splits, splits, features, (), config.seed, listener)
     probed = probe(config, splits, features)
 
     # Probe the features, and measure what each method costs on this machine.

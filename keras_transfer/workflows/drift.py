@@ -1,6 +1,6 @@
 """The workflow of `kt evaluate --drift`: how new images differ from a run's own."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,8 +8,6 @@ import numpy as np
 
 from keras_transfer.data.folders import image_files
 from keras_transfer.data.reading import read_files
-from keras_transfer.data.tables import LABEL_SEPARATOR
-from keras_transfer.data.text_cells import read_table
 from keras_transfer.errors import KerasTransferError
 from keras_transfer.evaluation.decisions import DecisionRule
 from keras_transfer.evaluation.drift import Drift, Judged, compare_sets
@@ -17,6 +15,7 @@ from keras_transfer.evaluation.of_run import load_detector, load_model
 from keras_transfer.evaluation.out_of_distribution import OutOfDistribution
 from keras_transfer.evaluation.prediction import predict_sources
 from keras_transfer.events import SILENT, Listener
+from keras_transfer.reporting.predictions import read_predictions
 from keras_transfer.runs.run import Run, read_together
 
 _HOW = ("test", "out of fold")  # predictions that were not trained on the image
@@ -95,28 +94,14 @@ def _kept(run: Run) -> tuple[OutOfDistribution, str, Judged]:
     """
     detector = load_detector(run)
     if detector and run.predictions_path.exists():
-        rows = [row for _, row in read_table(run.predictions_path)]
+        kept = read_predictions(
+            run.predictions_path, run.class_names, run.manifest.multi_label
+        )
         for how in _HOW:
-            kept = [row for row in rows if row["how"] == how and row["far"]]
-            if kept:
-                names = [row["predicted"] for row in kept]
-                far = np.array([row["far"] == "true" for row in kept])
-                multi_label = run.manifest.multi_label
-                predicted = _from_names(names, run.class_names, multi_label)
-                return detector, how, Judged(predicted, far)
+            found = kept.select((kept.how == how) & (kept.far >= 0))
+            if len(found):
+                return detector, how, Judged(found.is_predicted, found.far > 0)
     raise KerasTransferError(
         "Drift is measured against predictions that a run keeps. Received: "
         f"{run.run_dir}, which has none. Train it again with kt fit."
     )
-
-
-def _from_names(
-    names: Sequence[str], class_names: Sequence[str], multi_label: bool
-) -> np.ndarray:
-    """Converts predicted classes of images to bool `[N, num_classes]`."""
-    position = {name: index for index, name in enumerate(class_names)}
-    predicted = np.zeros((len(names), len(class_names)), bool)
-    for row, text in enumerate(names):
-        classes = text.split(LABEL_SEPARATOR) if multi_label else [text]
-        predicted[row, [position[name] for name in classes if name]] = True
-    return predicted

@@ -28,6 +28,7 @@ import tensorflow as tf
 from keras_transfer.config import (
     Config,
     FinetuneConfig,
+    Precision,
     load_config,
     to_yaml,
     with_finetune,
@@ -43,7 +44,7 @@ from keras_transfer.evaluation.metrics import (
 )
 from keras_transfer.evaluation.of_run import load_model
 from keras_transfer.evaluation.prediction import predict_table
-from keras_transfer.events import SILENT, Broadcast, Listener
+from keras_transfer.events import SILENT, Broadcast, Listener, announcing
 from keras_transfer.features.activations import (
     Activations,
     frozen_activations,
@@ -85,6 +86,7 @@ from keras_transfer.runs.run import (
     MODEL,
     Run,
     phase_model,
+    phase_predictions,
     updating,
 )
 from keras_transfer.runtime.openvino import cpu_has_bf16
@@ -115,6 +117,7 @@ from keras_transfer.workflows.gate import (
     usable_parts,
 )
 from keras_transfer.workflows.judging import Judgement
+from keras_transfer.workflows.report import report_phase
 
 _OLD_PATIENCE = 4
 """Default of version 0.1.0, which every config.yaml of its runs contains."""
@@ -146,6 +149,7 @@ def run_finetuning(
     resume: bool | None,
     listener: Listener,
     in_memory: object | None = None,
+    report: bool | None = None,
 ) -> FinetuneResult:
     """Implements `api.unfreeze_and_finetune`.
 
@@ -156,6 +160,7 @@ def run_finetuning(
             there is one.
         listener: Receives notes, progress, epochs and artifacts.
         in_memory: The images that the run was made from, if they were given in Python.
+        report: Whether to make the report page; None does what the run's config says.
 
     Returns:
         The result, which describes the new model even if it was not kept and the run
@@ -173,10 +178,16 @@ def run_finetuning(
         )
     with only_process(run.run_dir):
         config = _resolve(run, options, resume)
-        with _checkpoint_removed(run):
-            result = _finetune(run, config, listener, in_memory)
-    listener.note(result.report.reason)
-    listener.artifact(run.run_dir, "run")
+        parameters = config.model_dump(mode="json")
+        with announcing(listener, "finetune", run.run_dir, parameters):
+            with _checkpoint_removed(run):
+                result = _finetune(run, config, listener, in_memory)
+            listener.note(result.report.reason)
+            listener.artifact(run.run_dir, "run")
+            if config.report if report is None else report:
+                report_phase(run, listener, in_memory=in_memory)
+    figures = {name: x.model_dump() for name, x in result.evaluations.items()}
+    listener.finished("finetune", run.run_dir, figures)
     return result
 
 
@@ -320,7 +331,8 @@ def _train_head_again(
         config.seed,
         FeatureCache(config.cache_dir),
     )
-    storage = Storage("bf16" if run.manifest.precision == "bf16" else "f32")
+    precision: Precision = "bf16" if run.manifest.precision == "bf16" else "f32"
+    storage = Storage(precision, quality=True)
     features = frozen_features(part, splits, config.augment, storage, listener)
     usable = usable_splits(config, splits, features.extraction)
     names = usable.class_names
@@ -529,6 +541,9 @@ def _commit(
             judgement.write(staging, run.class_names)
             if manifest.phase == "fit":
                 _link(run.model_path, staging / phase_model("fit"))
+                if run.predictions_path.exists():  # not in a run of version 0.1.0
+                    kept = staging / phase_predictions("fit")
+                    _link(run.predictions_path, kept)
         changed = manifest.model_copy(update=update)
         write_atomic(staging / MANIFEST, changed.to_json())
     if report.kept:  # delete the model of an earlier fine-tuning that was not kept

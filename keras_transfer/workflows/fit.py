@@ -19,7 +19,7 @@ from keras_transfer.errors import KerasTransferError, UnusableImagesError
 from keras_transfer.evaluation.metrics import Evaluation
 from keras_transfer.evaluation.prediction import prediction_engine
 from keras_transfer.evaluation.thresholds import SureEvaluation
-from keras_transfer.events import Broadcast, Listener
+from keras_transfer.events import Broadcast, Listener, announcing
 from keras_transfer.features.base import frozen_base, image_size_of
 from keras_transfer.features.engine import predict
 from keras_transfer.features.frozen_part import (
@@ -35,11 +35,20 @@ from keras_transfer.features.parity import (
     is_close,
     parity,
 )
-from keras_transfer.features.usable import data_warnings, usable_splits
+from keras_transfer.features.usable import usable_splits
 from keras_transfer.models.classifier import attach_head
+from keras_transfer.reporting.of_run.record import Loaded
 from keras_transfer.runs.files import csv_text, write_atomic
-from keras_transfer.runs.manifest import Estimate, Manifest, host, now, versions
+from keras_transfer.runs.manifest import (
+    FEW_IMAGES,
+    Estimate,
+    Manifest,
+    host,
+    now,
+    versions,
+)
 from keras_transfer.runs.run import (
+    AUDIT,
     CONFIG,
     HISTORY,
     IMAGES,
@@ -53,9 +62,11 @@ from keras_transfer.runs.run import (
     building,
 )
 from keras_transfer.training.head import TrainedHead, predict_head, train_on_features
+from keras_transfer.workflows.audit import quick_audit
 from keras_transfer.workflows.export import export_savedmodel
 from keras_transfer.workflows.inputs import Inputs
-from keras_transfer.workflows.judging import FEW_IMAGES, Judgement, judge_head
+from keras_transfer.workflows.judging import Judgement, judge_head
+from keras_transfer.workflows.report import report_phase
 
 _STORAGE: dict[str, Sequence[Storage]] = {
     "auto": (Storage("auto"), Storage("f32"), Storage("f32", "keras")),
@@ -102,6 +113,15 @@ def extract_and_fit(inputs: Inputs, listener: Listener) -> FitResult:
             precision.
         KerasTransferError: If the data or the weights cannot be used for training.
     """
+    parameters = inputs.config.model_dump(mode="json")
+    with announcing(listener, "fit", inputs.run.run_dir, parameters):
+        result = _extract_and_fit(inputs, listener)
+    figures = {name: x.model_dump() for name, x in result.evaluations.items()}
+    listener.finished("fit", result.run.run_dir, figures)
+    return result
+
+
+def _extract_and_fit(inputs: Inputs, listener: Listener) -> FitResult:
     started = time.perf_counter()
     once = {"overwrite": False, "reread": False}  # must not apply when config is reused
     config = inputs.config.model_copy(update=once)
@@ -113,10 +133,6 @@ def extract_and_fit(inputs: Inputs, listener: Listener) -> FitResult:
     skipped_list = inputs.run.run_dir.with_name(f"{config.name}.{SKIPPED}")
     with _listing_unusable(skipped_list):
         trained = _train_classifier(config, part, inputs.splits, told)
-    for text in data_warnings(
-        inputs.splits, trained.splits, trained.features.extraction
-    ):
-        told.note(text)
 
     # Evaluate out of fold and on test images, and write everything to disk atomically.
     judged = judge_head(config, trained.splits, trained.features, trained.head)
@@ -125,15 +141,28 @@ def extract_and_fit(inputs: Inputs, listener: Listener) -> FitResult:
             "Nothing says how good the model is: the images are too few, or of too few "
             "groups, to hold any out."
         )
+    audit = quick_audit(
+        config.data,
+        inputs.splits,
+        trained.splits,
+        trained.features,
+        judged.predictions,
+        config.seed,
+        told,
+    )
     with building(inputs.run) as staging:
         images = image_table(inputs.splits, trained.features.extraction)
         with (staging / IMAGES).open("wb") as file:  # its path may not be valid UTF-8
             pq.write_table(images, file, compression="zstd")
         _write(staging, config, trained, judged)
+        write_atomic(staging / AUDIT, audit.to_json())
         manifest = _manifest(config, part, trained, judged, told.notes, started)
         write_atomic(staging / MANIFEST, manifest.to_json())
     run = Run(inputs.run.run_dir)
     told.artifact(run.run_dir, "run")
+    if config.report:
+        known = Loaded(trained.splits, trained.features, trained.model)
+        report_phase(run, told, known)
     if config.export:
         export_savedmodel(run, listener=told)
     return FitResult(run, judged.evaluations, judged.folds, judged.sure)

@@ -37,7 +37,7 @@ from keras_transfer.evaluation.validation import (
 )
 from keras_transfer.events import SILENT, Listener
 from keras_transfer.features.activations import Activations
-from keras_transfer.features.image_table import known_images
+from keras_transfer.features.image_table import known_hashes, known_images
 from keras_transfer.features.parity import is_close
 from keras_transfer.features.usable import copies_grouped
 from keras_transfer.reporting.predictions import PredictedTable
@@ -92,7 +92,7 @@ def divide(
         UsageError: If there are too few, unless the new model is kept by force anyway.
     """
     splits, num_classes = run_splits(run, in_memory), len(run.class_names)
-    everything = _with_copies(run, _joined(splits.train, splits.val))
+    everything = _with_copies(run, splits.train.joined(splits.val))
     rival = run.manifest.phase
     train, judging = carve_again(everything, _judged_before(run))
     if not can_judge(judging):
@@ -108,7 +108,7 @@ def divide(
     if config.finetune.patience is not None:
         # Images that choose the epoch must not judge it.
         train, stopping = _set_aside(train, num_classes, config)
-    splits = replace(splits, train=train, val=_joined(judging, stopping))
+    splits = replace(splits, train=train, val=judging.joined(stopping))
     return Parts(splits, judging, stopping, rival)
 
 
@@ -118,7 +118,8 @@ def _with_copies(run: Run, table: Table) -> Table:
     digests = {source: digest for source, (_, digest) in known.items()}
     if not digests.keys() >= {*table.sources}:  # a run of version 0.1.0
         return table
-    return copies_grouped(table, digests)
+    hashes = known_hashes(run.images_path, table.sources)
+    return copies_grouped(table, digests, hashes)
 
 
 def _judged_before(run: Run) -> set[str]:
@@ -146,16 +147,6 @@ def _set_aside(table: Table, num_classes: int, config: Config) -> tuple[Table, T
         if not config.finetune.force:
             raise
     return table, table.keep(())
-
-
-def _joined(one: Table, other: Table) -> Table:
-    weights = [x.sample_weight for x in (one, other) if x.sample_weight is not None]
-    return Table(
-        one.sources + other.sources,
-        np.concatenate([one.targets, other.targets]),
-        one.groups + other.groups,
-        np.concatenate(weights) if weights else None,
-    )
 
 
 def usable_parts(

@@ -29,12 +29,14 @@ class Inputs:
         makes_run: Whether it will be; else nothing is written.
         in_memory: The images if they are given in Python; None if `config.data` says
             where they are.
+        fewest_classes: As in `loading.load`.
     """
 
     config: Config
     run: NewRun
     makes_run: bool = True
     in_memory: object | None = None
+    fewest_classes: int = 2
 
     @property
     def data(self) -> object:
@@ -49,7 +51,13 @@ class Inputs:
             UsageError: If a run will be created and options do not fit the images.
         """
         config = self.config
-        splits = load(self.data, config.splits, config.seed, config)
+        splits = load(
+            self.data,
+            config.splits,
+            config.seed,
+            config,
+            fewest_classes=self.fewest_classes,
+        )
         if self.makes_run:
             _check_fit(config, splits)
         return splits
@@ -61,7 +69,10 @@ class Inputs:
 
 
 def prepare(
-    config: Config, makes_run: bool = True, in_memory: object | None = None
+    config: Config,
+    makes_run: bool = True,
+    in_memory: object | None = None,
+    fewest_classes: int = 2,
 ) -> Inputs:
     """Resolves a config and checks that results can be written.
 
@@ -69,6 +80,7 @@ def prepare(
         config: The user's config.
         makes_run: Whether a run directory will be created.
         in_memory: The images if they are given in Python.
+        fewest_classes: As in `loading.load`.
 
     Raises:
         UsageError: If the base is unknown, the run's name is not valid or is taken, or
@@ -87,7 +99,7 @@ def prepare(
                 "another runs_dir."
             )
     FeatureCache(config.cache_dir).check_usable()
-    return Inputs(config, run, makes_run, in_memory)
+    return Inputs(config, run, makes_run, in_memory, fewest_classes)
 
 
 def _check_fit(config: Config, splits: Splits) -> None:

@@ -12,7 +12,10 @@ import numpy as np
 
 from keras_transfer.config import Config
 from keras_transfer.data.tables import Splits, Table
-from keras_transfer.evaluation.crossvalidation import evaluate_out_of_fold
+from keras_transfer.evaluation.crossvalidation import (
+    OUT_OF_FOLD,
+    evaluate_out_of_fold,
+)
 from keras_transfer.evaluation.decisions import DEFAULT_THRESHOLD, DecisionRule
 from keras_transfer.evaluation.metrics import Evaluation, evaluate
 from keras_transfer.evaluation.out_of_distribution import MOST_FITTED, OutOfDistribution
@@ -24,19 +27,12 @@ from keras_transfer.evaluation.thresholds import (
     evaluate_sure,
 )
 from keras_transfer.features.frozen_part import FrozenFeatures
-from keras_transfer.features.usable import copies_grouped
+from keras_transfer.features.usable import keep_copies_together
 from keras_transfer.reporting.predictions import PredictedTable, predictions_csv
 from keras_transfer.runs.files import write_atomic
-from keras_transfer.runs.manifest import Abstention, CoveragePoint, Estimate
+from keras_transfer.runs.manifest import FEW_IMAGES, Abstention, CoveragePoint, Estimate
 from keras_transfer.runs.run import FAR, PREDICTIONS
 from keras_transfer.training.head import TrainedHead, predict_head
-
-FEW_IMAGES = 30
-"""With fewer test images than this, out-of-fold figures come first. At an accuracy of
-0.9 on 30 images, the 95% confidence interval is 0.74 to 0.97 (Wilson)."""
-
-OUT_OF_FOLD = "out_of_fold"
-"""Name under which figures of cross-validation stand beside those of splits."""
 
 _ROWS = 4096  # whose features are in memory together
 
@@ -150,7 +146,7 @@ def judge_head(
         choices = choose_thresholds(config, inside, said, names)
         thresholds = thresholds_of_others(inside, said, found.folds[found.rows], names)
         evaluations[OUT_OF_FOLD], folds = evaluate_out_of_fold(
-            copies_grouped(train, features.extraction.digests),
+            keep_copies_together(train, features.extraction),
             found,
             names,
             thresholds,

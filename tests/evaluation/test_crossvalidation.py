@@ -1,15 +1,20 @@
 """Out-of-fold figures: corrected for what they chose, and never certain by accident."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from keras_transfer.data.tables import Table
 from keras_transfer.evaluation import crossvalidation
 from keras_transfer.evaluation.crossvalidation import (
+    FOLDS,
     OutOfFold,
+    can_be_right,
     evaluate_out_of_fold,
     fold_numbers,
     head_folds,
+    quick_folds,
     selection_bias,
 )
 from keras_transfer.evaluation.metrics import metrics_of, score
@@ -141,4 +146,39 @@ def test_as_many_folds_as_there_can_be_or_a_tenth_of_many_images(monkeypatch):
     assert set(head_folds(table(targets), 3, 4, 0)) == {0, 1, 2, 3}  # if asked for
     np.testing.assert_array_equal(
         head_folds(table(targets), 3, 4, 0), fold_numbers(table(targets), 3, 4, 0)
+    )
+
+
+def test_a_model_knows_the_classes_that_the_other_folds_show():
+    folds = np.array([0, 0, 1, 1, 2, -1])
+    one = table(np.array([0, 1, 0, 1, 2, 0]))
+    assert can_be_right(one, 3, folds).tolist() == [True] * 4 + [False] * 2
+    weighted = replace(one, sample_weight=np.array([1, 0, 1, 1, 1, 1], np.float32))
+    assert can_be_right(weighted, 3, folds).tolist() == [
+        *(True, True, True, False, False, False)  # only image 1 shows class 1 as well
+    ]
+    film = table(np.repeat([0, 1], 3))
+    assert not can_be_right(film, 2, np.repeat([0, 1], 3)).any()
+    uneven = table(np.array([0, 0, 1, 0]))  # class 0 alone was learned
+    found = can_be_right(uneven, 2, np.array([0, 1, 0, 1]))
+    assert found.tolist() == [False, True, False, True]
+
+
+def test_a_model_of_several_labels_knows_which_are_shown_and_which_are_not():
+    targets = np.array([[1, 0], [1, 1], [0, 1], [1, 0]], np.uint8)
+    found = can_be_right(table(targets), 2, np.arange(4))
+    assert found.tolist() == [True, True, False, True]  # all others show class 0
+
+
+def test_one_image_stands_for_its_group():
+    targets = np.arange(40) % 2
+    grouped = replace(table(targets), groups=tuple(str(i // 4) for i in range(40)))
+    folds = quick_folds(grouped, 2, 0)
+    assert {len(set(folds[i : i + 4])) for i in range(0, 40, 4)} == {1}
+    assert sorted(set(folds)) == [0, 1, 2, 3, 4]
+    few = replace(grouped, groups=tuple(str(i // 10) for i in range(40)))
+    assert quick_folds(few, 2, 0) is None
+    alone = table(targets)
+    np.testing.assert_array_equal(
+        quick_folds(alone, 2, 0), fold_numbers(alone, 2, FOLDS, 0)
     )

@@ -37,7 +37,7 @@ def change(run: Run, **values: object) -> Run:
 def single(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Run:
     """A run with a tiny model, which is sure of half of the photos."""
     folder = tmp_path_factory.mktemp("runs")
-    options = {"image_size": SIZE, "name": "single", "folds": 2}
+    options = {"image_size": SIZE, "name": "single", "folds": 2, "report": False}
     run = keras_transfer.fit(
         str(photos), runs_dir=folder, cache_dir=folder / "cache", **options
     )

@@ -106,6 +106,7 @@ def trained(runs_dir: Path, photos: Path) -> Path:
         str(photos),
         image_size=SIZE,
         folds=2,  # of which no test here says anything
+        report=False,
         name="photos",
         runs_dir=runs_dir,
         cache_dir=runs_dir / "cache",
@@ -480,6 +481,7 @@ def memory_of_asking(version: Path, files: list[bytes]) -> int:
 
 
 @linux
+@pytest.mark.long
 def test_few_images_of_a_request_are_decoded_at_a_time(
     exported, other_process, monkeypatch
 ):

@@ -23,7 +23,7 @@ from keras_transfer.serving import server as serving
 def trained(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
     """A run that tests only read or copy, with a model that is fast to export."""
     runs_dir = tmp_path_factory.mktemp("runs")
-    options = {"image_size": SIZE, "name": "photos", "folds": 2}
+    options = {"image_size": SIZE, "name": "photos", "folds": 2, "report": False}
     folders = {"runs_dir": runs_dir, "cache_dir": runs_dir / "cache"}
     run = keras_transfer.fit(str(photos), **folders, **options)
     tiny_model().save(run.run_dir / "model.keras")

@@ -41,14 +41,17 @@ def run(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> keras_transfe
     )
     detector.save(run.far_path)
     model = load_model(run)
-    lines = [("path", "split", "how", "label", "predicted", "sure", "far")]
+    scores = [f"p_{name}" for name in CLASSES]
+    lines = [("path", "split", "how", "label", "predicted", *scores, "sure", "far")]
     for prediction in predict_sources(
         model, splits.test.sources, splits.read, detector
     ):
         predicted = CLASSES[prediction.probabilities.argmax()]
         far = str(prediction.far).lower()
-        lines.append((prediction.source, "test", "test", "", predicted, "", far))
-    lines.append(("a.jpg", "train", "fitted", "circle", "circle", "", "true"))
+        said = map(str, prediction.probabilities)
+        lines.append((prediction.source, "test", "test", "", predicted, *said, "", far))
+    fitted = ("a.jpg", "train", "fitted", "circle", "circle", 1, 0, 0, "", "true")
+    lines.append(fitted)
     text = io.StringIO()
     csv.writer(text).writerows(lines)
     run.predictions_path.write_text(text.getvalue())

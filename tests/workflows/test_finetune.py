@@ -65,7 +65,7 @@ def fit(data: Path, workspace: Path, name: str, **options: object) -> Path:
         name=name,
         runs_dir=workspace / "runs",
         cache_dir=workspace / "cache",
-        **{"splits": {"test": 0.1}, "folds": 2, **options},
+        **{"splits": {"test": 0.1}, "folds": 2, "report": False, **options},
     )
     return run.run_dir
 
@@ -94,7 +94,12 @@ def tuned(workspace: Path, guessing: Path) -> Path:
     run_dir = workspace / "runs" / "tuned"
     shutil.copytree(guessing, run_dir)
     keras_transfer.unfreeze_and_finetune(
-        run_dir, epochs=2, batch_size=8, learning_rate=3e-3, base_lr=1e-3
+        run_dir,
+        epochs=2,
+        batch_size=8,
+        learning_rate=3e-3,
+        base_lr=1e-3,
+        report=True,
     )
     return run_dir
 
@@ -172,7 +177,8 @@ def assert_one_line(result, exit_code: int, *words: str) -> None:
 
 def test_a_fine_tuned_run_holds_exactly_what_is_documented(tuned, guessing):
     names = {path.name for path in tuned.iterdir()}
-    assert names == RUN_FILES | {"model.fit.keras"}
+    made = {"model.fit.keras", "predictions.fit.csv", "report.html"}
+    assert names == RUN_FILES | made
     model, fit_model = tuned / "model.keras", tuned / "model.fit.keras"
     assert fit_model.read_bytes() == (guessing / "model.keras").read_bytes()
     assert model.read_bytes() != fit_model.read_bytes()
@@ -302,6 +308,7 @@ def test_frozen_weights_and_batch_normalization_keep_their_bits(tuned):
     assert {"hidden_0/bias", "probabilities/bias"} <= paths
 
 
+@pytest.mark.long
 def test_batch_normalization_is_trained_only_above_the_split(guessing, tune, copy):
     run_dir = copy(guessing)
     run = tune(run_dir, "--unfreeze", "from:block7a_project_conv", "--train-bn")
@@ -315,6 +322,7 @@ def test_batch_normalization_is_trained_only_above_the_split(guessing, tune, cop
     }
 
 
+@pytest.mark.long
 def test_stages_are_unfrozen_from_the_top(guessing, tune, copy):
     run_dir = copy(guessing)
     run = tune(run_dir, "--unfreeze", "stages:2", "--force", epochs=1)
@@ -328,6 +336,7 @@ def test_stages_are_unfrozen_from_the_top(guessing, tune, copy):
     assert not {x for x in layers if x.startswith(("block1", "block2", "stem"))}
 
 
+@pytest.mark.long
 @pytest.mark.long
 def test_everything_can_be_unfrozen(guessing, tune, copy):
     run_dir = copy(guessing)
@@ -383,7 +392,10 @@ def test_force_keeps_a_model_that_is_worse(perfect, tune, kt, copy):
     assert "by force" in report.reason
     assert report.after < report.before  # it guesses
     assert list(report.alphas) == ["1"] and report.alpha == 1  # and is not mixed
-    assert {path.name for path in run_dir.iterdir()} == RUN_FILES | {"model.fit.keras"}
+    assert {path.name for path in run_dir.iterdir()} == RUN_FILES | {
+        "model.fit.keras",
+        "predictions.fit.csv",
+    }
     assert digests(run_dir)["model.fit.keras"] == digests(perfect)["model.keras"]
     evaluated = json.loads(kt("evaluate", run_dir, "--json", "--phase", "fit").stdout)
     assert evaluated["confusion"] == run.metrics["fit"]["test"]["confusion"]
@@ -720,6 +732,7 @@ def test_only_a_clear_change_of_class_is_a_disagreement():
 
 
 @pytest.mark.long
+@pytest.mark.long
 def test_free_space_is_needed_for_what_is_not_cached_yet(
     guessing, kt, tune, copy, monkeypatch
 ):
@@ -795,6 +808,7 @@ def test_online_augmentation_makes_new_views_every_epoch(
     assert report.parity["top1_agreement"] == 1.0
 
 
+@pytest.mark.long
 def test_weights_of_images_count_in_training(workspace, photos, tmp_path, monkeypatch):
     weight = dict(zip(CLASSES, (8.0, 1.0, 0.5), strict=True))
     lines = [
@@ -1129,6 +1143,7 @@ def test_with_patience_further_images_choose_the_epoch(guessing, tune, copy):
 
 
 @pytest.mark.long
+@pytest.mark.long
 def test_the_default_patience_of_old_runs_was_not_asked_for(guessing, tune, copy):
     """Version 0.1.0 wrote it out into every config.yaml."""
     manifest = json.loads((guessing / "manifest.json").read_text())
@@ -1157,6 +1172,7 @@ def test_a_head_of_more_folds_than_images_that_are_left(photos, tmp_path, tune):
     assert report.deciding_images == 3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("unreadable", [False, True])
 def test_force_helps_where_none_can_be_set_aside_for_patience(
     photos, tmp_path, tune, kt, unreadable, monkeypatch
@@ -1243,7 +1259,7 @@ def changes(path: Path, count: int) -> Callable[[], bool]:
 
 def history_without_seconds(run_dir: Path) -> list[dict[str, str]]:
     return [
-        {key: value for key, value in row.items() if key != "seconds"}
+        {key: value for key, value in row.items() if "second" not in key}
         for row in rows(run_dir / "history.csv")
     ]
 
@@ -1616,7 +1632,10 @@ def test_it_can_be_called_from_python(guessing, copy):
     history = rows(run.run_dir / "history.csv")
     assert told_epoch[:2] == ("finetune", 1)
     assert f"{told_epoch[2]['loss']}" == history[-1]["loss"]
-    assert told_epoch[2].keys() == {"epoch", "loss", "learning_rate", "seconds"}
+    assert told_epoch[2].keys() == {
+        *("epoch", "loss", "accuracy", "learning_rate"),
+        *("seconds", "images_per_second"),
+    }
     assert told.artifacts == [(run.run_dir, "run")]
     with pytest.raises(keras_transfer.errors.UsageError, match="epochs"):
         keras_transfer.unfreeze_and_finetune(run, epoch=1)

@@ -26,6 +26,7 @@ from keras_transfer.runs.files import csv_text
 
 BAD = os.fsdecode(b"bad\xff.jpg")
 SMALL = {
+    "report": False,
     "image_size": 32,
     "weights": "none",
     "max_skipped": 0.2,

@@ -17,6 +17,7 @@ from keras_transfer.workflows.advise import command_line
 from keras_transfer.workflows.inputs import prepare
 
 SMALL = {
+    "report": False,
     "image_size": 32,
     "weights": "none",
     "folds": 2,
@@ -44,7 +45,7 @@ def dataset(arrays: tuple[np.ndarray, np.ndarray], seed: int) -> tf.data.Dataset
 def made(tmp_path_factory, arrays) -> tuple[Path, list[str]]:
     """A run of the arrays that tests work on copies of, and the notes of its making."""
     told, folder = Told(), tmp_path_factory.mktemp("runs")
-    options = {**SMALL, "cache_dir": folder / "cache"}
+    options = {**SMALL, "cache_dir": folder / "cache", "report": True}
     keras_transfer.fit(arrays, name="run", runs_dir=folder, listeners=[told], **options)
     return folder / "run", told.notes
 
