@@ -1,8 +1,11 @@
 """Decoded sample images, for measurements that need real images."""
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 
 from keras_transfer.data.decode import make_decoder
+from keras_transfer.data.reading import Reader, map_ahead
 from keras_transfer.data.tables import Splits
 from keras_transfer.errors import DecodeError, KerasTransferError
 
@@ -47,3 +50,26 @@ def sample_images(
             f"{reasons[0]}."
         )
     return sample
+
+
+def decoded_images(
+    read: Reader, sources: Sequence[str], image_size: int, threads: int = 2
+) -> Iterator[tuple[str, np.ndarray | None]]:
+    """Reads and decodes images in threads, in the order in which they are read.
+
+    Yields:
+        (source, uint8 `[image_size, image_size, 3]` pixels, or None if the image cannot
+        be read).
+    """
+    decode = make_decoder(image_size)
+
+    def decoded(item: tuple[str, bytes | OSError]) -> tuple[str, np.ndarray | None]:
+        source, encoded = item
+        if isinstance(encoded, OSError):
+            return source, None
+        try:
+            return source, decode(encoded)
+        except DecodeError:
+            return source, None
+
+    yield from map_ahead(decoded, read(sources), threads)

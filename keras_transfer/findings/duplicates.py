@@ -8,9 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from keras_transfer.data.reading import map_ahead
 from keras_transfer.data.tables import SPLIT_NAMES
-from keras_transfer.errors import DecodeError
 from keras_transfer.events import SILENT, Listener
 from keras_transfer.features.copies import (
     Kinds,
@@ -359,21 +357,11 @@ def _pictures(
     images: AuditedImages, sources: Sequence[str]
 ) -> Iterator[tuple[str, np.ndarray | None]]:
     """Yields (source, uint8 `[SIDE, SIDE]` picture, or None if it cannot be read)."""
-    from keras_transfer.data.decode import make_decoder
+    from keras_transfer.data.samples import decoded_images  # imports TensorFlow
 
-    decode = make_decoder(SIDE)
-
-    def picture(item: tuple[str, bytes | OSError]) -> tuple[str, np.ndarray | None]:
-        source, encoded = item
-        if isinstance(encoded, OSError):
-            return source, None
-        try:
-            return source, pictures_of([decode(encoded)])[0]
-        except DecodeError:
-            return source, None
-
-    read = images.read(sources)
-    yield from map_ahead(picture, read, os.cpu_count() or 1)
+    threads = os.cpu_count() or 1
+    for source, pixels in decoded_images(images.read, sources, SIDE, threads):
+        yield source, None if pixels is None else pictures_of([pixels])[0]
 
 
 def _least_likeness(by_chance: np.ndarray, count: int) -> float:

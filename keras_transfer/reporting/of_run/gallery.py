@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 import keras
 import numpy as np
 
-from keras_transfer.data.decode import make_decoder
-from keras_transfer.data.reading import Reader, map_ahead
-from keras_transfer.errors import DecodeError
+from keras_transfer.data.reading import Reader
+from keras_transfer.data.samples import decoded_images
 from keras_transfer.reporting.album import Album
 from keras_transfer.reporting.explain import heat_maps
 from keras_transfer.reporting.page import Card, Figure, Gallery, Heat
@@ -54,21 +53,10 @@ class Galleries:
             read: Reads the images.
             changed: Sources to leave out.
         """
-        decode = make_decoder(model.input_shape[1])
-
-        def decoded(item: tuple[str, bytes | OSError]) -> tuple[str, np.ndarray | None]:
-            source, encoded = item
-            if isinstance(encoded, OSError):
-                return source, None
-            try:
-                return source, decode(encoded)
-            except DecodeError:
-                return source, None
-
         wanted = [source for source in self._classes if source not in changed]
         pixels = {
             source: image
-            for source, image in map_ahead(decoded, read(wanted), threads=2)
+            for source, image in decoded_images(read, wanted, model.input_shape[1])
             if image is not None
         }
         if not pixels:
