@@ -13,6 +13,9 @@ import numpy as np
 from keras_transfer.findings.finding import Finding, Severity, Suspect
 from keras_transfer.findings.images import AuditedImages
 
+UNUSABLE = "unusable files"
+"""Kind of the finding about files that are left out."""
+
 _MOST_ODD = 0.1  # of the images; with more, being so is usual in the data
 
 _TINY = 32
@@ -94,7 +97,7 @@ def unusable_findings(skipped: Mapping[str, str]) -> list[Finding]:
         return []
     return [
         Finding(
-            kind="unusable files",
+            kind=UNUSABLE,
             severity="medium",
             message=f"{len(skipped):,} files cannot be read or decoded, and are left "
             "out. Mend or remove them.",

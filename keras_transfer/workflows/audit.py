@@ -36,7 +36,11 @@ from keras_transfer.findings.label_errors import (
     can_find_label_errors,
     label_error_findings,
 )
-from keras_transfer.findings.odd_files import odd_file_findings, unusable_findings
+from keras_transfer.findings.odd_files import (
+    UNUSABLE,
+    odd_file_findings,
+    unusable_findings,
+)
 from keras_transfer.findings.outliers import outlier_findings
 from keras_transfer.findings.shortcuts import shortcut_findings
 from keras_transfer.findings.sources import source_findings
@@ -193,7 +197,7 @@ def quick_audit(
         *cheap_findings(images, probabilities, seed, listener),
     ]
     audit = Audit.of(data, _class_counts(images), len(images), findings)
-    told = {"unusable images", "groups divided between splits"}
+    told = {UNUSABLE, "groups divided between splits"}  # `fit` counts the former
     if usable.absent_classes() == listed.absent_classes():
         told |= {"classes absent from train", "classes absent from test"}
     for finding in audit.at_least("medium"):
