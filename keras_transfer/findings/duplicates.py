@@ -157,7 +157,7 @@ def copy_findings(images: AuditedImages, copies: Copies) -> list[Finding]:
     Each image is in a finding once, with the copy that is most similar. Of copies
     across splits, those are listed that are not in the training split, or are in the
     test split with a copy in the validation split; of copies within a split, all but
-    the first.
+    the first and those that are told of because a copy has another label.
 
     Args:
         images: The images.
@@ -182,6 +182,8 @@ def copy_findings(images: AuditedImages, copies: Copies) -> list[Finding]:
         }
         for what, is_meant in kinds.items():
             keep = is_meant & ~known[what][one]
+            if what == "same":
+                keep &= ~known["labels"][one]
             links = _best(one[keep], other[keep], score[keep])
             known[what][links[0]] = True
             if len(links[0]):
