@@ -7,7 +7,7 @@ from all of them.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import keras
 import numpy as np
@@ -53,12 +53,15 @@ class TrainedHead:
             losses are mean cross-entropies in nats without the L2 term: of the training
             images, and out of fold. The latter is NaN without folds.
         out_of_fold: Out-of-fold predictions; None without folds.
+        groups: Group of each training image, by which the folds were dealt: copies of
+            an image share one, and "" is a group of its own. Empty for given folds.
     """
 
     model: keras.Model
     l2: float
     history: list[dict[str, float]] = field(default_factory=list)
     out_of_fold: OutOfFold | None = None
+    groups: tuple[str, ...] = ()
 
 
 def train_head(
@@ -117,23 +120,20 @@ def train_on_features(
         listener: Receives progress and epochs.
     """
     table, names, head = splits.train, splits.class_names, config.head
+    apart = keep_copies_together(table, features.extraction)
     views = [features.rows(table.sources, view) for view in range(config.augment + 1)]
     weighting = class_weighting(
         table.targets, names, head.class_weight, head.logit_adjustment
     )
-    return train_head(
+    trained = train_head(
         head,
         label_features(views, table.targets, weighting, relative_weights(table)),
-        head_folds(
-            keep_copies_together(table, features.extraction),
-            len(names),
-            config.folds,
-            config.seed,
-        ),
+        head_folds(apart, len(names), config.folds, config.seed),
         config.seed,
         listener,
         config.metric,
     )
+    return replace(trained, groups=apart.groups)
 
 
 def _chosen(

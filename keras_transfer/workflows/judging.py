@@ -27,7 +27,6 @@ from keras_transfer.evaluation.thresholds import (
     evaluate_sure,
 )
 from keras_transfer.features.frozen_part import FrozenFeatures
-from keras_transfer.features.usable import keep_copies_together
 from keras_transfer.reporting.predictions import PredictedTable, predictions_csv
 from keras_transfer.runs.files import write_atomic
 from keras_transfer.runs.manifest import FEW_IMAGES, Abstention, CoveragePoint, Estimate
@@ -128,7 +127,7 @@ def judge_head(
         config: The resolved config.
         splits: The usable images.
         features: Their features.
-        head: The trained head.
+        head: The head that `train_on_features` trained on them.
 
     Raises:
         UsageError: If the accuracy of sure predictions cannot be reached.
@@ -146,7 +145,7 @@ def judge_head(
         choices = choose_thresholds(config, inside, said, names)
         thresholds = thresholds_of_others(inside, said, found.folds[found.rows], names)
         evaluations[OUT_OF_FOLD], folds = evaluate_out_of_fold(
-            keep_copies_together(train, features.extraction),
+            replace(train, groups=head.groups),
             found,
             names,
             thresholds,
