@@ -69,6 +69,11 @@ class Views:
         """Returns the cache's specification of a view; 0 is the plain image."""
         return replace(plain, view=number, augmentation=self.key) if number else plain
 
+    def tables(self, cache: FeatureCache, plain: FeatureSpec) -> list[FeatureTable]:
+        """Returns the cache's tables of the plain images and of each view."""
+        numbers = range(self.count + 1)
+        return [cache.table(self.spec(plain, number)) for number in numbers]
+
 
 @dataclass(frozen=True)
 class FrozenPart:
@@ -203,23 +208,17 @@ def frozen_features(
     def make(sample: np.ndarray) -> Engine:
         # Decisions that are based on the sample must use training images only.
         sample = sample[: max(len(splits.train), 1)]
-        made = engine
-        if made is None:
-            made = _make_engine(part, storage, spec if rows else None, sample, listener)
+        cached = spec if rows else None
+        made = engine or _make_engine(part, storage, cached, sample, listener)
         check(made, sample)
         return made
 
-    def tables_of(spec: FeatureSpec) -> list[FeatureTable]:
-        numbers = range(views.count + 1)
-        return [part.cache.table(views.spec(spec, number)) for number in numbers]
-
-    images = _images(part, splits, views, storage.quality)
     try:
         extraction = extract_features(
-            images,
-            tables_of(spec),
+            _images(part, splits, views, storage.quality),
+            views.tables(part.cache, spec),
             make,
-            lambda made: tables_of(part.spec_of(made, storage.dtype)),
+            lambda made: views.tables(part.cache, part.spec_of(made, storage.dtype)),
             listener,
         )
     except UsageError:
@@ -230,8 +229,7 @@ def frozen_features(
         )
         storage = replace(storage, precision="f32")
         return frozen_features(part, splits, views, storage, listener, check, engine)
-    ran = extraction.engine
-    precision = ran.precision if ran else spec.precision
+    precision = (extraction.engine or spec).precision
     return FrozenFeatures(extraction, precision, time.perf_counter() - started)
 
 
