@@ -355,6 +355,7 @@ def test_everything_can_be_unfrozen(guessing, tune, copy):
 # Never worse
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("start", "rates"), [("perfect", ("--lr", 100)), ("guessing", LEARNS_LITTLE)]
 )
@@ -645,6 +646,7 @@ def without_temperature(run: Run) -> dict[str, np.ndarray]:
     return values
 
 
+@pytest.mark.long
 def test_weights_are_mixed_in_the_share_that_is_best(guessing, tune, copy, monkeypatch):
     monkeypatch.setattr(tuned_module, "ALPHAS", (1.0,))
     whole = tune(copy(guessing, "whole"))
@@ -699,6 +701,7 @@ def test_activations_are_computed_once(guessing, tune, copy):
     assert not changed(cached / "model.keras", again / "model.keras")
 
 
+@pytest.mark.long
 def test_of_a_way_that_is_given_up_only_a_sample_is_kept(
     guessing, tune, copy, monkeypatch
 ):
@@ -751,6 +754,7 @@ def test_free_space_is_needed_for_what_is_not_cached_yet(
     assert_one_line(result, 1, "40 activations", "GB left", "--disk-budget")
 
 
+@pytest.mark.long
 def test_augmented_views_are_cached_and_trained_on(guessing, tune, copy):
     run_dir = copy(guessing)
     report = tune(run_dir, "--augment", 2).manifest.finetune
@@ -1072,6 +1076,7 @@ def test_a_missing_run_is_named(kt):
     assert_one_line(result, 2, "nowhere", "kt fit")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("augment", "evaluated"), [(0, ["test"]), ("online", [])])
 def test_where_no_images_can_be_set_aside_force_is_needed(
     photos, tmp_path, kt, tune, augment, evaluated
@@ -1465,6 +1470,7 @@ def test_an_interrupt_is_one_line_and_can_be_resumed(guessing, uninterrupted, kt
 # Data of every kind
 
 
+@pytest.mark.long
 def test_labels_may_be_several(kt, tune, tmp_path):
     rng = np.random.default_rng(0)
     lines = ["path,label"]

@@ -100,6 +100,7 @@ def count_reads(monkeypatch, fit) -> int:
     return len({path for path in paths if path.suffix == ".jpg"})
 
 
+@pytest.mark.long
 def test_a_second_fit_reads_no_image_that_it_knows(copied, monkeypatch):
     for path in (copied / "images").rglob("*.jpg"):
         os.utime(path, ns=(10**18, 10**18))

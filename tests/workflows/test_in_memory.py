@@ -56,6 +56,7 @@ def run(made, tmp_path) -> keras_transfer.Run:
     return keras_transfer.open_run(tmp_path / "run")
 
 
+@pytest.mark.long
 def test_a_run_of_arrays_takes_them_again(made, run, arrays):
     assert any("take them again" in note for note in made[1])
     assert run.config.data == "memory:arrays"
@@ -76,6 +77,7 @@ def test_a_run_of_arrays_takes_them_again(made, run, arrays):
     assert tuned.evaluate(arrays).images == 9
 
 
+@pytest.mark.long
 def test_a_run_of_arrays_refuses_others_and_says_what_to_do(run, arrays):
     x, y = arrays
     before = run.manifest
@@ -135,6 +137,7 @@ def test_arrays_and_files_of_the_same_pixels_give_the_same_model(arrays, tmp_pat
     assert tuned.manifest.phase == "finetune"
 
 
+@pytest.mark.long
 def test_a_dataset_may_come_in_another_order(arrays):
     run = keras_transfer.fit(dataset(arrays, 1), name="run", **SMALL)
     again = run.evaluate(dataset(arrays, 2))
@@ -165,6 +168,7 @@ def test_lists_of_labels_stay_lists(tmp_path):
     assert (again.images, again.accuracy) == (expected["images"], expected["accuracy"])
 
 
+@pytest.mark.long
 def test_a_frame_of_paths_is_found_again(arrays, tmp_path, kt):
     x, y = arrays
     for index, pixels in enumerate(x):
