@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.stats
 
-from keras_transfer.evaluation.intervals import Groups
+from keras_transfer.evaluation.intervals import CONFIDENCE, Groups, Interval
 from keras_transfer.evaluation.metrics import score
 
 LEVEL = 0.13
@@ -25,6 +25,7 @@ mid-p value of that is 1/8, which `LEVEL` would let pass."""
 
 _ROUNDS = 2000
 _ROUNDS_OF_RANKS = 300  # each sorts all images once per class
+_Z = float(scipy.stats.norm.ppf((1 + CONFIDENCE) / 2))
 _TIE = 1e-9  # larger than rounding errors, smaller than what one image changes
 
 
@@ -44,6 +45,7 @@ class Comparison:
             unit of the metric.
         informative: Number of images, or groups, for which the models differ in a way
             that can change the metric.
+        units: Number of images, or of groups if any image has one.
     """
 
     metric: str
@@ -54,12 +56,26 @@ class Comparison:
     images: int = 0
     spread: float = 0.0
     informative: int = 0
+    units: int = 0
 
     @property
     def gain(self) -> float:
         """How much better the second model is; negative if it is worse."""
         difference = self.after - self.before
         return -difference if self.metric == "log_loss" else difference
+
+    @property
+    def interval(self) -> Interval:
+        """95% confidence interval of the gain, of metrics from 0 to 1.
+
+        A normal one, to which an image (or group) is added that only the first model
+        gets right, and one that only the second does: without them, models that do not
+        differ for any image would be known to be equal. Source: Bonett & Price 2012,
+        "Adjusted Wald Confidence Interval for a Difference of Binomial Proportions
+        Based on Paired Data", Journal of Educational and Behavioral Statistics 37.
+        """
+        half = _Z * math.sqrt(self.spread**2 + 2 / max(self.units, 1) ** 2)
+        return max(-1.0, self.gain - half), min(1.0, self.gain + half)
 
     @property
     def level(self) -> float:
@@ -113,10 +129,12 @@ def compare(
         gained = int((is_right & ~was_right).sum())
         lost = int((was_right & ~is_right).sum())
         p_value, informative = float(mcnemar(gained, lost)), gained + lost
+        units = len(targets)
         spread = math.sqrt(informative) / max(len(targets), 1)
     else:
         grouped, rng = Groups.of(groups), np.random.default_rng(seed)
         numbers = np.arange(len(targets)) if grouped is None else grouped.index
+        units = int(numbers.max(initial=-1)) + 1
         gains, informative = _permuted_gains(
             metric, targets, (before, after), numbers, rng
         )
@@ -134,6 +152,7 @@ def compare(
         len(targets),
         spread,
         informative,
+        units,
     )
 
 
@@ -155,7 +174,10 @@ def mcnemar(gained: np.ndarray | int, lost: np.ndarray | int) -> np.ndarray:
 
 
 def images_needed(
-    comparison: Comparison, gain: float = 0.05, power: float = 0.8
+    comparison: Comparison,
+    gain: float = 0.05,
+    power: float = 0.8,
+    level: float | None = None,
 ) -> int:
     """Estimates how many images it takes to recognize a gain.
 
@@ -170,9 +192,11 @@ def images_needed(
             which has no fixed scale.
         gain: The true gain, in the unit of the metric.
         power: Probability of recognizing it, between 0 and 1.
+        level: Largest one-sided p-value of a gain that is recognized; None for that of
+            the comparison.
     """
     variance = max(comparison.images * comparison.spread**2, gain)
-    z = scipy.stats.norm.isf(comparison.level) + scipy.stats.norm.ppf(power)
+    z = scipy.stats.norm.isf(level or comparison.level) + scipy.stats.norm.ppf(power)
     return math.ceil(z**2 * variance / gain**2)
 
 

@@ -413,8 +413,8 @@ def show_comparison(found: "RunComparison") -> None:
         table.add_row(name, figures.describe(found.metric))
     console.print(table)
     console.print(
-        f"Difference: {found.difference:+.3f} on {found.first.images:,} common test "
-        f"images, p = {found.p_value:.3g}"
+        f"Difference (95% interval): {found.described_difference} on "
+        f"{found.first.images:,} common test images, p = {found.p_value:.3g}"
     )
     for reason, count in found.left_out.items():
         console.print(f"Left out: {count:,} test images of {found.names[0]} {reason}")

@@ -48,6 +48,7 @@ class RunComparison:
             100 classes, these are without the log loss and the metrics of ranks, since
             not every probability was kept.
         second: Metrics of the second run on them.
+        interval: 95% confidence interval of the difference.
         p_value: Probability of a difference at least this large, in either direction,
             if the runs are equally good, from 0 to 1.
         informative: Number of images, or groups, for which the runs differ.
@@ -63,6 +64,7 @@ class RunComparison:
     metric: str
     first: Evaluation
     second: Evaluation
+    interval: Interval
     p_value: float
     informative: int
     needed: int
@@ -76,6 +78,12 @@ class RunComparison:
         return float(getattr(self.second, self.metric)) - float(
             getattr(self.first, self.metric)
         )
+
+    @property
+    def described_difference(self) -> str:
+        """The difference with its interval, such as `+0.020 (-0.010 to +0.050)`."""
+        low, high = self.interval
+        return f"{self.difference:+.3f} ({low:+.3f} to {high:+.3f})"
 
     @property
     def is_clear(self) -> bool:
@@ -100,8 +108,8 @@ class RunComparison:
 
     def __str__(self) -> str:
         return (
-            f"{self.metric} {self.difference:+.3f} on {self.first.images:,} common "
-            f"test images. {self.sentence}"
+            f"{self.metric} {self.described_difference} on {self.first.images:,} "
+            f"common test images. {self.sentence}"
         )
 
 
@@ -225,9 +233,10 @@ def compare_two(first: Run, second: Run) -> RunComparison:
         metric,
         evaluations[0],
         evaluations[1],
+        tested.interval,
         p_value=min(1.0, 2 * min(tested.p_value, 1 - tested.p_value)),
         informative=tested.informative,
-        needed=images_needed(tested, _GAIN),
+        needed=images_needed(tested, _GAIN, level=LEVEL / 2),
         left_out=left_out,
         gained=gained,
         lost=lost,

@@ -272,8 +272,37 @@ def test_as_many_images_as_are_needed_recognize_a_gain_four_times_in_five():
     assert more > 1.5 * size
     assert images_needed(seen, gain=0.1) == pytest.approx(size / 4, abs=1)
     assert images_needed(seen, power=0.5) < size
+    assert images_needed(seen, level=0.025) > size
     # Even if no image differs so far, 5 points take at least 5% of images that do.
     assert images_needed(compare_counts(100, 0, 0, 0)) == pytest.approx(78, abs=1)
+
+
+@pytest.mark.parametrize(("gain", "loss"), [(0.0, 0.0), (0.05, 0.05), (0.2, 0.1)])
+def test_intervals_of_a_gain_cover_it_as_often_as_they_say(gain, loss):
+    rng, images, rounds = np.random.default_rng(0), 40, 4000
+    counts = rng.multinomial(images, [gain, loss, 1 - gain - loss], rounds)
+    covered = []
+    for (gained, lost, _), times in zip(
+        *np.unique(counts, axis=0, return_counts=True), strict=True
+    ):
+        found = compare_counts(images - gained - lost, gained, lost, 0)
+        assert found.units == images
+        low, high = found.interval
+        covered.append((low <= gain - loss <= high) * times)
+    assert sum(covered) / rounds >= 0.94
+
+
+def test_an_interval_of_groups_is_that_of_as_many_images():
+    targets, before = right_and_wrong([True, False, False, False] * 6)
+    after = right_and_wrong([True, True, True, False] * 6)[1]
+    alone = compare("balanced_accuracy", targets, before, after)
+    groups = [name for name in "abcdefghijkl" for _ in "12"]
+    found = compare("balanced_accuracy", targets, before, after, groups)
+    every = compare("balanced_accuracy", targets, before, after, ["a"] * 24)
+    assert (alone.units, found.units, every.units) == (24, 12, 1)
+    widths = [high - low for low, high in (alone.interval, found.interval)]
+    assert widths[1] == pytest.approx(widths[0] * math.sqrt(2), rel=0.2)
+    assert every.interval == (-1, 1)
 
 
 def test_of_candidates_the_best_is_taken_and_of_equals_the_surer():
