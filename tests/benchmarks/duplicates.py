@@ -11,7 +11,8 @@ features, plain and as the package compares them. Numbers are the fraction of co
 found, and of wrong pairs: of a copy with another image.
 
 Pairs among the images of DATA are counted, and drawn on contact sheets in FOLDER, to
-look at; `--least` draws those below the threshold too.
+look at; `--least` draws those below the threshold too. So are 10 random pairs with an
+edited copy, of those found.
 """
 
 import argparse
@@ -196,6 +197,8 @@ def measure(data: str, seed: int, arguments: argparse.Namespace) -> None:
             f"{cheap_seconds:.2f} s cheap, {seconds:.1f} s thorough",
             flush=True,
         )
+        if arguments.sheets:
+            draw_some(images, encoded, thorough, first, arguments.sheets, kind, seed)
         if arguments.sheets and kind == KINDS[0]:
             least, duplicates.LEAST_LIKENESS = (
                 duplicates.LEAST_LIKENESS,
@@ -204,6 +207,25 @@ def measure(data: str, seed: int, arguments: argparse.Namespace) -> None:
             loose = find_copies(images)
             duplicates.LEAST_LIKENESS = least
             draw_sheets(images, encoded, loose, first, data, seed, arguments.sheets)
+
+
+def draw_some(
+    images: AuditedImages,
+    encoded: dict[str, bytes],
+    copies: duplicates.Copies,
+    first: int,
+    folder: Path,
+    kind: str,
+    seed: int,
+) -> None:
+    """Draws 10 random pairs that an edited copy is in."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = np.flatnonzero((copies.pairs >= first).any(1) & ~copies.exact)
+    rows = np.random.default_rng(seed).permutation(rows)[:10]
+    pairs = [(float(copies.similarity[k]), *copies.pairs[k].tolist()) for k in rows]
+    name = f"{len(images)}-{seed}-copies-{kind.replace(' ', '-')}.png"
+    if pairs:
+        sheet(images, encoded, pairs, folder / name)
 
 
 def draw_sheets(
