@@ -6,7 +6,7 @@ and that neither run was trained on under any name.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -217,17 +217,17 @@ def compare_two(first: Run, second: Run) -> RunComparison:
         targets = targets.argmax(1)
     probabilities = one.probabilities(rows, names), other.probabilities(others, names)
     groups = [
-        one.images[source][1] or other.images[source][1]
-        for source in (one.sources[row] for row in rows)
+        one.images[one.sources[row]][1] or other.images[other.sources[match]][1]
+        for row, match in pairs
     ]
     metric = deciding_metric(targets)
     tested = compare(metric, targets, *probabilities, groups)
     evaluations = [evaluate(targets, p, names, groups) for p in probabilities]
     if not (one.has_all_probabilities and other.has_all_probabilities):
         evaluations = [_without_ranks(evaluation) for evaluation in evaluations]
-    gained, lost = changes(
-        one.test.select(np.array(rows)), other.test.select(np.array(others))
-    )
+    # The same image may have another name in the other run.
+    before, after = one.test.select(np.array(rows)), other.test.select(np.array(others))
+    gained, lost = changes(before, replace(after, sources=before.sources))
     return RunComparison(
         (str(first.run_dir), str(second.run_dir)),
         metric,

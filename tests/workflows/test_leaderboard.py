@@ -372,10 +372,11 @@ def worsen(run: Path, count: int) -> None:
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
-def edit_images(run: Path, column: str, value: object, count: int) -> None:
-    """Changes a column of the first test images."""
+def edit_images(run: Path, column: str, value: object, count: int | None) -> None:
+    """Changes a column of the first test images; of all images without a count."""
     table = pq.read_table(run / "images.parquet")
-    test = np.flatnonzero(np.array(table["split"].to_pylist()) == "test")[:count]
+    is_meant = np.array(table["split"].to_pylist()) == "test"
+    test = np.flatnonzero(is_meant | (count is None))[:count]
     values = table[column].to_pylist()
     for row in test:
         values[row] = value(values[row]) if callable(value) else value
@@ -402,6 +403,23 @@ def test_a_worse_run_is_recognized(runs, kt):
     assert "Difference (95% interval): -0.400 (-0.6" in result.stdout
     assert ") on 30 common test images, p = " in result.stdout
     assert "saved_models/a is better than saved_models/b" in result.stdout
+
+
+def test_images_are_the_same_whatever_their_names(runs):
+    worsen(runs / "b", 12)
+    plain = compare_two(Run(runs / "a"), Run(runs / "b"))
+    # The names of the others, in the other order: each is the name of another image.
+    path = runs / "b" / "predictions.csv"
+    with path.open(newline="") as file:
+        header, *rows = csv.reader(file)
+    names = [row[0] for row in rows]
+    new = dict(zip(names, reversed(names), strict=True))
+    with path.open("w", newline="") as file:
+        renamed = [[new[name], *row] for name, *row in rows]
+        csv.writer(file, lineterminator="\n").writerows([header, *renamed])
+    edit_images(runs / "b", "source", new.__getitem__, None)
+    found = compare_two(Run(runs / "a"), Run(runs / "b"))
+    assert found == plain and len(found.lost) == 12
 
 
 def test_too_little_is_said_to_be_too_little(runs):
