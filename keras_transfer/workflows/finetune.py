@@ -42,16 +42,17 @@ from keras_transfer.evaluation.metrics import (
     Evaluation,
     deciding_metric,
 )
-from keras_transfer.evaluation.of_run import load_model
+from keras_transfer.evaluation.of_run import load_model, run_splits
 from keras_transfer.evaluation.prediction import predict_table
 from keras_transfer.events import SILENT, Broadcast, Listener, announcing
 from keras_transfer.features.activations import (
     Activations,
     frozen_activations,
 )
-from keras_transfer.features.cache import FeatureCache, Features
+from keras_transfer.features.base import frozen_base_of
+from keras_transfer.features.cache import Features
 from keras_transfer.features.frozen_part import (
-    FrozenPart,
+    FrozenFeatures,
     Storage,
     frozen_features,
 )
@@ -61,8 +62,6 @@ from keras_transfer.features.usable import usable_splits
 from keras_transfer.models.bases import get_base
 from keras_transfer.models.classifier import (
     HEAD,
-    POOL,
-    cut,
     dense_layers,
 )
 from keras_transfer.models.layer_groups import (
@@ -71,6 +70,7 @@ from keras_transfer.models.layer_groups import (
     training_copy,
     unfrozen_groups,
 )
+from keras_transfer.reporting.of_run.record import Loaded
 from keras_transfer.runs.files import (
     csv_text,
     only_process,
@@ -181,11 +181,11 @@ def run_finetuning(
         parameters = config.model_dump(mode="json")
         with announcing(listener, "finetune", run.run_dir, parameters):
             with _checkpoint_removed(run):
-                result = _finetune(run, config, listener, in_memory)
+                result, known = _finetune(run, config, listener, in_memory)
             listener.note(result.report.reason)
             listener.artifact(run.run_dir, "run")
             if config.report if report is None else report:
-                report_phase(run, listener, in_memory=in_memory)
+                report_phase(run, listener, known)
     figures = {name: x.model_dump() for name, x in result.evaluations.items()}
     listener.finished("finetune", run.run_dir, figures)
     return result
@@ -205,15 +205,17 @@ def _checkpoint_removed(run: Run) -> Iterator[None]:
 
 def _finetune(
     run: Run, config: Config, listener: Listener, in_memory: object | None
-) -> FinetuneResult:
+) -> tuple[FinetuneResult, Loaded]:
+    """Returns the result, and what of the run is in memory."""
     clock = _Clock()
     told = Broadcast([listener])  # keeps the notes for the report
     metrics = run.metrics  # now, since they may be damaged
 
     # Set images aside, train the head without them, and run the frozen part once.
     with clock.measure("features"):
-        parts = divide(run, config, told, in_memory)
-        classifier = _load_classifier(run, config, parts, told)
+        splits = run_splits(run, in_memory)
+        parts = divide(run, config, splits, told)
+        classifier, features = _load_classifier(run, config, parts, told)
         activations = _compute_activations(run, config, classifier, told)
         parts = usable_parts(run, parts, activations.splits, config.finetune)
         so_far = _predict_run(run, parts)
@@ -237,7 +239,8 @@ def _finetune(
     decision = decide(metric, verdict, phase, parts.rival, force)
     report = _report(config.finetune, decision, mix, activations, trained, clock, told)
     _commit(run, classifier.model, report, trained, judgement, metrics)
-    return FinetuneResult(run, report, judgement.evaluations)
+    known = Loaded(splits, features, classifier.model if report.kept else None)
+    return FinetuneResult(run, report, judgement.evaluations), known
 
 
 def _report(
@@ -302,35 +305,35 @@ class _Clock:
 
 def _load_classifier(
     run: Run, config: Config, parts: Parts, listener: Listener
-) -> "CutClassifier":
-    """Loads the model of the `fit` phase and cuts it below the unfrozen layers."""
-    model = load_model(run, "fit")
+) -> tuple[CutClassifier, FrozenFeatures | None]:
+    """Loads the model of the `fit` phase and cuts it below the unfrozen layers.
+
+    Returns:
+        (the model; features of the frozen base, if images were set aside, so that the
+        head was trained again).
+    """
+    model, features = load_model(run, "fit"), None
     if len(parts.splits.val):
-        _train_head_again(run, config, model, parts.splits, listener)
+        features = _train_head_again(run, config, model, parts.splits, listener)
     groups = unfrozen_groups(model, get_base(config.base), config.finetune.unfreeze)
     sample = sample_images(parts.splits, model.input_shape[1], PARITY_IMAGES)
-    return CutClassifier(model, groups, parts.splits, sample)
+    return CutClassifier(model, groups, parts.splits, sample), features
 
 
 def _train_head_again(
     run: Run, config: Config, model: keras.Model, splits: Splits, listener: Listener
-) -> None:
+) -> FrozenFeatures:
     """Trains the model's head on the training images left, in place.
 
     The features of the base are those that the run's head was trained on, from the
     cache. The L2 strength is chosen again, so that it knows nothing of the judges: in
     as many folds as the config says, or in fewer if that many are not possible with the
     images that are left.
+
+    Returns:
+        The features of all images.
     """
-    base, _ = cut(model, POOL)
-    part = FrozenPart(
-        base,
-        get_base(config.base).name,
-        run.manifest.weights_digest,
-        POOL,
-        config.seed,
-        FeatureCache(config.cache_dir),
-    )
+    part = frozen_base_of(model, config, run.manifest.weights_digest)
     precision: Precision = "bf16" if run.manifest.precision == "bf16" else "f32"
     storage = Storage(precision, quality=True)
     features = frozen_features(part, splits, config.augment, storage, listener)
@@ -342,6 +345,7 @@ def _train_head_again(
         config = config.model_copy(update={"folds": None})
     head = train_on_features(config, usable, features, SILENT)
     model.get_layer(HEAD).set_weights(head.model.get_weights())
+    return features
 
 
 def _compute_activations(

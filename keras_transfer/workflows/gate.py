@@ -25,7 +25,6 @@ from keras_transfer.evaluation.metrics import (
     evaluate,
     score,
 )
-from keras_transfer.evaluation.of_run import run_splits
 from keras_transfer.evaluation.validation import (
     ENOUGH,
     CrossFit,
@@ -73,9 +72,7 @@ class Parts:
     rival: Phase
 
 
-def divide(
-    run: Run, config: Config, listener: Listener, in_memory: object | None = None
-) -> Parts:
+def divide(run: Run, config: Config, splits: Splits, listener: Listener) -> Parts:
     """Sets aside training images to decide by.
 
     Runs of version 0.1.0 have validation images that chose the head's L2 strength; they
@@ -85,13 +82,13 @@ def divide(
     Args:
         run: The run.
         config: The resolved config.
+        splits: The run's images.
         listener: Receives a note if the model so far has learned from all images.
-        in_memory: As for `run_splits`.
 
     Raises:
         UsageError: If there are too few, unless the new model is kept by force anyway.
     """
-    splits, num_classes = run_splits(run, in_memory), len(run.class_names)
+    num_classes = len(run.class_names)
     everything = _with_copies(run, splits.train.joined(splits.val))
     rival = run.manifest.phase
     train, judging = carve_again(everything, _judged_before(run))

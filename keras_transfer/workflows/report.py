@@ -63,7 +63,8 @@ def report_run(
         run: The run.
         options: What the page has.
         listener: Receives progress if features are computed again, and the artifact.
-        known: Images, features and model, if they are in memory; None loads them.
+        known: Images, features and model, as far as they are in memory; the others are
+            loaded.
         output: The file to write; None for report.html in the run.
 
     Returns:
@@ -74,7 +75,7 @@ def report_run(
             the run meanwhile.
     """
     record = read_together(run, lambda: RunRecord.of(run))
-    loaded = known or load_run(run, record, listener)
+    loaded = load_run(run, record, listener, known=known)
     html = render(RunPage(record, loaded, options).make())
     path = output or run.report_path
     if output is None:
@@ -86,12 +87,7 @@ def report_run(
     return path
 
 
-def report_phase(
-    run: Run,
-    listener: Listener,
-    known: Loaded | None = None,
-    in_memory: object | None = None,
-) -> None:
+def report_phase(run: Run, listener: Listener, known: Loaded) -> None:
     """Writes the report page at the end of a phase, without what takes seconds.
 
     The run is complete by then: if the page cannot be written, that is a note.
@@ -100,12 +96,8 @@ def report_phase(
         run: The run.
         listener: Receives the artifact.
         known: As in `report_run`.
-        in_memory: The images that the run was made from, if they were given in Python.
     """
     try:
-        if known is None:
-            record = read_together(run, lambda: RunRecord.of(run))
-            known = load_run(run, record, listener, in_memory=in_memory)
         report_run(run, ReportOptions(is_thorough=False), listener, known)
     except Exception as error:  # whatever it is, the model is there and must stay
         listener.note(

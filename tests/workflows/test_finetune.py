@@ -28,6 +28,7 @@ from keras_transfer.data.tables import Table
 from keras_transfer.errors import KerasTransferError
 from keras_transfer.evaluation.comparison import LEVEL, Comparison
 from keras_transfer.evaluation.metrics import evaluate
+from keras_transfer.evaluation.of_run import run_splits
 from keras_transfer.evaluation.validation import CrossFit
 from keras_transfer.features import activations as activations_module
 from keras_transfer.features.cache import FeatureCache
@@ -1198,7 +1199,7 @@ def test_force_helps_where_none_can_be_set_aside_for_patience(
         config = run.config.model_copy(
             update={"finetune": FinetuneConfig(patience=2, force=True)}
         )
-        parts = gate_module.divide(run, config, Told())
+        parts = gate_module.divide(run, config, run_splits(run), Told())
         assert len(parts.judging) == 5 and len(parts.stopping) == 4
         for source in parts.judging.sources:
             (tmp_path / source).write_bytes(b"no longer an image")

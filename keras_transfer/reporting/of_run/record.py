@@ -15,17 +15,14 @@ from keras_transfer.evaluation.decisions import DecisionRule
 from keras_transfer.evaluation.metrics import Evaluation
 from keras_transfer.evaluation.of_run import load_model, run_splits
 from keras_transfer.events import Listener
-from keras_transfer.features.cache import FeatureCache
+from keras_transfer.features.base import frozen_base_of
 from keras_transfer.features.frozen_part import (
     FrozenFeatures,
-    FrozenPart,
     Storage,
     frozen_features,
 )
 from keras_transfer.features.image_table import changed_images, known_images
 from keras_transfer.findings.finding import Audit
-from keras_transfer.models.bases import get_base
-from keras_transfer.models.classifier import POOL, cut
 from keras_transfer.reporting.predictions import (
     MOST_COLUMNS,
     KeptPredictions,
@@ -199,7 +196,7 @@ def load_run(
     record: RunRecord,
     listener: Listener,
     images_only: bool = False,
-    in_memory: object | None = None,
+    known: Loaded | None = None,
 ) -> Loaded:
     """Loads images, features and model of a run.
 
@@ -208,14 +205,14 @@ def load_run(
         record: What its files say.
         listener: Receives progress if features are computed again.
         images_only: Whether neither features nor model are needed.
-        in_memory: The images that the run was made from, if they were given in Python.
+        known: What is in memory and need not be loaded; it is completed.
 
     Returns:
         What could be loaded; notes say what could not.
     """
-    found = Loaded()
+    found = known or Loaded()
     try:
-        found.splits = run_splits(run, in_memory)
+        found.splits = found.splits or run_splits(run)
     except UsageError:  # they were given in Python
         found.notes.append(
             "There are no pictures: the images were given in Python and are not kept."
@@ -227,8 +224,9 @@ def load_run(
     if images_only:
         return found
     try:
-        found.model = load_model(run)
-        found.features = _features(run, record, found.splits, found.model, listener)
+        found.model = found.model or load_model(run)
+        if found.features is None:
+            found.features = _features(run, record, found.splits, found.model, listener)
     except (KerasTransferError, OSError) as error:
         found.notes.append(f"There is no feature map: {error}")
         return found
@@ -253,13 +251,6 @@ def _features(
     """Returns the features that the run's head was first trained on."""
     config, manifest = record.config, record.manifest
     first = model if manifest.phase == "fit" else load_model(run, "fit")
-    part = FrozenPart(
-        cut(first, POOL)[0],
-        get_base(config.base).name,
-        manifest.weights_digest,
-        POOL,
-        config.seed,
-        FeatureCache(config.cache_dir),
-    )
+    part = frozen_base_of(first, config, manifest.weights_digest)
     storage = Storage("bf16" if manifest.precision == "bf16" else "f32")
     return frozen_features(part, splits, 0, storage, listener)
