@@ -80,14 +80,13 @@ def hash_pairs(
         number of bits that differ).
     """
     rows = np.flatnonzero(quality["contrast"] >= _FLAT)
-    hashes = quality["perceptual_hash"][rows]
+    hashes = quality["perceptual_hash"]
     if len(rows) > MOST_EXACT:
-        pairs = _neighbors(hashes, radius)
+        pairs = rows[_neighbors(hashes[rows], radius)]
     else:
-        rows = rows[_nearest(hashes, radius)[0] <= radius]
-        hashes = quality["perceptual_hash"][rows]
-        pairs = _compared(hashes, radius, kinds and kinds.of(rows))
-    return rows[pairs], hash_distance(hashes[pairs[:, 0]], hashes[pairs[:, 1]])
+        rows = rows[_nearest(hashes[rows], radius)[0] <= radius]
+        pairs = _compared(hashes, rows, radius, kinds)
+    return pairs, hash_distance(*hashes[pairs.T])
 
 
 def hash_copies(quality: np.ndarray, kinds: Kinds | None = None) -> np.ndarray:
@@ -103,17 +102,20 @@ def hash_copies(quality: np.ndarray, kinds: Kinds | None = None) -> np.ndarray:
     Returns:
         int64 `[P, 2]` pairs with the smaller index first, as `hash_pairs` returns them.
     """
-    hashes = quality["perceptual_hash"][quality["contrast"] >= _FLAT]
-    if len(hashes) > MOST_EXACT:
-        bits = hash_pairs(quality, RADIUS)[1]
+    rows = np.flatnonzero(quality["contrast"] >= _FLAT)
+    hashes = quality["perceptual_hash"]
+    if len(rows) > MOST_EXACT:
+        pairs, bits = hash_pairs(quality, RADIUS)
         found = np.bincount(bits, minlength=RADIUS + 1).cumsum()
     else:
-        found = _nearest(hashes, RADIUS)[1]
-    chance = _by_chance(hashes)
-    for radius in range(RADIUS, -1, -1):
-        if found[radius] and chance[radius] <= max(1, _MOST_BY_CHANCE * found[radius]):
-            return hash_pairs(quality, radius, kinds)[0]
-    return np.zeros((0, 2), np.int64)
+        nearest, found = _nearest(hashes[rows], RADIUS)
+    is_few = _by_chance(hashes[rows]) <= np.maximum(1, _MOST_BY_CHANCE * found)
+    radii = np.flatnonzero(is_few & (found > 0))
+    if not len(radii):
+        return np.zeros((0, 2), np.int64)
+    if len(rows) > MOST_EXACT:
+        return pairs[bits <= radii[-1]]
+    return _compared(hashes, rows[nearest <= radii[-1]], radii[-1], kinds)
 
 
 def connected(count: int, links: Iterable[np.ndarray]) -> np.ndarray:
@@ -193,8 +195,21 @@ def _nearest(hashes: np.ndarray, radius: int) -> tuple[np.ndarray, np.ndarray]:
     return nearest, counts
 
 
-def _compared(hashes: np.ndarray, radius: int, kinds: Kinds | None) -> np.ndarray:
-    """Compares all pairs, block by block, and returns those of `hash_pairs`."""
+def _compared(
+    hashes: np.ndarray, among: np.ndarray, radius: int, kinds: Kinds | None
+) -> np.ndarray:
+    """Compares all pairs of some images, block by block.
+
+    Args:
+        hashes: uint64 `[N]` of all images.
+        among: int64 `[n]` indices of the images that are compared.
+        radius: Most bits that differ.
+        kinds: As in `hash_pairs`.
+
+    Returns:
+        int64 `[P, 2]` pairs as `hash_pairs` returns them.
+    """
+    hashes, kinds = hashes[among], kinds and kinds.of(among)
     number = np.arange(len(hashes), dtype=np.int32)
     pairs = [np.zeros((0, 2), np.int64)]
     for start in range(0, len(hashes), _BLOCK):
@@ -212,7 +227,7 @@ def _compared(hashes: np.ndarray, radius: int, kinds: Kinds | None) -> np.ndarra
         one, other = (np.concatenate(x) for x in zip(*found, strict=True))
         keep = is_near[one - start, other]
         pairs.append(np.stack([one[keep], other[keep]], axis=1))
-    return _each_once(np.concatenate(pairs), len(hashes))
+    return among[_each_once(np.concatenate(pairs), len(hashes))]
 
 
 def _connecting(
