@@ -13,6 +13,7 @@ import contextlib
 import glob
 import json
 import re
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,7 +160,8 @@ class Run:
         if phase == "finetune" and manifest.finetune is None:
             raise UsageError(
                 f"The run was not fine-tuned. Received: {self.run_dir}. "
-                f"Run: kt unfreeze-and-finetune {self.run_dir}"
+                f"Run: kt unfreeze-and-finetune "
+                f"{shlex.quote(str(self.run_dir))}"
             )
         return self.run_dir / phase_model(phase)
 

@@ -3,6 +3,7 @@
 This module does not import TensorFlow's Python package.
 """
 
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
@@ -198,7 +199,7 @@ def server_command(
     if not version_dirs(run.run_dir):
         raise UsageError(
             f"The run has no version to serve. Received: {run.run_dir}. Run: "
-            f"kt export {run.run_dir}"
+            f"kt export {shlex.quote(str(run.run_dir))}"
         )
     is_everywhere = _is_everywhere(host)
     run_dir, name = run.run_dir.resolve(), run.run_dir.resolve().name

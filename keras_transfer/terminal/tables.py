@@ -1,5 +1,6 @@
 """Results of commands as tables."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,10 +84,11 @@ def show_run(result: "FitResult") -> None:
     _show_page(run)
     audit = Audit.from_json(run.audit_path.read_bytes())
     if any(one.suspects for one in audit.at_least("medium")):
-        console.print(f"kt audit {manifest.data} shows which images were found.")
+        data = shlex.quote(manifest.data)
+        console.print(f"kt audit {data} shows which images were found.")
+    quoted = shlex.quote(str(run.run_dir))
     console.print(
-        f"Next: kt predict {run.run_dir} IMAGE..., or kt unfreeze-and-finetune "
-        f"{run.run_dir}"
+        f"Next: kt predict {quoted} IMAGE..., or kt unfreeze-and-finetune {quoted}"
     )
 
 
@@ -126,9 +128,8 @@ def show_finetuning(result: "FinetuneResult") -> None:
     )
     console.print(f"Run: {run.run_dir}")
     _show_page(run)
-    console.print(
-        f"Next: kt predict {run.run_dir} IMAGE..., or kt export {run.run_dir}"
-    )
+    quoted = shlex.quote(str(run.run_dir))
+    console.print(f"Next: kt predict {quoted} IMAGE..., or kt export {quoted}")
 
 
 def _show_page(run: "Run") -> None:
@@ -309,10 +310,10 @@ def show_audit(found: Audit, folder: Path, fix: Path | None) -> None:
         rows = "row" if marked == 1 else f"{marked:,} rows"
         console.print(
             f"Next: look at the {rows} with a `suspect`, delete or relabel them, then: "
-            f"kt fit {fix}"
+            f"kt fit {shlex.quote(str(fix))}"
         )
     elif fix:
-        console.print(f"Next: kt fit {fix}")
+        console.print(f"Next: kt fit {shlex.quote(str(fix))}")
     elif findings:
         console.print(
             "Next: look at the page, or write a cleaned table with --fix FILE"

@@ -1,6 +1,7 @@
 """Pictures of a run, for notebooks: the methods of `api.Run` that draw."""
 
 import csv
+import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -90,7 +91,7 @@ def draw_curves(run: Run, phase: Phase | None) -> "Figure":
     if not by_phase[name]:
         raise UsageError(
             f"The run was not fine-tuned. Received: phase={phase} and {run.run_dir}. "
-            f"Run: kt unfreeze-and-finetune {run.run_dir}"
+            f"Run: kt unfreeze-and-finetune {shlex.quote(str(run.run_dir))}"
         )
     if name == "fit":
         return charts.l2_path(by_phase[name], l2)

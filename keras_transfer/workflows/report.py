@@ -1,5 +1,6 @@
 """The workflow of `kt report`: pages about runs, and their charts as files."""
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -102,7 +103,7 @@ def report_phase(run: Run, listener: Listener, known: Loaded) -> None:
     except Exception as error:  # whatever it is, the model is there and must stay
         listener.note(
             f"There is no report page: {first_line(error)}. kt --debug report "
-            f"{run.run_dir} shows where"
+            f"{shlex.quote(str(run.run_dir))} shows where"
         )
 
 
