@@ -6,10 +6,12 @@ For each DATA and seed, 5% of the labels are replaced by another class at random
 all images are predicted out of fold, with cached features. Printed are means over the
 seeds: the fraction of the replaced labels that is found among as many first suspects
 as labels were replaced, by cleanlab's own ranking of all images (`ranking`, for each of
-its scores) and by the audit (`audit`); besides the number of the audit's suspects per
-replaced label, and the fraction of them that was replaced. The latter is a lower bound
-of the precision, because DATA have wrong labels of their own. `as given` is the
-fraction of images that are suspects with the labels as they are.
+its scores) and by the audit (`audit`). Where the audit has fewer suspects than labels
+were replaced, `as many as suspects` is what the ranking finds among as many. Besides,
+the number of the audit's suspects per replaced label, and the fraction of them that was
+replaced. The latter is a lower bound of the precision, because DATA have wrong labels
+of their own. `as given` is the fraction of images that are suspects with the labels as
+they are.
 """
 
 import argparse
@@ -62,10 +64,12 @@ def measured(images: AuditedImages, seed: int) -> dict[str, float]:
     said = out_of_fold_probabilities(table, images.features[:], classes, seed)
     is_flipped = np.isin(np.arange(len(images)), flipped)
     found = {}
+    suspects = suspects_of(replace(images, table=table), said)
     for score in SCORES:
         order = np.argsort(get_label_quality_scores(targets, said, method=score))
         found[f"ranking by {score}"] = is_flipped[order[:count]].mean()
-    suspects = suspects_of(replace(images, table=table), said)
+        as_many = order[: min(count, len(suspects))]
+        found[f"as many as suspects by {score}"] = is_flipped[as_many].sum() / count
     found["audit"] = is_flipped[suspects[:count]].sum() / count
     found["suspects"] = len(suspects) / count
     found["replaced"] = is_flipped[suspects].mean()
