@@ -12,6 +12,9 @@ Method = Literal["pca", "tsne"]
 MOST_EMBEDDED = 2_000
 """Images that t-SNE takes at most: with these it takes 4 s of CPU time."""
 
+LEAST_EMBEDDED = 5
+"""Images that t-SNE takes at least."""
+
 _MOST_FITTED = 10_000  # images that find the directions of a PCA
 _DIRECTIONS = 50  # of a PCA before t-SNE, as its authors do
 _PERPLEXITY = 30.0
@@ -39,7 +42,7 @@ def project(features: np.ndarray, method: Method = "pca", seed: int = 0) -> np.n
     # Threads of these small problems wait for each other: t-SNE of 2,000 images takes
     # 4 s of CPU time with one and 18 s with two on two busy cores.
     with threadpoolctl.threadpool_limits(1):
-        if method == "pca" or len(features) < 5:
+        if method == "pca" or len(features) < LEAST_EMBEDDED:
             return _principal(features, 2, seed)
         return _neighbors(features, seed)
 

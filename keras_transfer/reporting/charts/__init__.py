@@ -18,7 +18,6 @@ from keras_transfer.reporting.charts.curves import (
 from keras_transfer.reporting.charts.images import (
     feature_map,
     image_grid,
-    mapped_rows,
     overlay,
 )
 from keras_transfer.reporting.charts.output import save_png, themed_svg
@@ -42,7 +41,6 @@ __all__ = [
     "l2_path",
     "layer_rates",
     "learning_curve",
-    "mapped_rows",
     "overlay",
     "precision_recall_curves",
     "reliability_diagram",

@@ -37,8 +37,7 @@ def confusion_matrix(
     """Draws the confusion matrix, shaded by the share of each true class.
 
     Of more than 15 classes, the 14 that are most often confused are shown, and the
-    others together. Each cell with images has the gid `cell-ROW-COLUMN` (class indices;
-    the number of classes stands for the others).
+    others together.
 
     Args:
         confusion: int `[num_classes, num_classes]`: a row per true class, a column per
@@ -46,18 +45,17 @@ def confusion_matrix(
         class_names: Class names in the order of the rows.
     """
     counts = np.asarray(confusion, dtype=np.int64)
-    indices = np.arange(len(class_names))
     names = [plain(name, 16) for name in class_names]
     if len(names) > _MOST_IN_MATRIX:
-        indices, counts = _most_confused(counts)
-        rest = len(names) - len(indices) + 1
-        names = [names[index] for index in indices[:-1]] + [f"{rest} others"]
+        shown, counts = _most_confused(counts)
+        rest = len(names) - len(shown)
+        names = [*(names[index] for index in shown), f"{rest} others"]
     size = max(2.4, 0.29 * len(names) + 0.2)
     longest = max(map(len, names))
     is_turned = len(names) > 3 or longest * _LETTER > 0.9 * size / len(names)
     figure = new_figure(size + 1.3, size + 0.7 + is_turned * longest * _LETTER / 2)
     axes = figure.add_subplot()
-    _draw_cells(axes, counts, indices)
+    _draw_cells(axes, counts)
     places = np.arange(len(names))
     axes.set_xticks(places, names, rotation=45 if is_turned else 0)
     if is_turned:
@@ -75,18 +73,21 @@ def confusion_matrix(
 
 
 def _most_confused(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Keeps the classes with most mistakes, in their order, and adds up the others."""
-    total = len(counts)
+    """Keeps the classes with most mistakes, in their order, and adds up the others.
+
+    Returns:
+        (int64 indices of the classes kept, int64 counts with the others at the end).
+    """
     wrong = counts.sum(0) + counts.sum(1) - 2 * np.diag(counts)
     kept = np.sort(np.argsort(-wrong, kind="stable")[: _MOST_IN_MATRIX - 1])
-    place = np.full(total, len(kept))
+    place = np.full(len(counts), len(kept))
     place[kept] = np.arange(len(kept))
     merged = np.zeros((len(kept) + 1,) * 2, np.int64)
     np.add.at(merged, (place[:, None], place[None, :]), counts)
-    return np.append(kept, total), merged
+    return kept, merged
 
 
-def _draw_cells(axes: "Axes", counts: np.ndarray, indices: np.ndarray) -> None:
+def _draw_cells(axes: "Axes", counts: np.ndarray) -> None:
     from matplotlib.patches import Rectangle
 
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
@@ -102,7 +103,6 @@ def _draw_cells(axes: "Axes", counts: np.ndarray, indices: np.ndarray) -> None:
                 facecolor=ACCENT if row == column else WRONG,
                 alpha=0.12 + 0.88 * share,
                 linewidth=0,
-                gid=f"gid:cell-{indices[row]}-{indices[column]}",
                 in_layout=False,
             )
             if count
@@ -129,14 +129,16 @@ def class_bars(
 ) -> "Figure":
     """Draws a metric of each class with its 95% interval, the lowest first.
 
-    Of more than 20 classes, the 14 lowest and 5 highest are shown. Classes for which
-    the metric is undefined are left out.
+    Of more than 20 classes, the 14 lowest and 5 highest are shown. Classes without
+    images, and those for which the metric is undefined, are left out.
 
     Args:
         classes: Metrics by class name.
         metric: A field of `ClassEvaluation`, such as `recall` or `average_precision`.
     """
-    values = {name: getattr(one, metric) for name, one in classes.items()}
+    values = {
+        name: getattr(one, metric) for name, one in classes.items() if one.support
+    }
     order = sorted((v, name) for name, v in values.items() if v is not None)
     shown: list[tuple[float, str] | None] = [*order]
     if len(order) > _MOST_BARS:

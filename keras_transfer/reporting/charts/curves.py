@@ -14,8 +14,8 @@ from keras_transfer.reporting.charts.style import (
     LINE,
     MUTED,
     legend_below,
+    legend_name,
     new_axes,
-    plain,
     styled,
     thinned,
     unit_axes,
@@ -58,7 +58,7 @@ def roc_curves(
     """Draws the ROC curve of each class against all others, with its area.
 
     Of two classes there is one curve, of the second. Of more than 8, there are the mean
-    over all classes, the worst and best few, and the others as thin lines. A band
+    over all classes, the worst and best few, and up to 40 others as thin lines. A band
     (of at most two curves) is the 95% interval of the sensitivity at each threshold
     (Wilson).
 
@@ -171,8 +171,10 @@ def _draw(
     figure, axes = new_axes()
     unit_axes(axes)
     draw_axes(axes)
-    for number, curve in enumerate(thin[:: -(-len(thin) // _MOST_THIN) or 1]):
-        label = f"the other {len(thin)} classes" if number == 0 else None
+    drawn = thin[:: -(-len(thin) // _MOST_THIN) or 1]
+    part = f"{len(drawn)} of " if len(drawn) < len(thin) else ""
+    for number, curve in enumerate(drawn):
+        label = f"{part}the other {len(thin)} classes" if number == 0 else None
         kept = thinned(curve.x, curve.y, 60)
         axes.plot(
             curve.x[kept],
@@ -188,7 +190,7 @@ def _draw(
         if len(shown) <= _MOST_BANDS and not thin:
             low, high = wilson(y, curve.trials[kept]).T
             axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
-        label = f"{plain(curve.name)}, {area} {curve.area:.3f}"
+        label = f"{legend_name(curve.name)}, {area} {curve.area:.3f}"
         axes.plot(x, y, color=color, linestyle=DASHES[number], label=label)
     if thin:
         mean = np.mean([_on_grid(curve, area == "AP") for curve in curves], axis=0)

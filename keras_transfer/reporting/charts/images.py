@@ -13,6 +13,7 @@ from keras_transfer.reporting.charts.style import (
     MUTED,
     SURFACE,
     legend_below,
+    legend_name,
     new_figure,
     plain,
     styled,
@@ -21,36 +22,9 @@ from keras_transfer.reporting.charts.style import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MOST_MAPPED = 2_000
-"""Images of a feature map: more cover each other, and a page has to stay small."""
-
 _MOST_COLORS = 8
 _MAP_WIDTH = 5.2  # inches: on a page, its text is then as large as that of charts
 _HEAT = 0.65  # opacity of the hottest place
-
-
-def mapped_rows(is_right: np.ndarray, most: int = MOST_MAPPED) -> np.ndarray:
-    """Picks the images of a feature map: mistakes first, but at most half of them.
-
-    Those of either kind are evenly spread over the rows.
-
-    Args:
-        is_right: bool `[N]`.
-        most: Maximum number of images.
-
-    Returns:
-        int64 indices of the images, increasing.
-    """
-    if len(is_right) <= most:
-        return np.arange(len(is_right))
-    wrong, right = np.flatnonzero(~is_right), np.flatnonzero(is_right)
-    wrong = wrong[_spread(len(wrong), max(most // 2, most - len(right)))]
-    right = right[_spread(len(right), most - len(wrong))]
-    return np.sort(np.concatenate([wrong, right]))
-
-
-def _spread(count: int, most: int) -> np.ndarray:
-    return np.linspace(0, count - 1, min(count, most)).astype(np.int64)
 
 
 @styled
@@ -63,8 +37,8 @@ def feature_map(
 ) -> "Figure":
     """Draws images where their features put them; mistakes are larger, with a rim.
 
-    Of more than 2,000 images, `mapped_rows` picks some. Of more than 8 classes, the 7
-    with most mistakes have a color. Each image's marker has the gid `point-ROW`.
+    Of more than 8 classes, the 7 with most mistakes have a color. Each image's marker
+    has the gid `point-ROW`.
 
     Args:
         points: float32 `[N, 2]`, as `projection.project` returns it.
@@ -74,25 +48,25 @@ def feature_map(
         class_names: Class names in the order of the targets.
         rows: int64 `[N]` numbers for the gids; None for 0 to N - 1.
     """
-    kept = mapped_rows(is_right)
-    numbers = (np.arange(len(points)) if rows is None else rows)[kept]
-    points, right = points[kept], is_right[kept]
+    numbers = np.arange(len(points)) if rows is None else rows
     if targets.ndim == 2:
-        series, names = np.where(right, 0, 1), ["right", "wrong"]
+        series, names = np.where(is_right, 0, 1), ["right", "wrong"]
     else:
-        series, names = _series(targets[kept], right, class_names)
+        series, names = _series(targets, is_right, class_names)
     figure = new_figure(_MAP_WIDTH, HEIGHT + 0.6)
     axes = figure.add_subplot()
     for is_wrong in (False, True):  # so that mistakes are on top
         for index in reversed(range(len(names))):
-            members = np.flatnonzero((series == index) & (right != is_wrong))
+            members = np.flatnonzero((series == index) & (is_right != is_wrong))
             if len(members):
                 gid = "gid:point:" + ",".join(map(str, numbers[members]))
                 style = _marker(index, names, is_wrong)
                 axes.plot(*points[members].T, gid=gid, **style)
     for index in np.unique(series):
-        axes.plot([], [], label=plain(names[index]), **_marker(index, names, False))
-    if targets.ndim == 1 and not right.all():
+        axes.plot(
+            [], [], label=legend_name(names[index]), **_marker(index, names, False)
+        )
+    if targets.ndim == 1 and not is_right.all():
         empty = {**_marker(0, names, True), "markerfacecolor": "none"}
         axes.plot([], [], label="mistake", **empty)
     axes.set_xticks([])

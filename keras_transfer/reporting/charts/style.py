@@ -55,6 +55,7 @@ WIDTH, HEIGHT = 4.6, 3.4  # inches
 MOST_POINTS = 300  # of one curve: a page has many
 _LINE = 0.175  # inches of a line of text
 _LONGEST_NAME = 24
+_SHOWN = "\N{WORD JOINER}"  # begins a label from files until the legend is made
 
 _FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans Arabic")
 
@@ -164,12 +165,12 @@ def legend_below(figure: "Figure") -> None:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if not handles:
         return
-    longest = max(map(len, labels))
+    longest = max(map(len, labels)) - len(_SHOWN)
     columns = min(3 if longest <= 14 else 2 if longest <= 26 else 1, len(handles))
     width, height = figure.get_size_inches()
     more_lines = -(-len(handles) // columns) - 1
     figure.set_size_inches(width, height + _LINE * more_lines)
-    figure.legend(
+    legend = figure.legend(
         handles,
         labels,
         loc="outside lower center",
@@ -177,6 +178,16 @@ def legend_below(figure: "Figure") -> None:
         columnspacing=1.4,
         labelspacing=0.3,
     )
+    for text in legend.get_texts():
+        text.set_text(text.get_text().removeprefix(_SHOWN))
+
+
+def legend_name(text: str) -> str:
+    """Makes text from files safe to be a label that `legend_below` shows.
+
+    Matplotlib leaves labels out that begin with an underscore, as a class may.
+    """
+    return _SHOWN + plain(text)
 
 
 def plain(text: str, longest: int = _LONGEST_NAME) -> str:

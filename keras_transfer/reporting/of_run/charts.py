@@ -1,11 +1,10 @@
 """The charts of a run, for its page and as files."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from keras_transfer.advice.probe import quick_learning_curve
 from keras_transfer.evaluation.metrics import deciding_metric
@@ -14,12 +13,19 @@ from keras_transfer.reporting import charts
 from keras_transfer.reporting.of_run.record import Loaded, RunRecord
 from keras_transfer.reporting.page import Chart
 from keras_transfer.reporting.predictions import KeptPredictions
-from keras_transfer.reporting.projection import Method, project
+from keras_transfer.reporting.projection import LEAST_EMBEDDED, Method, project
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_MOST_DRAWN = 1000  # images of a feature map: more hide each other
+MOST_MAPPED = 1000
+"""Images of a feature map: more hide each other."""
+
+_LEAST_MAPPED = 3
+_SINGLE_IMAGES = (
+    " The 95% intervals take images of a group as independent, unlike those of the "
+    "figures."
+)
 _VIEWS: dict[Method, str] = {"pca": "PCA", "tsne": "t-SNE"}
 
 
@@ -46,9 +52,15 @@ class Drawn:
 
 def curves(record: RunRecord) -> Iterator[Drawn]:
     """Draws what the probabilities of the images shown say."""
-    shown = record.shown
-    if shown is None:
+    if record.shown is None:
         return
+    for drawn in _curves(record, record.shown):
+        has_intervals = bool(drawn.figure.axes[0].collections)
+        more = _SINGLE_IMAGES if record.is_grouped and has_intervals else ""
+        yield replace(drawn, caption=drawn.caption + more)
+
+
+def _curves(record: RunRecord, shown: KeptPredictions) -> Iterator[Drawn]:
     names, p = record.class_names, shown.probabilities
     if record.has_all_probabilities and _has_both(shown.targets, len(names)):
         yield Drawn(
@@ -165,28 +177,33 @@ def mapped(
         return None
     known = loaded.features.extraction.digests
     kept = kept.select(np.array([x in known for x in kept.sources.tolist()], bool))
-    kept = kept.select(_drawn_rows(kept.is_right, record.config.seed))
-    if len(kept) < 3:
+    kept = kept.select(mapped_rows(kept.is_right, record.config.seed))
+    if len(kept) < _LEAST_MAPPED:
         return None
     features = loaded.features.rows(kept.sources.tolist())[:]
-    methods: Sequence[Method] = ("pca", "tsne") if is_thorough else ("pca",)
+    methods: list[Method] = ["pca"]
+    if is_thorough and len(kept) >= LEAST_EMBEDDED:
+        methods.append("tsne")
     seed = record.config.seed
-    # Of 1,000 images, threads that wait for each other in t-SNE take 7 times as long as
-    # one thread if other processes use the cores.
-    with threadpool_limits(1):
-        return kept, [(_VIEWS[x], project(features, x, seed)) for x in methods]
+    return kept, [(_VIEWS[x], project(features, x, seed)) for x in methods]
 
 
-def _drawn_rows(is_right: np.ndarray, seed: int) -> np.ndarray:
-    """Picks the images of a map at random, at most half of them mistakes.
+def mapped_rows(is_right: np.ndarray, seed: int) -> np.ndarray:
+    """Picks at most 1,000 images of a map at random.
+
+    Mistakes come first, but are at most half of them if there are enough others.
+
+    Args:
+        is_right: bool `[N]`.
+        seed: Seed of the choice.
 
     Returns:
         int64 indices, increasing.
     """
     order = np.random.default_rng(seed).permutation(len(is_right))
     wrong, right = order[~is_right[order]], order[is_right[order]]
-    wrong = wrong[: max(_MOST_DRAWN // 2, _MOST_DRAWN - len(right))]
-    return np.sort(np.concatenate([wrong, right[: _MOST_DRAWN - len(wrong)]]))
+    wrong = wrong[: max(MOST_MAPPED // 2, MOST_MAPPED - len(right))]
+    return np.sort(np.concatenate([wrong, right[: MOST_MAPPED - len(wrong)]]))
 
 
 def maps(

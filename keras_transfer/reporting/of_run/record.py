@@ -9,6 +9,7 @@ import numpy as np
 
 from keras_transfer.config import Config
 from keras_transfer.data.tables import Splits
+from keras_transfer.data.text_cells import read_table
 from keras_transfer.errors import KerasTransferError, UsageError, first_line
 from keras_transfer.evaluation.crossvalidation import OUT_OF_FOLD
 from keras_transfer.evaluation.decisions import DecisionRule
@@ -22,7 +23,7 @@ from keras_transfer.features.frozen_part import (
     frozen_features,
 )
 from keras_transfer.features.image_table import changed_images, known_images
-from keras_transfer.findings.finding import Audit
+from keras_transfer.findings.finding import Audit, counted
 from keras_transfer.reporting.predictions import (
     MOST_COLUMNS,
     KeptPredictions,
@@ -54,6 +55,7 @@ class RunRecord:
         before: Those of the model before fine-tuning; None if it is the run's.
         history: Rows of history.csv.
         audit: The findings; None without an audit.
+        is_grouped: Whether the data say which images belong together.
     """
 
     name: str
@@ -66,6 +68,7 @@ class RunRecord:
     before: KeptPredictions | None
     history: Sequence[Mapping[str, str]]
     audit: Audit | None
+    is_grouped: bool
 
     @classmethod
     def of(cls, run: Run) -> "RunRecord":
@@ -91,6 +94,7 @@ class RunRecord:
             before=read_predictions(before, names, multi) if has_before else None,
             history=_history(run),
             audit=_audit(run),
+            is_grouped=_is_grouped(run),
         )
 
     @property
@@ -135,8 +139,10 @@ class RunRecord:
 
     def what(self, name: str) -> str:
         """Says what an evaluation was measured on, such as `648 test images`."""
-        words = _WHAT.get(name, name)
-        return f"{self.evaluations[name].images:,} {words}"
+        images, words = self.evaluations[name].images, _WHAT.get(name, name)
+        if images == 1:
+            words = words.replace("images", "image")
+        return f"{images:,} {words}"
 
 
 def _evaluations(run: Run, manifest: Manifest) -> dict[str, Evaluation]:
@@ -159,6 +165,13 @@ def _history(run: Run) -> list[dict[str, str]]:
             return [*csv.DictReader(file)]
     except (OSError, ValueError, csv.Error):
         return []
+
+
+def _is_grouped(run: Run) -> bool:
+    try:
+        return any(row.get("group") for _, row in read_table(run.splits_path))
+    except UsageError:  # it is damaged: `load_run` says that there are no pictures
+        return False
 
 
 def _audit(run: Run) -> Audit | None:
@@ -234,9 +247,11 @@ def load_run(
     changed = changed_images(known_images(run.images_path, listener), digests)
     found.changed = frozenset(changed)
     if changed:
+        is_one = len(changed) == 1
         found.notes.append(
-            f"{len(changed):,} images have changed since the run was made and are "
-            f"left out of pictures, such as {changed[0]}."
+            f"{counted(len(changed), 'image')} {'has' if is_one else 'have'} changed "
+            f"since the run was made and {'is' if is_one else 'are'} left out of "
+            f"pictures, such as {changed[0]}."
         )
     return found
 
