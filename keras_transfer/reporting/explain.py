@@ -19,10 +19,8 @@ import tensorflow as tf
 
 from keras_transfer.evaluation.prediction import prediction_engine
 from keras_transfer.features.engine import predict
+from keras_transfer.findings.borders import BORDER
 from keras_transfer.models.classifier import HEAD, POOL, dense_layers
-
-BORDER = 0.15
-"""Width of the border on each side, as a fraction of the side."""
 
 _BATCH = 32
 _AVERAGES = (keras.layers.GlobalAveragePooling2D, keras.layers.GlobalAveragePooling1D)

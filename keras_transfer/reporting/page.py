@@ -215,13 +215,11 @@ class Heat:
     Attributes:
         border: Mean share of the heat on the border of the images of the galleries,
             beside the share if it was spread evenly.
-        images: Number of these images.
         is_exact: Whether the maps are exact, or based on gradients.
         is_multi_label: Whether images may show several classes.
     """
 
     border: Figure
-    images: int
     is_exact: bool
     is_multi_label: bool
 

@@ -4,16 +4,18 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from keras_transfer.config import FLAGS, Config, default_of
 from keras_transfer.data.reading import is_on_disk
 from keras_transfer.evaluation.metrics import Evaluation
-from keras_transfer.findings.finding import Audit
+from keras_transfer.findings.finding import Audit, counted
 from keras_transfer.models.bases import get_base
-from keras_transfer.reporting.page import Confusion, Figure, percent
+from keras_transfer.reporting.page import Figure, percent
 from keras_transfer.runs.manifest import Manifest
 
 # Folders of an absolute path, but neither those of a relative one nor of a URL.
@@ -59,9 +61,10 @@ def asked(manifest: Manifest, config: Config, images: int, test: int) -> str:
         "imagenet": ", pretrained on ImageNet",
         "none": " with random weights",
     }.get(manifest.weights, f" with the weights {os.path.basename(manifest.weights)}")
-    what = "labels of" if manifest.multi_label else "classes of"
+    what = ("label",) if manifest.multi_label else ("class", "classes")
     return (
-        f"Asked to tell {classes:,} {what} {images:,} images in {data_name(config)} "
+        f"Asked to tell {counted(classes, *what)} of {counted(images, 'image')} in "
+        f"{data_name(config)} "
         f"({images - test:,} to learn from, {test:,} to test with), a "
         f"{config.head.kind} head was trained on {manifest.base}{pretrained}"
         f"{', and both were fine-tuned' if manifest.phase == 'finetune' else ''}."
@@ -95,43 +98,43 @@ def found(evaluation: Evaluation, headline: Figure, what: str) -> str:
     return f"{says}; {guess} {would} {percent(headline.baseline)}."
 
 
-def stands_out(
-    evaluation: Evaluation, confusion: Confusion | None, audit: Audit | None
-) -> str:
+def stands_out(evaluation: Evaluation, audit: Audit | None) -> str:
     """Says what deserves a look first, in a sentence."""
     parts = []
     if evaluation.correct == evaluation.images:
         parts.append("no image was wrong")
-    elif confusion:
-        wrong = [
-            (cell.count, confusion.class_names[i], confusion.class_names[j])
-            for i, row in enumerate(confusion.rows)
-            for j, cell in enumerate(row)
-            if i != j
-        ]
-        if wrong and max(wrong)[0]:
-            count, true, said = max(wrong, key=lambda one: one[0])
-            images = "image" if count == 1 else "images"
-            parts.append(
-                f"the most frequent mistake is to take {true} for {said} "
-                f"({count:,} {images})"
-            )
+    elif evaluation.confusion is not None:
+        parts += _most_frequent_mistake(evaluation.confusion, [*evaluation.classes])
     else:
-        shown = {n: c for n, c in evaluation.classes.items() if c.support}
-        if shown:
-            name, worst = min(
-                shown.items(), key=lambda one: one[1].average_precision or 0
-            )
-            value = percent(worst.average_precision or 0)
+        known = {
+            name: one.average_precision
+            for name, one in evaluation.classes.items()
+            if one.average_precision is not None
+        }
+        if known:
+            name = min(known, key=known.__getitem__)
+            value = percent(known[name])
             parts.append(f"the hardest class is {name} (average precision {value})")
     if audit:
-        high = len(audit.at_least("high"))
-        total = len(audit.findings)
-        findings = "finding" if total == 1 else "findings"
+        high, total = len(audit.at_least("high")), len(audit.findings)
         serious = f", {high:,} of high severity" if high else ""
-        parts.append(f"the audit has {total:,} {findings}{serious}")
+        parts.append(f"the audit has {counted(total, 'finding')}{serious}")
     text = "; ".join(parts)
     return f"{text[:1].upper()}{text[1:]}." if text else ""
+
+
+def _most_frequent_mistake(
+    confusion: Sequence[Sequence[int]], names: Sequence[str]
+) -> Iterator[str]:
+    """Says which class is taken most often for which other one, if any is."""
+    wrong = np.array(confusion)
+    np.fill_diagonal(wrong, 0)
+    true, said = divmod(int(wrong.argmax()), len(names))
+    if count := int(wrong[true, said]):
+        yield (
+            f"the most frequent mistake is to take {names[true]} for {names[said]} "
+            f"({counted(count, 'image')})"
+        )
 
 
 def commands(config: Config, manifest: Manifest, name: str) -> tuple[str, ...]:

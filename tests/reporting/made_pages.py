@@ -107,7 +107,7 @@ def made_page(
         curves=_curves(names, kept),
         feature_map=_map(names, kept, album),
         learning=(Chart("L2 path", charts.themed_svg(_path()), names[2]),),
-        heat=Heat(Figure("border", 0.3, baseline=0.5, against="even"), 12, True, False),
+        heat=Heat(Figure("border", 0.3, baseline=0.5, against="even"), True, False),
         provenance=Provenance(
             (("Data", names[0]),), (("keras", "3"),), (names[1],), (names[2],)
         ),

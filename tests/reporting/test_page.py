@@ -10,6 +10,7 @@ import pytest
 from made_pages import HOSTILE, made_page, predictions
 
 from keras_transfer.evaluation.metrics import evaluate
+from keras_transfer.findings.finding import Audit, Finding, Suspect
 from keras_transfer.markup import printable
 from keras_transfer.reporting.album import Album, relative_names
 from keras_transfer.reporting.contents import (
@@ -17,8 +18,9 @@ from keras_transfer.reporting.contents import (
     figures_of,
     mistakes_and_doubts,
 )
+from keras_transfer.reporting.of_run.page import findings_of
 from keras_transfer.reporting.page import Page, render
-from keras_transfer.reporting.summary import WithoutPaths
+from keras_transfer.reporting.summary import WithoutPaths, stands_out
 
 SECTIONS = {
     *("headline", "confusion", "classes", "curves", "galleries", "feature_map"),
@@ -211,3 +213,35 @@ def test_notes_stay_with_their_images():
     album = Album()
     album.put("key", "title", ["a", "b"], ["of a", "of b"])
     assert album.sets["key"].notes == ("of a", "of b")
+
+
+def test_what_stands_out_needs_no_predictions_of_single_images():
+    names = ("ants", "bees", "never shown")
+    targets = np.repeat([0, 1], [6, 4])
+    p = np.eye(3, dtype=np.float32)[targets]
+    right = evaluate(targets, p, names)
+    assert stands_out(right, None) == "No image was wrong."
+    p[0] = 0, 1, 0
+    says = "The most frequent mistake is to take ants for bees (1 image)."
+    assert stands_out(evaluate(targets, p, names), None) == says
+    several = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0]], np.uint8)
+    said = np.array([[0.9, 0.3, 0.1], [0.8, 0.2, 0.1], [0.7, 0.1, 0.1]], np.float32)
+    found = evaluate(several, said, names)
+    assert stands_out(found, None).startswith("The hardest class is bees (average")
+    unknown = {
+        name: one.model_copy(update={"average_precision": None})
+        for name, one in found.classes.items()
+    }
+    assert stands_out(found.model_copy(update={"classes": unknown}), None) == ""
+
+
+def test_a_partner_of_a_suspect_keeps_the_score_of_its_own():
+    suspects = (
+        Suspect(path="a.jpg", score=0.9, other="b.jpg"),
+        Suspect(path="b.jpg", score=0.8, other="a.jpg"),
+    )
+    found = Finding(kind="copies", severity="low", message="Two.", suspects=suspects)
+    audit, album = Audit.of("data", {"cat": 2}, 2, [found], []), Album()
+    findings_of(audit, album, WithoutPaths([]), "audit.csv")
+    (shown,) = album.sets.values()
+    assert shown.notes == ("score 0.9", "score 0.8")

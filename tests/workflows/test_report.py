@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,9 @@ from keras_transfer.features.base import frozen_base
 from keras_transfer.features.frozen_part import Storage, frozen_features
 from keras_transfer.findings.finding import LABEL_ERRORS, Audit, Finding, Suspect
 from keras_transfer.findings.images import AuditedImages
+from keras_transfer.reporting.of_run import charts as run_charts
 from keras_transfer.reporting.of_run.page import ReportOptions
-from keras_transfer.reporting.of_run.record import Loaded
+from keras_transfer.reporting.of_run.record import Loaded, RunRecord
 from keras_transfer.workflows.report import audit_page, report_run
 
 LEAST = {
@@ -111,6 +113,40 @@ def test_a_run_whose_images_are_gone_has_a_page_without_pictures(run):
     assert str(run.config.data) not in html
 
 
+def test_a_run_without_predictions_says_what_its_page_lacks(run):
+    run.predictions_path.unlink()
+    html = report_run(run, known=Loaded()).read_text(encoding="utf-8")
+    assert sections(html) == {"headline", "learning", "findings", "provenance"}
+    assert "neither a confusion matrix nor curves: the run was made by a" in html
+    assert "hardest class" not in html and "average precision 0.0%" not in html
+    assert "most frequent mistake" in html or "No image was wrong" in html
+
+
+def test_captions_of_grouped_data_say_that_intervals_are_of_single_images(run):
+    drawn = [*run_charts.curves(RunRecord.of(run))]
+    assert len(drawn) == 4 and not any("group" in one.caption for one in drawn)
+    header, *rows = run.splits_path.read_text(encoding="utf-8").splitlines()
+    assert header == "path,label,split,group" and rows[0].endswith(",")
+    rows[0] += "patient 1"
+    run.splits_path.write_text("\n".join([header, *rows]), encoding="utf-8")
+    drawn = [*run_charts.curves(RunRecord.of(run))]
+    said = {x.name for x in drawn if "images of a group as independent" in x.caption}
+    assert said == {"reliability", "accuracy_coverage"}  # others have no intervals
+    run.splits_path.unlink()
+    assert not RunRecord.of(run).is_grouped
+
+
+def test_a_map_of_four_images_is_no_tsne(run, made):
+    record, splits = RunRecord.of(run), run_splits(made)
+    features = frozen_features(
+        frozen_base(made.config), splits, 0, Storage("f32"), Told()
+    )
+    for count, names in ((5, ["PCA", "t-SNE"]), (4, ["PCA"])):
+        few = replace(record, kept=record.kept.select(np.arange(count)))
+        _, views = run_charts.mapped(few, Loaded(splits, features), True)
+        assert [name for name, _ in views] == names
+
+
 def test_images_that_changed_are_left_out(run, made, photos, tmp_path):
     data = shutil.copytree(photos, tmp_path / "my photos")
     changed = data / "circle" / "00.jpg"
@@ -119,7 +155,7 @@ def test_images_that_changed_are_left_out(run, made, photos, tmp_path):
     text = config.read_text(encoding="utf-8").replace(str(made.config.data), str(data))
     config.write_text(text, encoding="utf-8")
     html = keras_transfer.report(run).read_text(encoding="utf-8")
-    assert "1 images have changed" in html
+    assert "1 image has changed since the run was made and is left" in html
     by_name = {row[0]: row for row in images(html)}
     assert by_name["circle/00.jpg"][5] == ""
     assert not re.search(r'<img data-image[^>]*alt="circle/00.jpg"', html)
@@ -180,6 +216,8 @@ def test_runs_side_by_side(run, made, kt):
     assert sections(html) == {"compared"}
     assert "shapes (2)" in html and "on 30 common test images" in html
     assert "Images that only shapes gets right" in html
+    title = "Only shapes gets these right; the predictions are those of shapes"
+    assert f'"{title}"' in html
     assert len(images(html)) == 1
     assert '"predictions.csv"' in html
     (run.run_dir / "predictions.csv").unlink()

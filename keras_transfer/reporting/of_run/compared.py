@@ -58,13 +58,13 @@ def compared_page(
         for record in records
         for path in (record.config.data, record.config.runs_dir)
     )
-    only = "Only {} gets these right"
+    only = "Only {} gets these right; the predictions are those of {}"
     gained = tuple(
         (
             name,
             plain(one.text),
-            album.put(f"gained-{number}", only.format(name), one.gained),
-            album.put(f"lost-{number}", only.format(names[0]), one.lost),
+            album.put(f"gained-{number}", only.format(name, names[0]), one.gained),
+            album.put(f"lost-{number}", only.format(names[0], names[0]), one.lost),
         )
         for number, (name, one) in enumerate(zip(names[1:], others, strict=True))
     )

@@ -8,6 +8,8 @@ import numpy as np
 
 from keras_transfer.data.reading import Reader
 from keras_transfer.data.samples import decoded_images
+from keras_transfer.findings.borders import BORDER
+from keras_transfer.findings.finding import counted
 from keras_transfer.reporting.album import Album
 from keras_transfer.reporting.explain import heat_maps
 from keras_transfer.reporting.page import Card, Figure, Gallery, Heat
@@ -72,12 +74,12 @@ class Galleries:
                 self._shares[source] = float(found.border_share[row])
         self.heat = Heat(
             Figure(
-                "border",
+                f"Mean heat on the outer {BORDER:.0%} of "
+                f"{counted(int(has_heat.sum()), 'image')} below",
                 float(found.border_share[has_heat].mean()),
                 baseline=found.expected_border_share,
                 against="if it was spread evenly",
             ),
-            int(has_heat.sum()),
             found.is_exact,
             self.is_multi_label,
         )

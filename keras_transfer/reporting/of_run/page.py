@@ -1,15 +1,13 @@
 """A run's files, images and features -> the contents of its report page."""
 
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
 
 import numpy as np
 
 from keras_transfer.events import duration
-from keras_transfer.findings.finding import LABEL_ERRORS, Audit
+from keras_transfer.findings.finding import LABEL_ERRORS, Audit, counted
 from keras_transfer.reporting.album import Album, predicted_images, relative_names
 from keras_transfer.reporting.contents import (
     class_rows,
@@ -47,8 +45,6 @@ _MISTAKES, _DOUBTS = 12, 6  # cards of the galleries
 MOST_PICTURE_BYTES = 2_900_000
 """Bytes of all pictures of a page: as text 3.9 MB of the 5 that it may have."""
 
-_T = TypeVar("_T")
-
 
 @dataclass(frozen=True)
 class ReportOptions:
@@ -78,14 +74,12 @@ class RunPage:
         record: What the run's files say.
         loaded: Its images, features and model, as far as there are any.
         options: What the page has.
-        seconds: Seconds that each part took.
     """
 
     record: RunRecord
     loaded: Loaded
     options: ReportOptions
     album: Album = field(default_factory=Album)
-    seconds: dict[str, float] = field(default_factory=dict)
 
     def make(self) -> Page:
         """Makes the contents of the page."""
@@ -97,42 +91,40 @@ class RunPage:
             album.tell(predicted_images(record.kept, record.class_names))
 
         # Sections name their images first: their pictures are then read together.
-        galleries = self._timed("heat maps", self._galleries)
+        galleries = self._galleries()
         page = self._with_figures(Page("Report", record.name, _facts(record), ()))
         findings = None
         if record.audit is not None:
             findings = findings_of(record.audit, album, plain, AUDIT)
-        tuned = self._timed("fine-tuning", lambda: self._finetuning(plain))
-        feature_map = self._timed("feature map", self._feature_map)
-        pictures = self._timed("thumbnails", self._pictures)
+        tuned = self._finetuning(plain)
+        feature_map = self._feature_map()
+        pictures = self._pictures()
         return replace(
             page,
             summary=self._summary(page),
             images=album.shown(pictures),
             sets=album.sets,
-            notes=tuple(plain(note) for note in self.loaded.notes),
-            curves=self._drawn("curves", lambda: run_charts.curves(record)),
+            notes=tuple(plain(note) for note in self._notes()),
+            curves=_charts(run_charts.curves(record)),
             galleries=galleries.shown(pictures),
             heat=galleries.heat,
             feature_map=feature_map,
-            learning=self._drawn(
-                "learning", lambda: run_charts.learning(record, self.loaded)
-            ),
+            learning=_charts(run_charts.learning(record, self.loaded)),
             finetuning=tuned,
             findings=findings,
             provenance=provenance_of(record, plain),
         )
 
-    def _timed(self, part: str, make: Callable[[], _T]) -> _T:
-        started = time.perf_counter()
-        result = make()
-        self.seconds[part] = time.perf_counter() - started
-        return result
-
-    def _drawn(
-        self, part: str, draw: Callable[[], Iterator[Drawn]]
-    ) -> tuple[Chart, ...]:
-        return self._timed(part, lambda: tuple(one.chart() for one in draw()))
+    def _notes(self) -> list[str]:
+        """Says what the page lacks, and why."""
+        notes = [*self.loaded.notes]
+        if self.record.kept is None:
+            notes.append(
+                "There are no predictions of single images, and so neither a confusion "
+                "matrix nor curves: the run was made by a version that kept none. "
+                "Train it again to have them."
+            )
+        return notes
 
     def _with_figures(self, page: Page) -> Page:
         """Adds figures, the confusion matrix and the classes."""
@@ -164,7 +156,7 @@ class RunPage:
         shown = self.record.shown
         if shown is None:
             return found
-        # Every page of a run shows the same images: their mean heat is on it.
+        # Every page of a run shows the same images: mean heat does not change.
         mistakes, doubts = mistakes_and_doubts(
             shown, self.record.thresholds, _MISTAKES, _DOUBTS
         )
@@ -191,7 +183,7 @@ class RunPage:
         return Finetuning(
             plain(f"{tuned.reason[:1].upper()}{tuned.reason[1:]}."),
             _tuning_facts(tuned),
-            tuple(one.chart() for one in run_charts.tuning(self.record)),
+            _charts(run_charts.tuning(self.record)),
             gained,
             lost,
         )
@@ -252,9 +244,13 @@ class RunPage:
             return (first, "No image was held out to say how good the model is.")
         evaluation = record.evaluations[record.headline]
         figure = page.headline[0].figures[0]
-        last = stands_out(evaluation, page.confusion, record.audit)
+        last = stands_out(evaluation, record.audit)
         sentences = (first, found(evaluation, figure, record.what(record.headline)))
         return (*sentences, last) if last else sentences
+
+
+def _charts(drawn: Iterable[Drawn]) -> tuple[Chart, ...]:
+    return tuple(one.chart() for one in drawn)
 
 
 def learned_shares(record: RunRecord) -> np.ndarray:
@@ -281,7 +277,8 @@ def findings_of(
             is_copy = is_image and suspect.score == 1
             has_score = suspect.score is not None and not is_copy
             score = f"score {suspect.score:.3g}" if has_score else ""
-            notes.setdefault(suspect.path, "; ".join(filter(None, (said, score))))
+            note = "; ".join(filter(None, (said, score)))
+            notes[suspect.path] = notes.get(suspect.path) or note
             if is_image:
                 notes.setdefault(suspect.other, "")
         title = f"{one.kind[:1].upper()}{one.kind[1:]}"
@@ -296,7 +293,7 @@ def provenance_of(record: RunRecord, plain: WithoutPaths) -> Provenance:
     facts = {
         "Data": data_name(config),
         "Data fingerprint": manifest.data_fingerprint[:16],
-        "Left out": f"{manifest.skipped:,} images",
+        "Left out": counted(manifest.skipped, "image"),
         "Base": manifest.base,
         "Weights": os.path.basename(manifest.weights),
         "Weights digest": manifest.weights_digest[:16],
@@ -305,7 +302,7 @@ def provenance_of(record: RunRecord, plain: WithoutPaths) -> Provenance:
         "Seed": str(manifest.seed),
         "Arithmetic": f"{manifest.precision} ({manifest.engine})",
         "Machine": ", ".join(
-            f"{value} cores" if name == "cpu_cores" else str(value)
+            counted(int(value), "core") if name == "cpu_cores" else str(value)
             for name, value in manifest.host.items()
         ),
         "Made": manifest.created,
@@ -323,12 +320,12 @@ def provenance_of(record: RunRecord, plain: WithoutPaths) -> Provenance:
 def _facts(record: RunRecord) -> tuple[str, ...]:
     manifest = record.manifest
     images, _ = record.counts
-    kind = "labels" if manifest.multi_label else "classes"
+    kind = ("label",) if manifest.multi_label else ("class", "classes")
     phase = ", fine-tuned" if manifest.phase == "finetune" else ""
     return (
         data_name(record.config),
-        f"{images:,} images",
-        f"{len(record.class_names):,} {kind}",
+        counted(images, "image"),
+        counted(len(record.class_names), *kind),
         f"{manifest.base}{phase}",
         manifest.created[:10],
     )
@@ -347,7 +344,7 @@ def _tuning_facts(tuned: FinetuneReport) -> tuple[tuple[str, str], ...]:
         facts["p-value of the gain"] = f"{tuned.p_value:.2g}"
     if tuned.before is not None and tuned.after is not None:
         name = tuned.metric.replace("_", " ")
-        facts[f"{name} on {tuned.deciding_images:,} deciding images"] = (
+        facts[f"{name} on {counted(tuned.deciding_images, 'deciding image')}"] = (
             f"{tuned.before:.3f} → {tuned.after:.3f}"
         )
     return tuple(facts.items())
