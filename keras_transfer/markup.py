@@ -40,7 +40,7 @@ def html_table(
     Args:
         caption: One line above the table.
         header: Names of the columns; empty for none.
-        rows: Cells as any values; all but the first of a row are figures.
+        rows: Cells as any values; the first of a row is its heading.
     """
     kept = list(rows)
     lines = [f"<caption style='text-align:left'>{escaped(caption)}</caption>"]

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from keras_transfer.advice.rules import METHODS
-from keras_transfer.findings.finding import Audit
+from keras_transfer.findings.finding import Audit, counted
 from keras_transfer.markup import printable
 from keras_transfer.models.bases import BASES, weights_path
 from keras_transfer.reporting.text_chart import text_chart
@@ -65,9 +65,8 @@ def show_run(result: "FitResult") -> None:
     seconds = manifest.timings
     waited = ""
     if count := manifest.images_decoded:
-        images = "image" if count == 1 else "images"
         waited = (
-            f" (waited {seconds['decode']:.1f} s for {count:,} {images}, "
+            f" (waited {seconds['decode']:.1f} s for {counted(count, 'image')}, "
             f"{seconds['forward']:.1f} s for the base)"
         )
     console.print(
@@ -115,8 +114,8 @@ def show_finetuning(result: "FinetuneResult") -> None:
     if report.averaged_epochs > 1:
         weights = f"mean weights of the last {report.averaged_epochs}"
     console.print(
-        f"Trained {report.trained_parameters:,} parameters ({groups}) for "
-        f"{report.epochs} epochs, {weights}; alpha "
+        f"Trained {counted(report.trained_parameters, 'parameter')} ({groups}) for "
+        f"{counted(report.epochs, 'epoch')}, {weights}; alpha "
         f"{report.alpha:g}, {report.precision}, "
         f"{report.images_per_second:,.0f} images/s.",
     )
@@ -241,8 +240,8 @@ def show_sure(found: "SureEvaluation", images: int) -> None:
 def show_drift(found: "RunDrift") -> None:
     """Shows how new images differ from a run's held-out images, per class."""
     console.print(
-        f"{found.images:,} new images beside {found.reference_images:,} of the run "
-        f"({found.reference})"
+        f"{counted(found.images, 'new image')} beside {found.reference_images:,} of "
+        f"the run ({found.reference})"
     )
     table = Table(box=None, pad_edge=False)
     table.add_column("")
@@ -282,7 +281,6 @@ def show_audit(found: Audit, folder: Path, fix: Path | None) -> None:
         fix: The cleaned table; None if there is none.
     """
     from keras_transfer.findings.cleaned import count_marked
-    from keras_transfer.findings.finding import counted
 
     findings = found.findings
     console.print(
@@ -415,10 +413,11 @@ def show_comparison(found: "RunComparison") -> None:
     console.print(table)
     console.print(
         f"Difference (95% interval): {found.described_difference} on "
-        f"{found.first.images:,} common test images, p = {found.p_value:.3g}"
+        f"{counted(found.first.images, 'common test image')}, p = {found.p_value:.3g}"
     )
     for reason, count in found.left_out.items():
-        console.print(f"Left out: {count:,} test images of {found.names[0]} {reason}")
+        images = counted(count, "test image")
+        console.print(f"Left out: {images} of {found.names[0]} {reason}")
     console.print(found.sentence)
 
 

@@ -88,6 +88,11 @@ def draw_curves(run: Run, phase: Phase | None) -> "Figure":
         for name in ("fit", "finetune")
     }
     name = phase or ("finetune" if by_phase["finetune"] else "fit")
+    if not by_phase[name] and name == "fit":
+        raise UsageError(
+            f"{HISTORY} has no rows of this phase. Received: phase={name} and "
+            f"{run.run_dir}. Train the run again."
+        )
     if not by_phase[name]:
         raise UsageError(
             f"The run was not fine-tuned. Received: phase={phase} and {run.run_dir}. "

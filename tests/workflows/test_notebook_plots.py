@@ -66,6 +66,12 @@ def test_pictures_that_do_not_exist(made, tmp_path):
     root, run, _ = made
     with pytest.raises(UsageError, match="was not fine-tuned"):
         run.plot_curves("finetune")
+    history = run.run_dir / "history.csv"
+    text = history.read_text(encoding="utf-8")
+    history.write_text(text.splitlines()[0] + "\n", encoding="utf-8")
+    with pytest.raises(UsageError, match="has no rows of this phase"):
+        run.plot_curves()
+    history.write_text(text, encoding="utf-8")
     with pytest.raises(UsageError, match="n=0"):
         run.show_batch(0)
     moved = root / "moved"
