@@ -5,8 +5,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import scipy.stats
 
-from keras_transfer.data.tables import count_classes
+from keras_transfer.data.tables import Table, count_classes
 from keras_transfer.evaluation.intervals import Groups, wilson
+from keras_transfer.evaluation.thresholds import independent_images
 from keras_transfer.findings.finding import Finding, Suspect, counted
 from keras_transfer.findings.images import AuditedImages
 
@@ -95,14 +96,20 @@ def _alike(images: AuditedImages, probabilities: np.ndarray) -> Iterator[Finding
     if images.multi_label or not known.any():
         return
     count = len(images.class_names)
-    said = probabilities[known].argmax(1)
-    cells = images.table.targets[known] * count + said
+    table, said = images.table.select(known), probabilities[known].argmax(1)
+    cells = table.targets * count + said
     confusion = np.bincount(cells, minlength=count**2).reshape(count, count)
     mixed = np.triu(confusion + confusion.T, 1)
     right = np.diag(confusion)
     total = mixed + right[:, None] + right
     low, high = np.moveaxis(wilson(mixed / np.maximum(total, 1), total), -1, 0)
     low = np.where(mixed >= _FEWEST_MIXED, low, 0.0)
+    if any(table.groups):  # which make intervals wider, so no further pair is found
+        for a, b in np.argwhere(low > _ALIKE):
+            of_pair = np.isin(table.targets, (a, b)) & np.isin(said, (a, b))
+            groups = table.select(of_pair).groups
+            trials = independent_images(groups, len(groups))
+            low[a, b], high[a, b] = wilson(mixed[a, b] / total[a, b], trials)
     first, second = np.nonzero(low > _ALIKE)
     for i in np.argsort(-low[first, second], kind="stable")[:_MOST_PAIRS]:
         a, b = int(first[i]), int(second[i])
@@ -178,18 +185,23 @@ def _absent_classes(images: AuditedImages) -> Iterator[Finding]:
 def _balance(images: AuditedImages) -> Iterator[Finding]:
     """Finds classes whose share of the test images is another than by chance.
 
-    The test is Fisher's exact one, class by class, with Bonferroni's correction.
+    The test is Fisher's exact one, class by class, with Bonferroni's correction. It
+    counts groups, or images without one: those that show the class more often than all
+    images do.
     """
-    train, test = (_counts(images, split) for split in ("train", "test"))
-    sizes = [np.count_nonzero(images.split == split) for split in ("train", "test")]
-    if not all(sizes):
+    tables = [images.table.select(images.split == x) for x in ("train", "test")]
+    if not all(map(len, tables)):
         return
-    shares = train / sizes[0], test / sizes[1]
+    train, test = (
+        count_classes(table.targets, len(images.class_names)) for table in tables
+    )
+    shares = train / len(tables[0]), test / len(tables[1])
+    usual = (train + test) / (len(tables[0]) + len(tables[1]))
     differing = np.flatnonzero(np.abs(shares[1] - shares[0]) >= _BALANCE)
     found = []
-    for i in differing:
-        table = [[train[i], sizes[0] - train[i]], [test[i], sizes[1] - test[i]]]
-        if scipy.stats.fisher_exact(table).pvalue < _BALANCE_P / len(train):
+    for i in differing.tolist():
+        cells = [_groups_above(table, i, usual[i]) for table in tables]
+        if scipy.stats.fisher_exact(cells).pvalue < _BALANCE_P / len(train):
             found.append(i)
     if not found:
         return
@@ -210,6 +222,21 @@ def _balance(images: AuditedImages) -> Iterator[Finding]:
     )
 
 
+def _groups_above(table: Table, index: int, share: float) -> tuple[int, int]:
+    """Counts groups that show a class in more than a share of their images, and others.
+
+    An image without a group is one by itself.
+    """
+    targets = table.targets
+    shows = targets == index if targets.ndim == 1 else targets[:, index] > 0
+    groups = Groups.of(table.groups)
+    shares = shows
+    if groups is not None:
+        shares = groups.sum(shows) / groups.sum(np.ones(len(shows)))
+    above = int(np.count_nonzero(shares > share))
+    return above, len(shares) - above
+
+
 def _small_test(images: AuditedImages, probabilities: np.ndarray) -> Iterator[Finding]:
     """Finds test sets whose figures say little, by the width of an interval."""
     is_test = images.split == "test"
@@ -222,15 +249,18 @@ def _small_test(images: AuditedImages, probabilities: np.ndarray) -> Iterator[Fi
     if known.any() and not images.multi_label:
         right = probabilities[known].argmax(1) == images.table.targets[known]
         accuracy = float(right.mean())
-    low, high = wilson(accuracy, count)
+    groups = independent_images(images.table.select(is_test).groups, count)
+    low, high = wilson(accuracy, groups)
     if high - low <= _WIDE:
         return
+    of_groups = f" of {counted(groups, 'group')}" if groups < count else ""
     yield Finding(
         kind="small test set",
         severity="low",
-        message=f"With {counted(count, 'test image')} an accuracy of {accuracy:.2f} "
-        f"may be anything from {low:.2f} to {high:.2f} (95% interval). Prefer "
-        "figures of cross-validation, or test on more images.",
+        message=f"With {counted(count, 'test image')}{of_groups} an accuracy of "
+        f"{accuracy:.2f} may be anything from {low:.2f} to {high:.2f} (95% interval). "
+        "Prefer figures of cross-validation, or test on more "
+        f"{'groups' if of_groups else 'images'}.",
         figures={"images": float(count), "low": float(low), "high": float(high)},
     )
 

@@ -83,6 +83,53 @@ def test_another_mix_of_classes_in_the_test_split():
     assert {found.figures["train"], found.figures["test"]} in ({0.5, 0.1}, {0.5, 0.9})
 
 
+def of_patients(patients, test, seed, *, mixed=False):
+    """Images of 25 to a patient, whose classes follow the patient."""
+    rng = np.random.default_rng(seed)
+    patient = np.repeat(np.arange(patients), 25)
+    targets = rng.integers(0, 2, patients)[patient]
+    if mixed:
+        targets = np.where(rng.random(len(patient)) < 0.3, 1 - targets, targets)
+    split = np.where(
+        np.isin(patient, rng.permutation(patients)[:test]), "test", "train"
+    )
+    groups = [f"p{i}" for i in patient]
+    return audited(targets, split=split.tolist(), groups=groups)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_few_patients_differ_from_others_by_chance(mixed):
+    found = [findings(of_patients(40, 8, seed, mixed=mixed)) for seed in range(40)]
+    assert sum("class balance of test" in one for one in found) <= 2
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_another_mix_of_patients_in_the_test_split(mixed):
+    images = of_patients(200, 40, 0, mixed=mixed)
+    patient = np.repeat(np.arange(200), 25)
+    is_test, row = images.split == "test", np.arange(len(images))
+    unit = row if mixed else patient
+    share = np.where(is_test, 0.85, 0.4)
+    targets = (np.random.default_rng(0).random(len(images))[unit] < share).astype(int)
+    uneven = audited(targets, split=images.split.tolist(), groups=images.table.groups)
+    assert "class balance of test" in findings(uneven)
+
+
+def test_intervals_count_groups():
+    images = of_patients(40, 8, 0)
+    said = images.table.targets.copy()
+    said[::6] = 1 - said[::6]  # 167 of 1,000, but of 40 patients
+    found = findings(images, sure(said))
+    assert "classes that look alike" not in found
+    small = found["small test set"]
+    assert "With 200 test images of 8 groups an accuracy" in small.message
+    low, high = wilson(0.833, 8)
+    assert (small.figures["low"], small.figures["high"]) == pytest.approx((low, high))
+    alike = findings(of_patients(40, 8, 0), sure(1 - images.table.targets))
+    low, high = wilson(1.0, 40)
+    assert alike["classes that look alike"].figures["low"] == pytest.approx(low)
+
+
 def test_a_small_test_set_says_little():
     targets = np.arange(100) % 2
     split = ["test"] * 20 + ["train"] * 80
