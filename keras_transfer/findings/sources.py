@@ -27,6 +27,7 @@ from keras_transfer.findings.properties import (
     path_properties,
 )
 from keras_transfer.findings.telling import Units, fraction_interval, least_mean
+from keras_transfer.findings.wording import shortened
 from keras_transfer.training.head import predict_head, train_head
 
 _MOST_IMAGES = 2_000
@@ -209,14 +210,15 @@ def _finding(one: Property, loss: _Loss) -> Finding:
     if loss.least >= _MEDIUM_LOSS:
         severity = "high" if loss.least >= _HIGH_LOSS else "medium"
     low, high = loss.interval
-    others = ", ".join(loss.others[:3]) + (", ..." if loss.others[3:] else "")
+    source, others = shortened(loss.source), ", ".join(map(shortened, loss.others[:3]))
+    others += ", ..." if loss.others[3:] else ""
     return Finding(
         kind="worse on another source",
         severity=severity,
         message=(
-            f"Trained on {others} and tested on {loss.source} of {one.name}: accuracy "
+            f"Trained on {others} and tested on {source} of {one.name}: accuracy "
             f"{loss.without:.2f} ({low:.2f} to {high:.2f}) instead of "
-            f"{loss.within:.2f} when images of {loss.source} are learned from too, as "
+            f"{loss.within:.2f} when images of {source} are learned from too, as "
             "many in all. Expect that of a source that the model has not seen (Zech et "
             "al. 2018, PLOS Medicine 15). Collect images of more sources, and make "
             "each source a group or a test split of its own."

@@ -25,7 +25,7 @@ medium severity. What is shown may be their reason, as with night and day: in ph
 airplanes, trucks and sunflowers they go 0.2 to 0.4 of the way."""
 
 _MORE = 0.05  # of the way
-_LONGEST = 40  # characters of a value, such as a file name
+_LONGEST = 40  # characters of a value in a message, such as a file name
 _WHY = {
     "file": "A model may learn that instead of what is shown (DeGrave et al. 2021).",
     "content": (
@@ -119,6 +119,11 @@ def finding_of(
     )
 
 
+def shortened(value: str) -> str:
+    """Cuts a value that comes from the data to at most 40 characters and dots."""
+    return value if len(value) <= _LONGEST else f"{value[:_LONGEST]}..."
+
+
 def _upper(name: str) -> str:
     return name[:1].upper() + name[1:]
 
@@ -192,8 +197,7 @@ def _example(
         spread = shares[:, 0] - shares[:, 1] if clear else np.ptp(shares, axis=1)
         value = int(spread.argmax())
         high, low = int(shares[value].argmax()), int(shares[value].argmin())
-        label = one.labels[value]
-        label = label if len(label) <= _LONGEST else f"{label[:_LONGEST]}..."
+        label = shortened(one.labels[value])
         label = f"names such as {label!r}" if one.nature == "name" else repr(label)
         return (
             f": {label} in {shares[value, high]:.0%} of {names[high]}, "

@@ -47,3 +47,13 @@ def test_sources_of_one_class_each_cannot_be_tested():
     y, _, features = made(0, shortcut=True)
     images = audited(y, features=features, columns={"hospital": np.where(y, "A", "B")})
     assert source_findings(images, 0) == []
+
+
+def test_long_names_of_sources_are_cut():
+    y, hospital, features = made(0, shortcut=True)
+    features[hospital == "C", 1] = -3 * (2 * y[hospital == "C"] - 1)
+    names = np.array([x * 90 for x in hospital])
+    images = audited(y, features=features, columns={"hospital": names})
+    (found,) = source_findings(images, 0)
+    start = f"Trained on {'A' * 40}..., {'B' * 40}... and tested on {'C' * 40}... of"
+    assert found.message.startswith(start) and "C" * 41 not in found.message
