@@ -23,7 +23,7 @@ import numpy as np
 from keras_transfer.config import USUAL_NAMES
 from keras_transfer.data.columns import SAMPLE_WEIGHT
 from keras_transfer.data.tables import LABEL_SEPARATOR, Listing
-from keras_transfer.findings.finding import Finding
+from keras_transfer.findings.finding import Finding, counted
 from keras_transfer.findings.groups import united_groups
 from keras_transfer.findings.images import AuditedImages
 from keras_transfer.runs.files import SUSPECT, csv_text
@@ -58,13 +58,12 @@ class Cleaned:
     groups: int
 
     def __str__(self) -> str:
-        copies = "copy" if self.dropped == 1 else "copies"
         unusable = f" and {self.unusable:,} unusable" if self.unusable else ""
         moved = f", {self.moved:,} moved to the test split" if self.moved else ""
-        groups = "group" if self.groups == 1 else "groups"
         return (
-            f"{self.rows:,} images: {self.dropped:,} {copies}{unusable} left out"
-            f"{moved}, {self.groups:,} {groups} of copies kept together, "
+            f"{counted(self.rows, 'image')}: {counted(self.dropped, 'copy', 'copies')}"
+            f"{unusable} left out{moved}, {counted(self.groups, 'group')} of copies "
+            "kept together, "
             f"{self.marked:,} marked"
         )
 

@@ -20,7 +20,7 @@ from keras_transfer.features.copies import (
     same_value,
     trusted,
 )
-from keras_transfer.findings.finding import Finding, Severity, Suspect
+from keras_transfer.findings.finding import Finding, Severity, Suspect, counted
 from keras_transfer.findings.images import AuditedImages
 from keras_transfer.findings.neighbors import nearest_pairs
 from keras_transfer.findings.registration import SIDE, likeness, pictures_of
@@ -351,7 +351,11 @@ def _compared(
     alike = likeness(read, place[pairs])
     is_copy = alike >= least
     lost = len(sources) - len(pictures)
-    notes = (f"near copies: {lost:,} images could not be read again",) if lost else ()
+    notes = (
+        (f"near copies: {counted(lost, 'image')} could not be read again",)
+        if lost
+        else ()
+    )
     return pairs[is_copy], alike[is_copy], notes
 
 

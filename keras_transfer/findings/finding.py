@@ -55,7 +55,7 @@ class Finding(BaseModel):
     severity: Severity
     """How much it matters."""
     message: str
-    """One sentence that says what was found, with its numbers, and what to do."""
+    """Sentences that say what was found, with its numbers, and what to do."""
     suspects: tuple[Suspect, ...] = ()
     """The images, most suspicious first; none if it is about the data as a whole."""
     figures: dict[str, float] = {}
@@ -108,7 +108,10 @@ class Audit(BaseModel):
             )
             for one in self.findings
         ]
-        caption = f"{len(rows)} findings in {self.images:,} images of {self.data}"
+        caption = (
+            f"{counted(len(rows), 'finding')} in {counted(self.images, 'image')} "
+            f"of {self.data}"
+        )
         header = ("severity", "finding", "", "images")
         notes = [("note", text) for text in self.notes]
         return html_table(caption, header, rows) + (

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from keras_transfer.data.tables import label_text
-from keras_transfer.findings.finding import LABEL_ERRORS, Finding, Suspect
+from keras_transfer.findings.finding import LABEL_ERRORS, Finding, Suspect, counted
 from keras_transfer.findings.images import AuditedImages
 
 INSTALL = (
@@ -94,8 +94,8 @@ def label_error_findings(
         Finding(
             kind=LABEL_ERRORS,
             severity="medium" if share <= _MOST_WRONG else "low",
-            message=f"{count:,} of {len(known):,} images ({share:.1%}) may have a "
-            "wrong label: models that did not learn from them say another. "
+            message=f"{count:,} of {counted(len(known), 'image')} ({share:.1%}) may "
+            "have a wrong label: models that did not learn from them say another. "
             f"{advice}",
             suspects=suspects,
             figures={"images": float(count), "share": share},

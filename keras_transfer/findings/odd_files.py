@@ -1,8 +1,8 @@
 """Odd files: tiny, huge, nearly black or white, blank, blurry, of extreme shape.
 
-What is odd is measured on the file or on the pixels that the base sees. A measure that
-more than a tenth of the images have is a property of the data, not of some odd files,
-and is told in one finding about all of them.
+What is odd is measured on the file or on the pixels that the base sees. What more than
+a tenth of the images are, and more than 20 of them, is a property of the data, not of
+some odd files, and is told in one finding without suspects.
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from keras_transfer.findings.finding import Finding, Severity, Suspect
+from keras_transfer.findings.finding import Finding, Severity, Suspect, counted
 from keras_transfer.findings.images import AuditedImages
 
 UNUSABLE = "unusable files"
 """Kind of the finding about files that are left out."""
 
 _MOST_ODD = 0.1  # of the images; with more, being so is usual in the data
+_FEW_ODD = 20  # images that one can look at, whatever share of the data they are
 
 _TINY = 32
 """Shorter side in pixels. The last feature map of the usual bases has one cell for 32 x
@@ -43,7 +44,8 @@ _BLURRED = 20.0
 """Variance of the Laplacian. With photos blurred by a Gaussian whose standard deviation
 is 1% of their longer side, 95% are below 15; without, it is 54 and more."""
 _LEAST_SPREAD = 0.25  # of logarithms; images of nearly equal sharpness are all sharp
-_FEWEST_COMPARED = 20  # images that a median absolute deviation is computed from
+FEWEST_COMPARED = 20
+"""Images that a median absolute deviation is computed from, to find blurry ones."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,9 @@ def unusable_findings(skipped: Mapping[str, str]) -> list[Finding]:
         Finding(
             kind=UNUSABLE,
             severity="medium",
-            message=f"{len(skipped):,} files cannot be read or decoded, and are left "
-            "out. Mend or remove them.",
+            message=f"{counted(len(skipped), 'file')} cannot be read or decoded, and "
+            f"{'is' if len(skipped) == 1 else 'are'} left out. Mend or remove "
+            f"{'it' if len(skipped) == 1 else 'them'}.",
             suspects=tuple(
                 Suspect(path=source, other=reason) for source, reason in skipped.items()
             ),
@@ -114,12 +117,12 @@ def _finding(oddity: _Oddity, images: AuditedImages, rows: np.ndarray) -> Findin
     odd = np.flatnonzero(oddity.is_odd)
     count, share = len(odd), len(odd) / len(rows)
     figures = {"images": float(count), "share": share}
-    are = "is" if count == 1 else "are"
-    if share > _MOST_ODD:
+    are, total = "is" if count == 1 else "are", counted(len(rows), "image")
+    if share > _MOST_ODD and count > _FEW_ODD:
         return Finding(
             kind=oddity.kind,
             severity=oddity.severity,
-            message=f"{count:,} of {len(rows):,} images ({share:.0%}) {are} "
+            message=f"{count:,} of {total} ({share:.0%}) {are} "
             f"{oddity.what}: this is a property of the data. {oddity.fix}",
             figures=figures,
         )
@@ -129,7 +132,7 @@ def _finding(oddity: _Oddity, images: AuditedImages, rows: np.ndarray) -> Findin
     return Finding(
         kind=oddity.kind,
         severity=oddity.severity,
-        message=f"{count:,} of {len(rows):,} images {are} {oddity.what}. {oddity.fix}",
+        message=f"{count:,} of {total} {are} {oddity.what}. {oddity.fix}",
         suspects=tuple(
             Suspect(path=sources[rows[i]], score=float(oddity.numbers[i]))
             for i in order
@@ -244,7 +247,7 @@ def _blur(quality: np.ndarray) -> Iterator[_Oddity]:
     contrast = np.maximum(quality["contrast"].astype(float), 1.0)
     shorter = np.minimum(quality["width"], quality["height"])
     is_compared = (shorter >= _SMALL) & (contrast > _BLANK)
-    if is_compared.sum() < _FEWEST_COMPARED:
+    if is_compared.sum() < FEWEST_COMPARED:
         return
     is_odd = is_compared & (sharpness <= _BLURRED)
     for measure in (np.log(sharpness), np.log(sharpness / contrast**2)):

@@ -11,7 +11,7 @@ import numpy as np
 from keras_transfer.data.tables import label_text
 from keras_transfer.errors import KerasTransferError, UsageError, first_line
 from keras_transfer.events import SILENT, Listener
-from keras_transfer.findings.finding import Audit
+from keras_transfer.findings.finding import Audit, counted
 from keras_transfer.findings.images import AuditedImages
 from keras_transfer.reporting import charts
 from keras_transfer.reporting.album import SHOWN_SEPARATOR, Album, relative_names
@@ -249,9 +249,11 @@ def audit_page(
             kind="Audit",
             title=name,
             facts=(
-                f"{audit.images:,} images",
-                f"{len(audit.class_counts):,} "
-                f"{'labels' if images.multi_label else 'classes'}",
+                counted(audit.images, "image"),
+                counted(
+                    len(audit.class_counts),
+                    *(("label",) if images.multi_label else ("class", "classes")),
+                ),
             ),
             summary=_audited(audit, name),
             images=album.shown(pictures),
@@ -264,11 +266,12 @@ def audit_page(
 def _audited(audit: Audit, name: str) -> tuple[str, ...]:
     """Says what an audit was asked and what it found, a sentence each."""
     high, total = len(audit.at_least("high")), len(audit.findings)
-    first = f"{audit.images:,} images of {name} were looked at."
+    were = "was" if audit.images == 1 else "were"
+    first = f"{counted(audit.images, 'image')} of {name} {were} looked at."
     if not total:
         return first, "Nothing was found that needs a look."
-    findings = "finding" if total == 1 else "findings"
-    second = f"There are {total:,} {findings}, {high:,} of high severity."
+    are = "is" if total == 1 else "are"
+    second = f"There {are} {counted(total, 'finding')}, {high:,} of high severity."
     worst = audit.findings[0]
     return first, second, f"The first: {worst.kind}."
 

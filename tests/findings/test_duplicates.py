@@ -185,7 +185,7 @@ def test_images_that_vanished_are_left_out(textures: list[Image.Image]):
 
     copies = find_copies(AuditedImages(**{**vars(images), "read": read}))
     assert not len(copies.pairs)
-    assert copies.notes == ("near copies: 1 images could not be read again",)
+    assert copies.notes == ("near copies: 1 image could not be read again",)
 
 
 def test_findings_say_where_copies_are(textures: list[Image.Image]):

@@ -61,6 +61,12 @@ def test_what_many_images_are_is_one_finding_without_suspects(kind):
     assert "property of the data" in found[kind].message
 
 
+def test_a_few_images_are_suspects_whatever_their_share():
+    found = findings(made_odd("nearly black images", quality_of(7), [3]))
+    assert paths(found["nearly black images"]) == ["3"]
+    assert "1 of 7 images is nearly black" in found["nearly black images"].message
+
+
 def test_images_that_are_all_small_are_one_finding():
     rows = quality_of(COUNT)
     rows["width"] = rows["height"] = 8
@@ -97,6 +103,8 @@ def test_images_that_were_not_measured_are_left_out():
 
 def test_unusable_files_are_told_with_their_reason():
     assert unusable_findings({}) == []
+    (found,) = unusable_findings({"a.jpg": "it is empty"})
+    assert found.message.startswith("1 file cannot be read or decoded, and is left out")
     (found,) = unusable_findings({"a\udce9.jpg": "it is empty"})
     assert found.severity == "medium"
     assert [(x.path, x.other) for x in found.suspects] == [

@@ -54,7 +54,7 @@ def test_results_are_tables_without_what_a_name_brings():
     )
     audit = Audit.of(HOSTILE, {HOSTILE: 3}, 3, [finding], [HOSTILE])
     check(audit._repr_html_())
-    assert "1 findings in 3 images" in audit._repr_html_()
+    assert "1 finding in 3 images" in audit._repr_html_()
 
     accuracy = Estimate(mean=0.5, low=0.4, high=0.6, values=(0.5,))
     fields = {"logme": 1, "images_per_second": 2, "parameters": 3, "megabytes": 4}
