@@ -26,7 +26,7 @@ from keras_transfer.features.frozen_part import (
     frozen_features,
 )
 from keras_transfer.findings.finding import Finding, Severity
-from keras_transfer.findings.images import AuditedImages
+from keras_transfer.findings.images import FEWEST_IMAGES, AuditedImages
 from keras_transfer.findings.probing import (
     cross_validated,
     out_of_fold,
@@ -56,7 +56,6 @@ HIDE_VERSION = 2
 """Changes whenever any view changes, because features of views are cached."""
 
 _GRAY = (124, 116, 104)  # mean color of ImageNet: a color that says nothing
-_FEWEST_IMAGES = 30
 _LEAST_WAY = 0.2  # from the majority class to the whole image's figure
 _HIGH_WAY = 0.8
 _LEVEL = 0.025 / 2  # of error: the border and the corners are two looks
@@ -190,7 +189,7 @@ def _findings(
 def _units(images: AuditedImages, seed: int) -> tuple[Units | None, np.ndarray]:
     """Draws images, stratified by class, with folds; None if they are too few."""
     rows = stratified(images, np.arange(len(images)), MOST_IMAGES, seed)
-    if len(rows) < _FEWEST_IMAGES:
+    if len(rows) < FEWEST_IMAGES:
         return None, rows
     return units_of(images, rows, seed), rows
 

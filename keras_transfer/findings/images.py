@@ -9,6 +9,10 @@ from keras_transfer.data.reading import Reader
 from keras_transfer.data.tables import Splits, Table
 from keras_transfer.features.cache import Features
 from keras_transfer.features.frozen_part import FrozenFeatures
+from keras_transfer.findings.finding import counted
+
+FEWEST_IMAGES = 30
+"""Images that shortcuts and outliers are looked for in; fewer show nothing."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -43,7 +47,7 @@ class AuditedImages:
         return len(self.table)
 
     def __repr__(self) -> str:
-        return f"AuditedImages({len(self):,} images)"
+        return f"AuditedImages({counted(len(self), 'image')})"
 
     @classmethod
     def of(cls, splits: Splits, found: FrozenFeatures) -> "AuditedImages":

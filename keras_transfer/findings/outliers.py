@@ -4,9 +4,8 @@ import numpy as np
 
 from keras_transfer.evaluation.out_of_distribution import MOST_FITTED, OutOfDistribution
 from keras_transfer.findings.finding import Finding, Suspect
-from keras_transfer.findings.images import AuditedImages
+from keras_transfer.findings.images import FEWEST_IMAGES, AuditedImages
 
-_FEWEST = 30  # images; a spread of fewer distances says little
 _UNUSUAL = 3.0
 """Modified z-score. In six data sets, at most 1.5% of the images are above it, and at
 most 6 images of one; of the images of another one, mostly 40% to all."""
@@ -25,11 +24,11 @@ def outlier_findings(images: AuditedImages, seed: int) -> list[Finding]:
         images: The N images.
         seed: Seed of the choice of at most 5,000 images to compare with.
     """
-    if len(images) < _FEWEST:
+    if len(images) < FEWEST_IMAGES:
         return []
     distances = _distances(images, seed)
     known = np.flatnonzero(np.isfinite(distances) & (distances > 0))
-    if len(known) < _FEWEST:
+    if len(known) < FEWEST_IMAGES:
         return []
     logs = np.log(distances[known].astype(np.float64))
     median = float(np.median(logs))

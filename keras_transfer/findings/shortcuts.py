@@ -15,7 +15,7 @@ import numpy as np
 
 from keras_transfer.data.tables import count_classes
 from keras_transfer.findings.finding import Finding
-from keras_transfer.findings.images import AuditedImages
+from keras_transfer.findings.images import FEWEST_IMAGES, AuditedImages
 from keras_transfer.findings.probing import units_of
 from keras_transfer.findings.properties import (
     Property,
@@ -31,7 +31,6 @@ LEVEL = 0.025
 
 _MOST_IMAGES = 5_000  # more tell nothing new of gains that matter
 _MOST_CLASSES = 50  # with the most images
-_FEWEST_IMAGES = 30
 _MOST_TOLD_APART = 20  # classes, each from all others
 
 
@@ -60,7 +59,7 @@ def shortcut_findings(
 
     Returns:
         Findings, the clearest first; none for data in which classes are independent of
-        all properties, apart from 5% of all data sets.
+        all properties, apart from 2.5% of all data sets.
     """
     properties = [
         *file_properties(images),
@@ -69,22 +68,23 @@ def shortcut_findings(
         *column_properties(images),
     ]
     rows = _sample(images, seed)
-    if not properties or len(rows) < _FEWEST_IMAGES:
+    if not properties or len(rows) < FEWEST_IMAGES:
         return []
     units = units_of(images, rows, seed)
     if units is None:
         return []
     classes = _told_apart(units)
-    level = LEVEL / (len(properties) * (1 + len(classes)))
+    joint = _joint(properties, rows)
+    tried = len(properties) + (joint is not None)
+    level = LEVEL / (tried * (1 + len(classes)))
     found = []
     for one in properties:
         some, of_known = _known(one, rows, units)
         if of_known is not None:
             found.append(tell(some, of_known, classes, level, seed))
-    joint = _joint(properties, rows)
-    if joint is not None:
-        together = tell(joint, units, classes, level, seed)
-        single = max(x.way for x in found if x.one.nature == "file")
+    files = [one.way for one in found if one.one.nature == "file"]
+    if joint is not None and files:
+        together, single = tell(joint, units, classes, level, seed), max(files)
         # It must add to the best single property, beyond doubt and by enough.
         if together.least_way > single and together.way >= single + LEAST_WAY / 2:
             found.append(together)
@@ -124,7 +124,7 @@ def _known(
     if not known.all():
         units = units.keep(known)
     is_enough = (
-        len(units) >= _FEWEST_IMAGES
+        len(units) >= FEWEST_IMAGES
         and len(np.unique(units.folds)) > 1
         and bool((units.targets != units.targets[0]).any())
     )

@@ -1,6 +1,6 @@
 """The workflow of `kt audit`: what is wrong with images, labels and splits."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,13 +30,14 @@ from keras_transfer.findings.duplicates import Copies, copy_findings, find_copie
 from keras_transfer.findings.exif import source_properties
 from keras_transfer.findings.finding import Audit, Finding
 from keras_transfer.findings.groups import united_groups
-from keras_transfer.findings.images import AuditedImages
+from keras_transfer.findings.images import FEWEST_IMAGES, AuditedImages
 from keras_transfer.findings.label_errors import (
     INSTALL,
     can_find_label_errors,
     label_error_findings,
 )
 from keras_transfer.findings.odd_files import (
+    FEWEST_COMPARED,
     UNUSABLE,
     odd_file_findings,
     unusable_findings,
@@ -160,6 +161,7 @@ def look_at_data(inputs: Inputs, listener: Listener) -> AuditedData:
             "Label errors and shortcuts were not looked for: all images are of one "
             "class."
         )
+    notes += _not_looked_at(images)
     audit = Audit.of(config.data, _class_counts(images), len(images), findings, notes)
     return AuditedData(audit, images, copies, probabilities)
 
@@ -271,7 +273,7 @@ def _of_classes(
                 "class, but not from them or their group."
             )
     units = {group or row for row, group in enumerate(images.table.groups)}
-    if len(units) < FOLDS:
+    if len(units) < FOLDS and len(images) >= FEWEST_IMAGES:
         notes.append(
             "Shortcuts were not looked for: the images are of too few groups; copies "
             "of an image are one."
@@ -280,6 +282,24 @@ def _of_classes(
     made = source_properties(images, seed)
     found += shortcut_findings(images, accuracy, seed, made)
     return [*found, *source_findings(images, seed, made)]
+
+
+def _not_looked_at(images: AuditedImages) -> Iterator[str]:
+    """Says what is not looked for in so few images, and in multi-label data."""
+    looks = [
+        ("blurry images", FEWEST_COMPARED),
+        ("outliers", FEWEST_IMAGES),
+        *([("shortcuts", FEWEST_IMAGES)] if _has_classes(images) else []),
+    ]
+    few = [name for name, fewest in looks if len(images) < fewest]
+    if few:
+        named = " and ".join(filter(None, (", ".join(few[:-1]), few[-1])))
+        yield f"{named.capitalize()} were not looked for: the images are too few."
+    if images.multi_label:
+        yield (
+            "Classes that look alike, and sources on which a model would be worse, "
+            "were not looked for: that takes images of one label each."
+        )
 
 
 def _grouped(images: AuditedImages, copies: Copies) -> AuditedImages:

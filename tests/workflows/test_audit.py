@@ -160,8 +160,22 @@ def test_one_class_is_audited_as_far_as_it_goes(photos, options, tmp_path):
     found = keras_transfer.audit(tmp_path / "one", **options)
     assert found.class_counts == {"circle": 20}
     assert "all images are of one class" in found.notes[0]
+    assert found.notes[1:] == ("Outliers were not looked for: the images are too few.",)
     with pytest.raises(KerasTransferError, match="at least two classes"):
         keras_transfer.fit(tmp_path / "one", **options)
+
+
+@pytest.mark.long
+def test_a_few_images_of_several_labels_say_what_was_not_looked_for(options):
+    images = np.random.default_rng(4).integers(0, 256, (8, 20, 20, 3), np.uint8)
+    labels = np.array([[1, 0], [0, 1], [1, 1], [0, 0]] * 2)
+    found = keras_transfer.audit((images, labels), **options)
+    *_, few, single = found.notes
+    assert few == (
+        "Blurry images, outliers and shortcuts were not looked for: the images are too "
+        "few."
+    )
+    assert single.startswith("Classes that look alike, and sources on which a model")
 
 
 @pytest.mark.long
@@ -175,7 +189,7 @@ def test_films_say_that_nothing_can_be_judged(options):
     assert "classes of a single group" in kinds
     assert not kinds & {"label errors", "classes that look alike"}
     assert any("Label errors were not looked for" in note for note in found.notes)
-    assert any("Shortcuts were not looked for" in note for note in found.notes)
+    assert any("and shortcuts were not looked for" in note for note in found.notes)
 
 
 def test_a_file_that_vanishes_meanwhile_does_no_harm(photos, options, tmp_path):
