@@ -12,7 +12,8 @@ import pyarrow as pa
 
 from keras_transfer.data.quality import FILE_TYPES
 from keras_transfer.data.tables import split_of
-from keras_transfer.findings.images import AuditedImages
+from keras_transfer.findings.images import FEWEST_IMAGES, AuditedImages
+from keras_transfer.runs.files import SUSPECT
 
 Nature = Literal["file", "content", "folder", "name", "column"]
 """Where a property comes from. What is shown has no part in how a file was made
@@ -25,16 +26,19 @@ FEWEST_OF_VALUE = 10
 MOST_VALUES = 50
 """Columns and folders with more values tell patients or objects apart, not sources."""
 
-_FEWEST_KNOWN = 30  # images of which a property is known; fewer show nothing
 _FEW_NUMBERS = 10  # whole numbers that are names, such as 1 to 3 for hospitals
 _MOST_LEVELS = 3  # of folders
 _TOKEN = re.compile(r"[^\W_]+")
 _SOURCE_WORDS = re.compile(
-    r"source|site|hospital|cent(?:er|re)|clinic|institut|scanner|camera|device|maker"
-    r"|manufacturer|vendor|machine|station|data_?set|collection|origin|lab\b|country"
-    r"|city|photographer|project|stud(?:y|ies)$",
+    r"\b(?:(?:data|image)?source|site|hospital|cent(?:er|re)|clinic|institut\w*"
+    r"|scanner|camera|device|maker|manufacturer|vendor|machine|station|data ?set"
+    r"|collection|origin|lab|country|city|photographer|project|stud(?:y|ie))"
+    r"(?:s|ids?|names?|codes?)?\b",
     re.IGNORECASE,
 )
+_BETWEEN_WORDS = re.compile(
+    r"[\W_]+|(?<=[a-z])(?=[A-Z\d])|(?<=[A-Z])(?=[A-Z][a-z]|\d)"
+)  # as in study_id, StudyID, MRIScanner and site2
 _ID_WORDS = re.compile(r"(?:.*_)?(?:id|idx|index|number|no|unnamed: ?\d+)", re.I)
 
 
@@ -68,7 +72,7 @@ class Property:
     @property
     def is_source(self) -> bool:
         """Whether its name says that it tells where an image comes from."""
-        return _SOURCE_WORDS.search(self.name) is not None
+        return _SOURCE_WORDS.search(_BETWEEN_WORDS.sub(" ", self.name)) is not None
 
 
 def category(
@@ -95,7 +99,7 @@ def category(
     counts = Counter(value for value in values if value is not None)
     frequent = [x for x, count in counts.most_common() if count >= FEWEST_OF_VALUE]
     rare = counts.total() - sum(counts[value] for value in frequent)
-    if counts.total() < _FEWEST_KNOWN or rare > counts.total() / 2:
+    if counts.total() < FEWEST_IMAGES or rare > counts.total() / 2:
         return None
     if len(frequent) + (rare > 0) < 2 or (most is not None and len(frequent) > most):
         return None
@@ -128,7 +132,7 @@ def numbers(
     values = np.stack([*columns.values()], 1).astype(np.float64)
     is_known = np.asarray(np.isfinite(values).all(1))
     known = values[is_known]
-    if len(known) < _FEWEST_KNOWN or (known == known[0]).all():
+    if len(known) < FEWEST_IMAGES or (known == known[0]).all():
         return None
     return Property(name, nature, values, is_known, tuple(columns), advice)
 
@@ -236,12 +240,17 @@ def _shape(name: str) -> str:
 def column_properties(images: AuditedImages) -> list[Property]:
     """Returns the further columns of the data that hold few texts, or numbers.
 
-    Columns that name each image, and those that repeat the label, are left out.
+    Columns that name each image, those that repeat the label, and the one in which
+    `cleaned_table` marks suspects are left out.
     """
     if images.extra is None:
         return []
     columns = zip(images.extra.column_names, images.extra.columns, strict=True)
-    found = (_column(name, cells, {*images.class_names}) for name, cells in columns)
+    found = (
+        _column(name, cells, {*images.class_names})
+        for name, cells in columns
+        if name.strip().lower() != SUSPECT
+    )
     return [one for one in found if one is not None]
 
 

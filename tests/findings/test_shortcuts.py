@@ -166,6 +166,37 @@ def test_a_column_whose_values_go_with_the_class():
     assert found.severity == "medium" and "under another name" in found.message
 
 
+@pytest.mark.parametrize(
+    "name", ["study", "StudyID", "MRIScanner", "site2", "data_set", "hospitalid"]
+)
+def test_columns_of_sources_are_known_by_words(name):
+    (found,) = shortcut_findings(
+        audited(Y, columns={name: np.where(Y, "x", "y")}), 1, 0
+    )
+    assert found.severity == "high" and "sources of its own" in found.message
+
+
+@pytest.mark.parametrize("name", ["velocity", "capacity", "opposite", "original"])
+def test_parts_of_words_are_no_sources(name):
+    (found,) = shortcut_findings(
+        audited(Y, columns={name: np.where(Y, "x", "y")}), 1, 0
+    )
+    assert found.severity == "medium" and "sources of its own" not in found.message
+
+
+def test_the_column_of_suspects_is_no_shortcut():
+    marks = np.where(Y, "label errors", "")
+    assert kinds(audited(Y, columns={"suspect": marks, "Suspect ": marks})) == {}
+
+
+def test_files_measured_of_one_class_only_say_nothing():
+    is_known = Y == 1
+    width = np.where(np.arange(200) % 4 < 2, 64, 80)
+    quality = np.arange(200) // 2 % 3 + 80
+    images = audited(Y, bytes=is_known * 1000, width=width, jpeg_quality=quality)
+    assert kinds(images) == {}
+
+
 def test_groups_are_not_divided():
     # All images of a patient have one width and one class; widths are random.
     rng = np.random.default_rng(1)
