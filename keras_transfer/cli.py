@@ -69,8 +69,8 @@ from keras_transfer.workflows.leaderboard import (
 
 if TYPE_CHECKING:
     from keras_transfer.data.tables import Predictions
-    from keras_transfer.events import Listener
     from keras_transfer.reporting.predictions import Rows
+    from keras_transfer.reporting.tracking import Tracker
     from keras_transfer.workflows.inputs import Inputs
 
 
@@ -256,6 +256,7 @@ def fit(
         )
     else:
         terminal.show_run(result)
+    _show_places(trackers)
 
 
 @main.command()
@@ -296,6 +297,7 @@ def unfreeze_and_finetune(
     given = finetune_options(file, assignments)
     given |= {key: value for key, value in options.items() if value is not None}
     with_finetune(opened.config, given)  # mistakes are found before TensorFlow starts
+    opened.check_resume(resume)
     _import_tensorflow()
     from keras_transfer import terminal
     from keras_transfer.workflows.finetune import run_finetuning
@@ -304,6 +306,7 @@ def unfreeze_and_finetune(
         told = Broadcast([listener, *trackers])
         result = run_finetuning(opened, given, resume, told, report=report)
     terminal.show_finetuning(result)
+    _show_places(trackers)
 
 
 @main.command()
@@ -960,13 +963,21 @@ def _prepare(
     return inputs
 
 
-def _trackers(log_to: Iterable[str]) -> "list[Listener]":
+def _trackers(log_to: Iterable[str]) -> "list[Tracker]":
     """Creates the listeners of --log-to, before any work is done."""
     if not log_to:
         return []
     from keras_transfer.reporting.tracking import listener_of
 
     return [listener_of(target) for target in log_to]
+
+
+def _show_places(trackers: "Iterable[Tracker]") -> None:
+    """Says where --log-to logged."""
+    from keras_transfer.terminal import show_line
+
+    for tracker in trackers:
+        show_line(f"Logged to: {tracker.place}")
 
 
 def _import_tensorflow() -> None:

@@ -179,7 +179,8 @@ def quick_learning_curve(
     Raises:
         KerasTransferError: If all images have a sample_weight of 0.
     """
-    table = splits.train
+    # In order of the sources, so that it is the same however the images were listed.
+    table = splits.train.select(np.argsort(splits.train.sources, kind="stable"))
     if len(table) > _MOST_QUICK:
         picked = deal(table.targets, config.seed)[:_MOST_QUICK]
         table = table.select(np.sort(picked))

@@ -245,7 +245,7 @@ def _small_test(images: AuditedImages, probabilities: np.ndarray) -> Iterator[Fi
     if not count or count == len(images) or shown.sum() < 2 - images.multi_label:
         return
     accuracy = _GUESSED_ACCURACY
-    known = np.isfinite(probabilities).all(1)
+    known = is_test & np.isfinite(probabilities).all(1)
     if known.any() and not images.multi_label:
         right = probabilities[known].argmax(1) == images.table.targets[known]
         accuracy = float(right.mean())

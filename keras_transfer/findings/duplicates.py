@@ -118,7 +118,7 @@ def find_copies(
 
     Args:
         images: The images.
-        listener: Receives progress and notes.
+        listener: Receives progress.
         thorough: Whether to read images again.
     """
     exact = same_value(np.array(images.digests, "S32"))
@@ -139,8 +139,6 @@ def find_copies(
         alike = (1 - different / 64).astype(np.float32)
         certain = [exact, same_group(images.table.groups)]
         links = trusted(len(images), certain, near)
-    for note in notes:
-        listener.note(note)
     pairs = np.concatenate([exact, near])
     return Copies(
         pairs,
@@ -157,7 +155,8 @@ def copy_findings(images: AuditedImages, copies: Copies) -> list[Finding]:
     Each image is in a finding once, with the copy that is most similar. Of copies
     across splits, those are listed that are not in the training split, or are in the
     test split with a copy in the validation split; of copies within a split, all but
-    the first and those that are told of because a copy has another label.
+    the first, those that are told of because a copy has another label, and near copies
+    of one group.
 
     Args:
         images: The images.
@@ -167,7 +166,7 @@ def copy_findings(images: AuditedImages, copies: Copies) -> list[Finding]:
         return []
     split, label = _split_and_label(images)
     number = connected(len(images), [copies.pairs[copies.exact]])
-    every = np.arange(len(images))
+    every, group = np.arange(len(images)), np.array(images.table.groups, np.str_)
     equal = _Partners.of(number, every, np.ones(len(images), np.float32), split, label)
     found = {True: equal, False: _near_partners(copies, number, equal, split, label)}
     findings, known = [], {what: np.zeros(len(images), bool) for what, _ in _KINDS}
@@ -183,7 +182,8 @@ def copy_findings(images: AuditedImages, copies: Copies) -> list[Finding]:
         for what, is_meant in kinds.items():
             keep = is_meant & ~known[what][one]
             if what == "same":
-                keep &= ~known["labels"][one]
+                is_grouped = (group[one] == group[other]) & (group[one] != "")
+                keep &= ~known["labels"][one] & (is_exact | ~is_grouped)
             links = _best(one[keep], other[keep], score[keep])
             known[what][links[0]] = True
             if len(links[0]):

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from keras_transfer.data.tables import label_text
+from keras_transfer.data.tables import count_classes, label_text
+from keras_transfer.findings.classes import FEWEST
 from keras_transfer.findings.finding import LABEL_ERRORS, Finding, Suspect, counted
 from keras_transfer.findings.images import AuditedImages
 
@@ -43,6 +44,24 @@ def can_find_label_errors() -> bool:
     return importlib.util.find_spec("cleanlab") is not None
 
 
+def judged_images(images: AuditedImages, probabilities: np.ndarray) -> np.ndarray:
+    """Tells which images' labels can be judged.
+
+    Args:
+        images: The N images.
+        probabilities: As for `label_error_findings`.
+
+    Returns:
+        bool `[N]`: images that are predicted, unless their class has so few images
+        that no model knows it: each of them would look wrong.
+    """
+    known = np.isfinite(probabilities).all(1)
+    if images.multi_label:
+        return known
+    counts = count_classes(images.table.targets, len(images.class_names))
+    return known & (counts[images.table.targets] >= FEWEST)
+
+
 def label_error_findings(
     images: AuditedImages, probabilities: np.ndarray
 ) -> list[Finding]:
@@ -61,7 +80,7 @@ def label_error_findings(
     Raises:
         ImportError: If cleanlab is not installed.
     """
-    known = np.flatnonzero(np.isfinite(probabilities).all(1))
+    known = np.flatnonzero(judged_images(images, probabilities))
     targets, said = images.table.targets[known], probabilities[known]
     if not len(known):
         return []

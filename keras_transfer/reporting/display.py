@@ -1,5 +1,6 @@
-"""Progress in notebooks, without widgets: one output that is replaced."""
+"""What a workflow tells without listeners: notes in a log, progress in notebooks."""
 
+import logging
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -12,16 +13,19 @@ from keras_transfer.markup import escaped, html_table
 
 _SECONDS = 0.2  # between two updates, which travel to a browser
 _MOST_NOTES = 50
+_LOGGER = logging.getLogger("keras_transfer")
 _SHELL = "ZMQInteractiveShell"  # of Jupyter's kernels; in a terminal it is another
 
 
 def told(listeners: Iterable[Listener]) -> Broadcast:
-    """Returns what a workflow tells: the listeners, or in a notebook without any a bar.
+    """Returns what a workflow tells.
 
-    Pass `Listener()`, which ignores everything, for silence in a notebook.
+    Without listeners, a notebook shows notes and progress, and elsewhere notes go to
+    the logger `keras_transfer`. Pass `Listener()`, which ignores everything, for
+    silence.
     """
-    given = list(listeners)
-    return Broadcast(given or ([NotebookListener()] if in_notebook() else []))
+    usual = NotebookListener if in_notebook() else LoggingListener
+    return Broadcast(list(listeners) or [usual()])
 
 
 def in_notebook() -> bool:
@@ -29,6 +33,14 @@ def in_notebook() -> bool:
     module = sys.modules.get("IPython")
     shell = module.get_ipython() if module else None
     return type(shell).__name__ == _SHELL
+
+
+class LoggingListener(Listener):
+    """Logs notes as warnings, which Python shows on stderr unless told otherwise."""
+
+    def note(self, text: str) -> None:
+        """Logs a note."""
+        _LOGGER.warning(text)
 
 
 class NotebookListener(Listener):

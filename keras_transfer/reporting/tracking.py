@@ -82,7 +82,7 @@ def final_figures(figures: Figures) -> dict[str, float]:
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
-class _Tracker(Listener):
+class Tracker(Listener):
     """Counts epochs, keeps notes, and turns failures of a store into `ListenerError`.
 
     Attributes:
@@ -133,7 +133,7 @@ class _Tracker(Listener):
             raise fails_with(text) from None
 
 
-class TensorBoardListener(_Tracker):
+class TensorBoardListener(Tracker):
     """Writes event files for TensorBoard: one folder per run and phase.
 
     It is shown by `tensorboard --logdir DIR`.
@@ -221,7 +221,7 @@ class TensorBoardListener(_Tracker):
             self._writer = None
 
 
-class MlflowListener(_Tracker):
+class MlflowListener(Tracker):
     """Logs each phase as a run of MLflow, in an experiment named like the data.
 
     Args:
@@ -322,14 +322,14 @@ class MlflowListener(_Tracker):
             call()
 
 
-LISTENERS: dict[str, Callable[..., Listener]] = {
+LISTENERS: dict[str, Callable[..., Tracker]] = {
     "tensorboard": TensorBoardListener,
     "mlflow": MlflowListener,
 }
 """What `--log-to` accepts, each with or without `:PLACE`."""
 
 
-def listener_of(target: str) -> Listener:
+def listener_of(target: str) -> Tracker:
     """Creates the listener for a value of `--log-to`, such as `tensorboard:logs`.
 
     Raises:

@@ -222,7 +222,12 @@ def nearest_directory(path: Path) -> Path:
 def is_writable(directory: Path) -> bool:
     """Returns whether a directory can be written to, or created if it is missing."""
     existing = nearest_directory(directory)
-    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+    try:
+        # Permissions do not say it of every file system.
+        tempfile.TemporaryDirectory(dir=existing, prefix=UNFINISHED).cleanup()
+    except OSError:
+        return False
+    return True
 
 
 def check_sort_into(directory: Path) -> None:
@@ -311,18 +316,11 @@ def check_directory(directory: Path) -> None:
     Raises:
         UsageError: If they cannot.
     """
-    try:
-        if not is_writable(directory):
-            raise NotADirectoryError
-        # Not every file system says before that nothing can be made in it.
-        tempfile.TemporaryDirectory(
-            dir=nearest_directory(directory), prefix=UNFINISHED
-        ).cleanup()
-    except OSError:
+    if not is_writable(directory):
         raise UsageError(
             f"output names a directory that can be written. Received: "
             f"output={directory}. Name another."
-        ) from None
+        )
 
 
 def check_report(runs: int, form: str, thumbnails: int, output: Path | None) -> None:

@@ -165,6 +165,28 @@ class Run:
             )
         return self.run_dir / phase_model(phase)
 
+    def check_resume(self, resume: bool | None) -> None:
+        """Checks that a fine-tuning can be resumed, or started.
+
+        Args:
+            resume: Whether to continue an interrupted one; None only starts one if
+                there is none to continue.
+
+        Raises:
+            UsageError: If it cannot.
+        """
+        exists = (self.checkpoint / CONFIG).exists()
+        if resume and not exists:
+            raise UsageError(
+                f"There is nothing to go on with. Received: {self.run_dir} and "
+                "resume=True. Start without it."
+            )
+        if exists and resume is None:
+            raise UsageError(
+                f"An earlier fine-tuning was not finished. Received: {self.run_dir}. "
+                "Go on with resume=True, or start over with resume=False."
+            )
+
     @property
     def checkpoint(self) -> Path:
         """Folder with the state of an unfinished phase."""

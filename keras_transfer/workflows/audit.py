@@ -34,6 +34,7 @@ from keras_transfer.findings.images import FEWEST_IMAGES, AuditedImages
 from keras_transfer.findings.label_errors import (
     INSTALL,
     can_find_label_errors,
+    judged_images,
     label_error_findings,
 )
 from keras_transfer.findings.odd_files import (
@@ -116,24 +117,22 @@ def look_at_data(inputs: Inputs, listener: Listener) -> AuditedData:
 
     Args:
         inputs: Checked inputs.
-        listener: Receives notes and progress.
+        listener: Receives progress.
 
     Raises:
         KerasTransferError: If none of the images can be used, or the weights cannot.
     """
     config = inputs.config
-    for warning in inputs.splits.warnings:
-        listener.note(warning)
 
     # The images of all splits, with the features that `kt fit` uses as well.
     part = frozen_base(config)
     storage = Storage(config.precision, quality=True)
     features = frozen_features(part, inputs.splits, 0, storage, listener)
     skipped = features.extraction.skipped
-    tell_of_unusable(features.extraction, listener)
     splits = inputs.splits.keep(features.extraction.digests)
     images = AuditedImages.of(splits, features)
     if not len(images):
+        tell_of_unusable(features.extraction, listener)
         raise KerasTransferError(
             f"None of the {len(skipped):,} images can be used. Received: {config.data}."
         )
@@ -152,7 +151,7 @@ def look_at_data(inputs: Inputs, listener: Listener) -> AuditedData:
         *single_group_findings(apart),
         *outlier_findings(apart, config.seed),
     ]
-    notes = [*copies.notes]
+    notes = [*splits.warnings, *copies.notes]
     if _has_classes(images):
         findings += _of_classes(apart, probabilities, config.seed, notes)
         findings += border_findings(apart, splits, part, config, listener)
@@ -258,19 +257,18 @@ def _of_classes(
     found = []
     if not can_find_label_errors():
         notes.append(INSTALL)
-    elif not np.isfinite(probabilities).any():
+    elif not (known := judged_images(images, probabilities)).any():
         notes.append(
             "Label errors were not looked for: the images are too few, or of too few "
             "groups, to predict some from the others."
         )
     else:
         found += label_error_findings(images, probabilities)
-        known = np.count_nonzero(np.isfinite(probabilities).all(1))
-        if known < len(images):
+        if not known.all():
             notes.append(
-                f"Label errors were looked for among {known:,} of {len(images):,} "
-                "images: the others are not predicted by models that learned their "
-                "class, but not from them or their group."
+                f"Label errors were looked for among {known.sum():,} of "
+                f"{len(images):,} images: no model knows the class of the others, "
+                "without having learned from them or their group."
             )
     units = {group or row for row, group in enumerate(images.table.groups)}
     if len(units) < FOLDS and len(images) >= FEWEST_IMAGES:

@@ -449,13 +449,9 @@ def _resolve(run: Run, options: Mapping[str, Any], resume: bool | None) -> Confi
 
     With `resume`, the saved config is used, and options must not differ from it.
     """
+    run.check_resume(resume)
     saved = run.checkpoint / CONFIG
     if resume:
-        if not saved.exists():
-            raise UsageError(
-                f"There is nothing to go on with. Received: {run.run_dir} and "
-                "resume=True. Start without it."
-            )
         config = load_config(saved)
         asked = with_finetune(config, options)
         if asked != config:
@@ -472,11 +468,6 @@ def _resolve(run: Run, options: Mapping[str, Any], resume: bool | None) -> Confi
     if is_old and config.finetune.patience == _OLD_PATIENCE:  # nobody asked for it
         options = {"patience": None, **options}
     config = with_finetune(config, options)
-    if saved.exists() and resume is None:
-        raise UsageError(
-            f"An earlier fine-tuning was not finished. Received: {run.run_dir}. Go on "
-            "with resume=True, or start over with resume=False."
-        )
     shutil.rmtree(run.checkpoint, ignore_errors=True)
     with temporary_directory(run.run_dir) as checkpoint:
         write_atomic(checkpoint / CONFIG, to_yaml(config))

@@ -16,7 +16,7 @@ from keras_transfer.errors import UsageError
 from keras_transfer.features.cache import FeatureCache
 from keras_transfer.models.bases import get_base
 from keras_transfer.runs.files import is_writable
-from keras_transfer.runs.run import NewRun, new_run
+from keras_transfer.runs.run import MANIFEST, SPLITS, NewRun, new_run
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ def prepare(
         fewest_classes: As in `loading.load`.
 
     Raises:
-        UsageError: If the base is unknown, the run's name is not valid or is taken, or
-            the runs directory or the cache cannot be used.
+        UsageError: If the base is unknown, DATA is a run, the run's name is not valid
+            or is taken, or the runs directory or the cache cannot be used.
         KerasTransferError: If another process is changing the run to be overwritten.
     """
     runs_dir = config.runs_dir.expanduser()  # messages show it as it was given
@@ -129,6 +129,11 @@ def _resolve(config: Config) -> Config:
     base = get_base(config.base)
     if is_on_disk(config.data):
         path = _absolute(Path(config.data))
+        if (path / MANIFEST).is_file() and (path / SPLITS).is_file():
+            raise UsageError(
+                f"DATA names images. Received: {config.data}, which is a run. Name the "
+                "data that it was made from."
+            )
         data, stem = str(path), path.name if path.is_dir() else path.stem
     else:
         data, stem = config.data, config.data

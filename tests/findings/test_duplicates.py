@@ -3,6 +3,7 @@
 import io
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -214,6 +215,20 @@ def test_findings_say_where_copies_are(textures: list[Image.Image]):
     assert severities["near duplicates"] == "low"
     assert found["exact duplicates across splits"].figures == {"test": 1}
     assert found["near duplicates"].message.startswith("2 training images have a near")
+
+
+def test_near_copies_of_one_group_are_as_they_should_be(
+    textures: list[Image.Image],
+):
+    edits = [EDITS["re-encoded"](x) for x in textures[:2]]
+    files = [*(encoded(x) for x in textures[:2]), *edits, edits[0]]
+    images = audited(files)
+    table = replace(images.table, groups=("a", "b", "a", "c", "a"))
+    images = replace(images, table=table)
+    found = {x.kind: x for x in copy_findings(images, find_copies(images))}
+    listed = {kind: [x.path for x in one.suspects] for kind, one in found.items()}
+    # The same bytes count twice even in one group.
+    assert listed == {"exact duplicates": ["4.png"], "near duplicates": ["3.png"]}
 
 
 def test_labels_of_several_classes_are_compared_as_a_whole(

@@ -5,7 +5,7 @@ import pytest
 from made_audits import audited
 
 from keras_transfer.data.tables import Table
-from keras_transfer.findings.label_errors import label_error_findings
+from keras_transfer.findings.label_errors import judged_images, label_error_findings
 from keras_transfer.findings.outliers import outlier_findings
 from keras_transfer.training.out_of_fold import out_of_fold_probabilities
 
@@ -62,6 +62,20 @@ def test_images_without_a_prediction_are_left_out():
     assert "50" not in {x.path for x in found.suspects}
     nothing = np.full_like(said, np.nan)
     assert label_error_findings(audited(given, class_names=NAMES), nothing) == []
+
+
+def test_images_of_a_class_that_no_model_knows_are_no_suspects():
+    targets, features = clusters()
+    given = targets.copy()
+    given[given == 2] = 1
+    given[[5, 8]] = 2  # all that are labeled so
+    images = audited(given, class_names=NAMES)
+    said = np.full((len(given), 3), 0.01, np.float32)
+    said[np.arange(len(given)), np.minimum(given, 1)] = 0.98
+    said[10] = said[10, [1, 0, 2]]
+    (found,) = label_error_findings(images, said)
+    assert [x.path for x in found.suspects] == ["10"]
+    assert np.flatnonzero(~judged_images(images, said)).tolist() == [5, 8]
 
 
 def test_a_class_that_no_image_shows_is_no_matter():

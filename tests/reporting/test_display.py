@@ -1,6 +1,7 @@
 """What notebooks show: results as tables, and progress."""
 
 import json
+import logging
 import re
 from pathlib import Path
 
@@ -77,10 +78,12 @@ def test_long_tables_end():
     assert escaped("日本 é\n") == "日本 é\\n"
 
 
-def test_outside_of_notebooks_nothing_is_shown(capsys):
+def test_outside_of_notebooks_notes_are_logged(capsys, caplog):
     assert not in_notebook()
-    told(()).note("unseen")
-    assert capsys.readouterr() == ("", "")
+    told(()).note("logged")
+    told([Listener()]).note("unseen")
+    assert caplog.record_tuples == [("keras_transfer", logging.WARNING, "logged")]
+    assert capsys.readouterr().out == ""
 
     class Notes(Listener):
         def note(self, text):

@@ -241,6 +241,16 @@ def test_mistakes_in_usage_are_told_before_any_work(kt, tmp_path, arguments, wor
     assert [x.name for x in tmp_path.iterdir()] == ["data.csv"]
 
 
+def test_a_run_is_no_data(kt, tmp_path):
+    for name in ("manifest.json", "splits.csv"):
+        (tmp_path / "run" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "run" / name).write_text("")
+    for command in ("audit", "fit"):
+        result = kt(command, tmp_path / "run")
+        assert result.exit_code == 2
+        assert "which is a run. Name the data" in result.output
+
+
 def test_data_of_which_nothing_can_be_used(options, tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "data" / name).mkdir(parents=True)

@@ -267,5 +267,6 @@ def _features(
     config, manifest = record.config, record.manifest
     first = model if manifest.phase == "fit" else load_model(run, "fit")
     part = frozen_base_of(first, config, manifest.weights_digest)
-    storage = Storage("bf16" if manifest.precision == "bf16" else "f32")
+    # The quality measures tell copies apart, which must not be in different folds.
+    storage = Storage("bf16" if manifest.precision == "bf16" else "f32", quality=True)
     return frozen_features(part, splits, 0, storage, listener)
