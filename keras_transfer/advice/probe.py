@@ -18,8 +18,9 @@ from keras_transfer.evaluation.crossvalidation import (
     fold_numbers,
     quick_folds,
 )
-from keras_transfer.evaluation.intervals import wilson
+from keras_transfer.evaluation.intervals import as_interval, wilson
 from keras_transfer.evaluation.metrics import deciding_metric, score
+from keras_transfer.evaluation.thresholds import independent_images
 from keras_transfer.features.engine import make_engine, seconds_per_image
 from keras_transfer.features.frozen_part import FrozenFeatures, FrozenPart
 from keras_transfer.features.usable import keep_copies_together
@@ -237,14 +238,12 @@ def _over_folds(
         for part in parts
         if len(np.unique(table.targets[part])) > 1
     ] or [sign * score(name, table.targets, said)]
-    found = estimate(values, 1 / FOLDS, (0.0, most))
-    if name != "accuracy":
-        return found
-    # Folds that happen to agree would say that nothing is uncertain.
-    low, high = wilson(found.mean, len(table)).tolist()
-    return found.model_copy(
-        update={"low": min(found.low, low), "high": max(found.high, high)}
-    )
+    of_images = None
+    if name == "accuracy":
+        right = float((said.argmax(1) == table.targets).mean())
+        images = independent_images(table.groups, len(table))
+        of_images = as_interval(wilson(right, images))
+    return estimate(values, 1 / FOLDS, (0.0, most), of_images)
 
 
 def deal(targets: np.ndarray, seed: int) -> np.ndarray:

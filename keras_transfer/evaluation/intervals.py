@@ -13,6 +13,7 @@ Images of one group, such as those of one patient, are not independent. The desi
 effect is the factor by which grouping increases the variance; it divides the trials.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -90,6 +91,13 @@ def wilson(value: np.ndarray | float, trials: np.ndarray | float) -> np.ndarray:
     # Rounding must not push the ends past 0, 1 or the value itself.
     low = np.clip(np.minimum(ends[..., 0], value), 0.0, 1.0)
     return np.stack([low, np.clip(np.maximum(ends[..., 1], value), 0.0, 1.0)], -1)
+
+
+def trials_of(interval: Interval) -> float:
+    """Returns the number of trials of a Wilson interval, which its ends determine."""
+    low, high = interval
+    overlap = math.sqrt(low * high) + math.sqrt((1 - low) * (1 - high))
+    return _Z**2 * overlap**2 / max(1 - overlap**2, 1e-12)
 
 
 def from_trials(

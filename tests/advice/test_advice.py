@@ -23,6 +23,7 @@ from keras_transfer.config import load_config
 from keras_transfer.data.tables import Splits, Table
 from keras_transfer.errors import KerasTransferError, UsageError
 from keras_transfer.evaluation.crossvalidation import estimate, fold_numbers
+from keras_transfer.evaluation.intervals import trials_of, wilson
 from keras_transfer.runs.manifest import Estimate
 from keras_transfer.training.head import train_head
 from keras_transfer.workflows.advise import command_line
@@ -183,12 +184,35 @@ def test_fewer_images_or_groups_than_folds_is_an_error():
 def test_an_estimate_is_its_formula():
     values = [0.85, 0.95, 0.9, 1.0, 0.8]
     found = estimate(values, 0.2)
-    half = 2.776445 * np.sqrt(np.var(values, ddof=1) * (1 / 5 + 0.25))
+    variance = np.var(values, ddof=1) * (1 / 5 + 0.25)
+    trials = 0.9 * 0.1 / variance * (1.959964 / 2.776445) ** 2
     assert found.mean == pytest.approx(0.9)
-    assert found.high == 1 < 0.9 + half  # no share is larger
-    assert found.low == pytest.approx(0.9 - half)
+    assert (found.low, found.high) == pytest.approx(tuple(wilson(0.9, trials)))
     gain = estimate([-0.1, 0.0], 0.2, (-1.0, 1.0))
-    assert gain.mean == pytest.approx(-0.05) and gain.low < -0.1
+    half = 12.706205 * np.sqrt(0.005 * (1 / 2 + 0.25))
+    assert gain.mean == pytest.approx(-0.05)
+    assert (gain.low, gain.high) == pytest.approx((-0.05 - half, -0.05 + half))
+
+
+def test_the_number_of_images_steadies_an_estimate():
+    of_images = tuple(wilson(0.9, 150).tolist())
+    assert trials_of(of_images) == pytest.approx(150)
+    assert trials_of(tuple(wilson(1.0, 40).tolist())) == pytest.approx(40)
+    same, apart = [0.9] * 5, [0.8, 1.0, 0.8, 1.0, 0.9]
+    steady, shaky = (estimate(x, 0.2, of_images=of_images) for x in (same, apart))
+    loose = estimate(apart, 0.2)
+    assert estimate(same, 0.2).low == 0.9  # as if nothing was uncertain
+    # In units of 0.9 * 0.1: 4 of 12 parts are measured, 8 are those of 30 images each.
+    for found, variance in ((steady, 0.0), (shaky, 0.01)):
+        mixed = (4 * variance / 0.09 + 8 / 30) / 12 * (1 / 5 + 0.25)
+        t = scipy.stats.t.ppf(0.975, 12)
+        ends = wilson(0.9, (1.959964 / t) ** 2 / mixed)
+        assert (found.low, found.high) == pytest.approx(tuple(ends))
+    assert steady.low > shaky.low > loose.low
+    perfect = estimate([1.0] * 5, 0.2, of_images=tuple(wilson(1.0, 150).tolist()))
+    assert 0.93 < perfect.low < wilson(1.0, 150)[0] and perfect.high == 1
+    losses = estimate([0.3, 0.5], 0.5, (0.0, np.inf), (0.3, 0.6))
+    assert 0 <= losses.low < 0.4 < losses.high
 
 
 # Rules

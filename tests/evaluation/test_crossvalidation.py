@@ -91,7 +91,8 @@ def test_folds_that_agree_do_not_make_a_figure_certain():
     )
     assert figures.accuracy == folds.mean == 1
     assert figures.intervals["accuracy"] == (folds.low, folds.high)
-    assert folds.low == pytest.approx(0.929, abs=0.001)  # Wilson of 50 of 50
+    # Below 0.929, Wilson's of 50 of 50: other training images may do worse.
+    assert folds.low == pytest.approx(0.875, abs=0.001)
 
 
 def test_a_fold_in_which_the_metric_is_undefined_does_not_count():
