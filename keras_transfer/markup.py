@@ -17,6 +17,7 @@ MOST_ROWS = 30
 _STEERING = re.compile(
     r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
+_NUMBER = re.compile(r"|–|[-+]?\d[\d,.]*%?( \([^()]*\))?")  # or nothing, or none
 
 
 def printable(text: str) -> str:
@@ -35,7 +36,7 @@ def escaped(value: object) -> str:
 def html_table(
     caption: object, header: Sequence[object], rows: Iterable[Sequence[object]]
 ) -> str:
-    """Formats a table in HTML.
+    """Formats a table in HTML, with columns of numbers at the right.
 
     Args:
         caption: One line above the table.
@@ -43,14 +44,23 @@ def html_table(
         rows: Cells as any values; the first of a row is its heading.
     """
     kept = list(rows)
+    columns = [*zip(*kept, strict=True)] or [()] * len(header)
+    sides = ["left"] + [
+        "right" if any(map(str, column)) and all(map(_is_number, column)) else "left"
+        for column in columns[1:]
+    ]
     lines = [f"<caption style='text-align:left'>{escaped(caption)}</caption>"]
     if header:
-        cells = "".join(f"<th scope='col'>{escaped(x)}</th>" for x in header)
+        cells = "".join(
+            f"<th scope='col' style='text-align:{side}'>{escaped(x)}</th>"
+            for x, side in zip(header, sides, strict=True)
+        )
         lines.append(f"<thead><tr>{cells}</tr></thead>")
     lines.append("<tbody>")
     for first, *others in kept[:MOST_ROWS]:
         cells = "".join(
-            f"<td style='text-align:left'>{escaped(value)}</td>" for value in others
+            f"<td style='text-align:{side}'>{escaped(value)}</td>"
+            for value, side in zip(others, sides[1:], strict=True)
         )
         head = f"<th scope='row' style='text-align:left'>{escaped(first)}</th>"
         lines.append(f"<tr>{head}{cells}</tr>")
@@ -58,3 +68,7 @@ def html_table(
     more = len(kept) - MOST_ROWS
     after = f"<p>and {more:,} more</p>" if more > 0 else ""
     return f"<table>{''.join(lines)}</table>{after}"
+
+
+def _is_number(value: object) -> bool:
+    return _NUMBER.fullmatch(str(value)) is not None

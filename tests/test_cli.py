@@ -264,6 +264,20 @@ def test_the_name_of_data_is_shown_as_it_is(capsys):
     assert capsys.readouterr().out.startswith("my_photos_x: accuracy 1.000")
 
 
+def test_classes_without_images_have_no_figures_and_come_last(capsys):
+    targets = np.arange(20) % 2 + 1
+    said = np.eye(3, dtype="f4")[np.where(np.arange(20) < 15, targets, 0)]
+    found = evaluate(targets, said, ["absent", "b", "c"])
+    show_evaluation(found, "test")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[-1] == ["absent", *"–––", "0"]
+    assert ["accuracy", "0.750"] in [line[:2] for line in lines]
+    shown = found._repr_html_()
+    assert shown.index(">b<") < shown.index(">absent<")
+    assert shown.count("<td style='text-align:right'>–</td>") == 3
+    assert ">macro F1<" in shown and ">ROC AUC<" in shown
+
+
 def test_nothing_but_our_own_words_is_printed(photos, tmp_path):
     command = [sys.executable, "-m", "keras_transfer.cli", "fit", photos]
     options = ["--image-size", 32, "--weights", "none", "--folds", 2, "--name", "quiet"]

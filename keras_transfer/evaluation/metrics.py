@@ -42,6 +42,21 @@ _MULTI_LABEL = ("mean_average_precision", "macro_f1", "log_loss", "auc")
 FIELDS = {name: name for name in (*_SINGLE_LABEL, *_MULTI_LABEL)} | {"auc": "roc_auc"}
 """Field of `Evaluation` by the name of a metric."""
 
+LABELS = {
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "macro_f1": "macro F1",
+    "mean_average_precision": "mean average precision",
+    "roc_auc": "ROC AUC",
+    "log_loss": "log loss",
+}
+"""Names of metrics as people read them, by field, in the order of tables."""
+
+UNDEFINED = "–"
+"""What tables show of a metric that is undefined."""
+
+_OF_SHOWN = ("precision", "recall", "f1")  # 0 is not meant where no image shows a class
+
 
 class ClassEvaluation(BaseModel):
     """Metrics of one class, from 0 to 1.
@@ -74,8 +89,13 @@ class ClassEvaluation(BaseModel):
     `average_precision`, where these are defined."""
 
     def describe(self, metric: str) -> str:
-        """Formats the metric of this name with its interval, if it has one."""
-        return _with_interval(getattr(self, metric), self.intervals.get(metric))
+        """Formats the metric of this name with its interval, if it has one.
+
+        Precision, recall and F1 of a class that no image shows are undefined.
+        """
+        is_empty = not self.support and metric in _OF_SHOWN
+        value = None if is_empty else getattr(self, metric)
+        return _with_interval(value, self.intervals.get(metric))
 
 
 class Evaluation(BaseModel):
@@ -155,6 +175,27 @@ class Evaluation(BaseModel):
             return "accuracy"
         return "mean_average_precision"
 
+    def table(self) -> list[tuple[str, str]]:
+        """Returns (name, formatted value) of each metric, the headline first."""
+        names = sorted(LABELS, key=lambda name: name != self.headline)
+        shown = [
+            (LABELS[name], self.describe(name))
+            for name in names
+            if getattr(self, name) is not None
+        ]
+        if self.ece is not None and self.ece_if_calibrated is not None:
+            usual = f"{self.ece_if_calibrated:.3f} if perfectly calibrated"
+            shown.append(("ECE", f"{self.ece:.3f} ({usual})"))
+        return shown
+
+    def worst_first(self) -> list[str]:
+        """Returns the classes by F1, the lowest first; last those without images."""
+
+        def place(name: str) -> tuple[bool, float]:
+            return not self.classes[name].support, self.classes[name].f1
+
+        return sorted(self.classes, key=place)
+
     def __str__(self) -> str:
         figure = self.describe(self.headline)
         if self.headline == "accuracy":
@@ -166,21 +207,14 @@ class Evaluation(BaseModel):
 
     def _repr_html_(self) -> str:
         """What notebooks show: the metrics, and those of the worst classes."""
-        names = [x for x in dict.fromkeys(FIELDS.values()) if x != self.headline]
-        figures = [
-            (name.replace("_", " "), self.describe(name))
-            for name in names
-            if getattr(self, name) is not None
-        ]
-        classes = sorted(self.classes.items(), key=lambda item: item[1].f1)
-        rows = [
-            (name, x.describe("recall"), f"{x.precision:.3f}", f"{x.f1:.3f}", x.support)
-            for name, x in classes
-        ]
+        rows = []
+        for name in self.worst_first():
+            found = self.classes[name]
+            figures = (found.describe(x) for x in ("recall", "precision", "f1"))
+            rows.append((name, *figures, found.support))
         header = ("class", "recall (95% interval)", "precision", "F1", "images")
-        return html_table(self, ("", "(95% interval)"), figures) + html_table(
-            "Classes, the worst first", header, rows
-        )
+        of_all = html_table(self, ("metric", "value (95% interval)"), self.table())
+        return of_all + html_table("Classes, the worst first", header, rows)
 
 
 def evaluate(
@@ -266,6 +300,11 @@ def deciding_metric(targets: np.ndarray, metric: str | None = None) -> str:
             f"data. Use one of: {', '.join(names)}."
         )
     return metric
+
+
+def label(metric: str) -> str:
+    """Returns how people read the name of a metric: `auc` becomes ROC AUC."""
+    return LABELS.get(FIELDS.get(metric, metric), metric.replace("_", " "))
 
 
 def metrics_of(targets: np.ndarray) -> tuple[str, ...]:
@@ -566,7 +605,7 @@ def _clipped(probabilities: np.ndarray) -> np.ndarray:
 
 def _with_interval(value: float | None, interval: Interval | None) -> str:
     if value is None:
-        return "undefined"
+        return UNDEFINED
     if interval is None:
         return f"{value:.3f}"
     low, high = interval

@@ -307,7 +307,7 @@ def test_metrics_of_version_0_1_0_can_still_be_read():
     assert read.correct == 175
     assert str(read) == "accuracy 0.972, 175 of 180"
     assert read.roc_auc is None and read.intervals == {}
-    assert read.describe("auc") == "undefined"
+    assert read.describe("auc") == "–"
     assert read.classes["a"].describe("recall") == "0.800"
 
 

@@ -72,6 +72,14 @@ def test_findings_about_the_data_have_no_number_of_images():
     assert "There are few.</td><td style='text-align:left'></td>" in shown
 
 
+def test_columns_of_numbers_are_at_the_right():
+    rows = [("a", "1,200", "0.5 (0.4 to 0.6)", "x"), ("b", "–", 1.5, "")]
+    shown = html_table("x", ("", "images", "accuracy", "why"), rows)
+    assert shown.count("<th scope='col' style='text-align:right'>") == 2
+    assert shown.count("<td style='text-align:right'>") == 4
+    assert "<th scope='col' style='text-align:left'>y" in html_table("x", "y", [])
+
+
 def test_long_tables_end():
     shown = html_table("x", (), [(i, i) for i in range(MOST_ROWS + 5)])
     assert shown.count("<tr>") == MOST_ROWS and "and 5 more" in shown
