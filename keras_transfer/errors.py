@@ -122,4 +122,4 @@ def refusal(message: str, size: int) -> str:
         return refused[1]
     if "OOM when allocating" in message:
         return "not enough memory to decode it"
-    return f"damaged or truncated ({size:,} bytes)"
+    return f"damaged or truncated, {size:,} bytes"

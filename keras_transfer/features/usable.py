@@ -1,5 +1,6 @@
 """Removes unusable images from splits, and finds copies and doubtful ones."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,6 +21,7 @@ from keras_transfer.features.copies import (
 from keras_transfer.features.extraction import Extraction
 
 _MOST_REASONS = 3  # listed in an error message
+_DETAIL = re.compile(r" \(.*|, [\d,]+ bytes$")  # makes equal reasons differ
 
 
 def check_skipped(config: Config, extraction: Extraction) -> None:
@@ -32,8 +34,7 @@ def check_skipped(config: Config, extraction: Extraction) -> None:
     total = len(skipped) + len(extraction.digests)
     if len(skipped) <= config.max_skipped * total:
         return
-    # Cut off file sizes in parentheses, which would make equal reasons differ.
-    counts = Counter(reason.partition(" (")[0] for reason in skipped.values())
+    counts = Counter(_DETAIL.sub("", reason) for reason in skipped.values())
     shown = counts.most_common(_MOST_REASONS)
     reasons = [f"{reason} ({count:,})" for reason, count in shown]
     others = len(skipped) - sum(count for _, count in shown)

@@ -168,9 +168,9 @@ def _sizes(quality: np.ndarray) -> Iterator[_Oddity]:
         "tiny images",
         shorter,
         (shorter <= _TINY) & (shorter * _TIMES <= usual),
-        f"tiny: their shorter side, the score, is at most {_TINY} pixels, while half "
-        f"of all have {usual:.0f} or more",
-        "Replace them by larger originals, or leave them out.",
+        f"tiny: the shorter side, the score, is at most {_TINY} pixels, while half of "
+        f"all images have {usual:.0f} or more",
+        "Use larger originals, or leave such images out.",
     )
     side = np.sqrt(width * height)
     usual = float(np.median(side))
@@ -178,9 +178,10 @@ def _sizes(quality: np.ndarray) -> Iterator[_Oddity]:
         "huge images",
         width * height / 1e6,
         (side >= _TIMES * usual) & (side >= _HUGE),
-        f"huge: they have at least {_TIMES**2:.0f} times as many pixels as the median "
-        "image; the score is in megapixels",
-        "Scale them down, which saves time, and see whether they show the same things.",
+        f"huge: at least {_TIMES**2:.0f} times as many pixels as the median image; the "
+        "score is in megapixels",
+        "Scale such images down, which saves time, and see whether they show the same "
+        "things.",
         largest_first=True,
     )
 
@@ -192,9 +193,9 @@ def _shapes(quality: np.ndarray) -> Iterator[_Oddity]:
         "extreme shapes",
         ratio,
         (ratio >= _EXTREME) & (ratio >= 2 * np.median(ratio)),
-        f"at least {_EXTREME:.1f} times as long as wide, the score; the base sees them "
-        "squeezed into a square",
-        "Crop them to what matters.",
+        f"at least {_EXTREME:.1f} times as long as wide, the score; the base sees a "
+        "picture squeezed into a square",
+        "Crop such images to what matters.",
         largest_first=True,
     )
 
@@ -206,9 +207,9 @@ def _brightness(quality: np.ndarray) -> Iterator[_Oddity]:
         "12 bits in 16",
         brightness,
         has_lost_bits,
-        "saved in 16 bits of which they use 12 or fewer, and so are nearly black; the "
+        "saved in 16 bits, of which at most 12 are used, and so nearly black; the "
         "score is the mean brightness of 255",
-        "Multiply their pixels by 16, or save them in 8 bits.",
+        "Multiply the pixels by 16, or save such images in 8 bits.",
         "medium",
     )
     is_dark = (brightness + 2 * contrast <= _DARK) & ~has_lost_bits
@@ -218,14 +219,14 @@ def _brightness(quality: np.ndarray) -> Iterator[_Oddity]:
         brightness,
         is_dark,
         "nearly black; the score is the mean brightness of 255",
-        "Look whether they show anything.",
+        "Look whether there is anything to see.",
     )
     yield _Oddity(
         "nearly white images",
         brightness,
         is_light,
         "nearly white; the score is the mean brightness of 255",
-        "Look whether they show anything.",
+        "Look whether there is anything to see.",
         largest_first=True,
     )
     yield _Oddity(
@@ -233,7 +234,7 @@ def _brightness(quality: np.ndarray) -> Iterator[_Oddity]:
         contrast,
         (contrast <= _BLANK) & ~is_dark & ~is_light & ~has_lost_bits,
         "of nearly one color; the score is the standard deviation of brightness",
-        "Look whether they show anything.",
+        "Look whether there is anything to see.",
     )
 
 
@@ -258,7 +259,7 @@ def _blur(quality: np.ndarray) -> Iterator[_Oddity]:
         is_odd,
         "blurry compared with the others; the score is the variance of the Laplacian, "
         f"whose median is {np.median(sharpness[is_compared]):.0f}",
-        "Leave them out, unless images in use are as blurry.",
+        "Leave such images out, unless images in use are as blurry.",
     )
 
 

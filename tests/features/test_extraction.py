@@ -460,8 +460,8 @@ def test_unusable_files_are_skipped_with_their_reason(pipeline):
         extraction = pipeline.run(everything, on_image=lambda *_: seen.append(1))  # noqa: B023
         assert len(seen) == len(everything)
         assert extraction.skipped == {
-            "cut.jpg": "damaged or truncated (700 bytes)",
-            "cut2.jpg": "damaged or truncated (700 bytes)",
+            "cut.jpg": "damaged or truncated, 700 bytes",
+            "cut2.jpg": "damaged or truncated, 700 bytes",
             "empty.jpg": "an empty file",
             "text.jpg": "not an image",
             "missing.jpg": "cannot be read: No such file or directory",

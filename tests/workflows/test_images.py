@@ -191,7 +191,7 @@ def test_too_many_unusable_images_are_counted_by_reason_and_listed(photos, tmp_p
     sources = [
         source for _, table in load(str(photos)).items() for source in table.sources
     ]
-    reasons = [f"damaged or truncated ({index} bytes)" for index in range(20)]
+    reasons = [f"damaged or truncated, {index + 1:,} bytes" for index in range(20)]
     reasons += ["not an image"] * 4 + ["an empty file"] * 3 + ["a TIFF"] + ["an AVIF"]
     skipped = dict(zip(sources, reasons, strict=False))
     usable = dict.fromkeys(sources[len(skipped) :], b"")

@@ -155,7 +155,7 @@ def converted_pixels(encoded: bytes) -> np.ndarray | None:
         raise DecodeError("not enough memory to decode it") from None
     except Exception:  # what libraries raise for damaged files has no common class
         raise DecodeError(
-            f"a damaged or truncated {kind} ({len(encoded):,} bytes)"
+            f"a damaged or truncated {kind}, {len(encoded):,} bytes"
         ) from None
 
 
