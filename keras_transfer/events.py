@@ -41,9 +41,8 @@ class Listener:
 
         Args:
             step: `features`, `copies`, `head`, `folds`, `training`, `evaluate`,
-                `predict`, or
-                the name of the base being measured.
-            done: Number of images, L2 strengths, folds or batches processed so far.
+                `predict`, `report`, or the name of the base being measured.
+            done: Number of images, L2 strengths, folds, batches or steps done so far.
             total: Number of them in all; 0 if unknown.
         """
 

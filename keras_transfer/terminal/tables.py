@@ -32,16 +32,6 @@ if TYPE_CHECKING:
 
 _MOST_CLASSES = 30
 
-_METRICS = {
-    "accuracy": "accuracy",
-    "balanced_accuracy": "balanced accuracy",
-    "macro_f1": "macro F1",
-    "mean_average_precision": "mean average precision",
-    "roc_auc": "ROC AUC",
-    "log_loss": "log loss",
-}
-"""Labels of the metrics of an evaluation, in the order in which they are shown."""
-
 _SEVERITY_COLORS = {"high": "bold red", "medium": "yellow", "low": "cyan"}
 
 
@@ -66,8 +56,8 @@ def show_run(result: "FitResult") -> None:
     waited = ""
     if count := manifest.images_decoded:
         waited = (
-            f" (waited {seconds['decode']:.1f} s for {counted(count, 'image')}, "
-            f"{seconds['forward']:.1f} s for the base)"
+            f" ({seconds['decode']:.1f} s waiting for {counted(count, 'image')} to be "
+            f"read, {seconds['forward']:.1f} s computing)"
         )
     console.print(
         f"Time: features {seconds['features']:.1f} s{waited}, head "
@@ -92,12 +82,15 @@ def show_run(result: "FitResult") -> None:
 
 
 def show_finetuning(result: "FinetuneResult") -> None:
-    """Shows the result of `kt unfreeze-and-finetune`, one row per phase.
-
-    The reason, which is shown before, has the figures of the deciding images.
-    """
+    """Shows the result of `kt unfreeze-and-finetune`, one row per phase."""
     run, report = result.run, result.report
     _show_phases(result)
+    console.print(f"{report.reason[:1].upper()}{report.reason[1:]}.")
+    if report.p_value is not None:
+        console.print(
+            "p is the probability that chance alone gives such a gain. Test images do "
+            "not decide, so that their figures stay honest."
+        )
     if not report.kept:
         console.print("Of the fine-tuned model that was not kept:")
     if report.calibration:
@@ -181,16 +174,10 @@ def show_evaluation(found: "Evaluation", of: str) -> None:
     """
     console.print(f"{of}: {found}")
     figures = Table(box=None, pad_edge=False)
-    figures.add_column("")
-    figures.add_column("(95% interval)")
-    for name, label in _METRICS.items():
-        if name != found.headline and getattr(found, name) is not None:
-            figures.add_row(label, found.describe(name))
-    if found.ece is not None:
-        figures.add_row(
-            "ECE",
-            f"{found.ece:.3f} ({found.ece_if_calibrated:.3f} if perfectly calibrated)",
-        )
+    figures.add_column("metric")
+    figures.add_column("value (95% interval)")
+    for row in found.table():
+        figures.add_row(*row)
     console.print(figures)
     table = Table(box=None, pad_edge=False)
     table.add_column("class")
@@ -198,16 +185,12 @@ def show_evaluation(found: "Evaluation", of: str) -> None:
     for column in ("precision", "F1", "images"):
         table.add_column(column, justify="right")
     classes = found.classes
-    worst = sorted(classes, key=lambda name: classes[name].f1)[:_MOST_CLASSES]
-    for name in (name for name in classes if name in set(worst)):
-        row = classes[name]
-        table.add_row(
-            name,
-            row.describe("recall"),
-            f"{row.precision:.3f}",
-            f"{row.f1:.3f}",
-            f"{row.support:,}",
-        )
+    worst = found.worst_first()[:_MOST_CLASSES]
+    shown = [name for name in classes if name in {*worst}]
+    for name in sorted(shown, key=lambda name: not classes[name].support):
+        one = classes[name]
+        cells = (one.describe(x) for x in ("recall", "precision", "f1"))
+        table.add_row(name, *cells, f"{one.support:,}")
     console.print(table)
     if len(classes) > len(worst):
         console.print(f"(the {len(worst)} worst of {len(classes)} classes)")
@@ -215,7 +198,9 @@ def show_evaluation(found: "Evaluation", of: str) -> None:
 
 def _words(name: str) -> str:
     """Writes the name of a metric or split in words: `macro_f1` becomes macro F1."""
-    return _METRICS.get(name) or name.replace("_", " ")
+    from keras_transfer.evaluation.metrics import label
+
+    return label(name)
 
 
 def show_sure(found: "SureEvaluation", images: int) -> None:

@@ -23,6 +23,7 @@ from keras_transfer.evaluation.metrics import (
     Evaluation,
     calibration_error,
     evaluate,
+    label,
     score,
 )
 from keras_transfer.evaluation.validation import (
@@ -390,17 +391,20 @@ def decide(
 
 def _figures(found: Comparison) -> str:
     """Formats the figures of a comparison, and what they would have to be."""
-    level = f"p = {found.p_value:.2g}, at most {found.level:.2g} would do"
+    level = (
+        f"p = {found.p_value:.2g}; to be kept, it has to be better with p of at most "
+        f"{found.level:.2g}"
+    )
     if found.attempts > 1:
-        level += f" as this is attempt {found.attempts}"
+        level += f", as this is attempt {found.attempts}"
     if found.p_value <= found.level and found.informative < FEWEST_INFORMATIVE:
         level += (
             f"; the models differ for {found.informative} images or groups, and at "
             f"least {FEWEST_INFORMATIVE} are needed"
         )
     return (
-        f"{found.metric.replace('_', ' ')} on the {found.images:,} deciding images "
-        f"{found.before:.3g} -> {found.after:.3g} ({level})"
+        f"{label(found.metric)} on {found.images:,} training images set aside to "
+        f"decide {found.before:.3g} -> {found.after:.3g} ({level})"
     )
 
 

@@ -494,7 +494,9 @@ def test_a_decision_speaks_the_language_of_its_metric():
     losses = Comparison("log_loss", 0.000123, 0.0000456, 0.05, 1, 50, 0.01, 9)
     decision = gate_module.decide("log_loss", verdict(losses), "fit", "fit", False)
     assert decision.kept and decision.images_needed is None
-    assert "log loss on the 50 deciding images 0.000123 -> 4.56e-05" in decision.reason
+    assert (
+        "log loss on 50 training images set aside to decide 0.0001" in decision.reason
+    )
     told = Told()
     gate_module.note_few(losses, told)
     assert "points" not in told.notes[0] and "100 or more" in told.notes[0]
@@ -502,7 +504,7 @@ def test_a_decision_speaks_the_language_of_its_metric():
     figures = Comparison("macro_f1", 0.8125, 0.875, 0.12, 1, 50, 0.05, 2)
     decision = gate_module.decide("macro_f1", verdict(figures), "fit", "fit", False)
     assert not decision.kept and "differ for 2 images or groups" in decision.reason
-    assert "macro f1 on the 50 deciding images 0.812 -> 0.875" in decision.reason
+    assert "macro F1 on 50 training images set aside to decide 0.812" in decision.reason
     gate_module.note_few(figures, told)
     assert "5 points" in told.notes[1]
     assert f"about {decision.images_needed:,} would" in told.notes[1]
