@@ -167,12 +167,70 @@ def test_legends_say_how_many_thin_curves_there_are():
         (30, "the other 24 classes"),
         (300, "37 of the other 294 classes"),
     ):
-        targets = np.arange(2 * count) % count
-        said = np.random.default_rng(0).dirichlet(np.ones(count), 2 * count)
+        targets = np.arange(5 * count) % count
+        said = np.random.default_rng(0).dirichlet(np.ones(count), 5 * count)
         figure = charts.roc_curves(targets, said, [f"class {i}" for i in range(count)])
         assert any(text.startswith(says) for text in legend(figure))
         thin = [line for line in figure.axes[0].lines if line.get_alpha() == 0.3]
         assert len(thin) == (24 if count == 30 else 37)
+
+
+def test_curves_of_few_images_are_pale_and_never_the_worst_or_best():
+    targets = np.repeat([0, 1, 2], [30, 30, 2])
+    said = np.random.default_rng(0).dirichlet(np.ones(3), 62)
+    for draw in (charts.roc_curves, charts.precision_recall_curves):
+        figure = draw(targets, said, [*"abc"])
+        assert [x.endswith("(2 images)") for x in legend(figure)] == [0, 0, 1]
+        widths = [line.get_linewidth() for line in figure.axes[0].lines[-3:]]
+        assert widths[2] < widths[0] == widths[1]
+    for images, says in ((9, "the other 24 classes"), (4, "all 30 classes")):
+        shown = np.repeat(np.arange(30), [images] * 15 + [4] * 15)
+        said = np.random.default_rng(0).dirichlet(np.ones(30), len(shown))
+        names = [f"class {i}" for i in range(30)]
+        texts = legend(charts.roc_curves(shown, said, names))
+        assert texts[0] == says
+        colored = [int(x.split(",")[0].split()[1]) for x in texts[1:-1]]
+        assert (
+            len(colored) == (6 if images == 9 else 0) and max(colored, default=0) < 15
+        )
+
+
+def test_reliability_has_bins_of_at_least_twenty_images():
+    for images, bins in ((19, 1), (153, 7), (9000, 15)):
+        confidence = np.random.default_rng(0).random(images)
+        figure = charts.reliability_diagram(confidence, confidence > 0.5)
+        points = figure.axes[0].lines[1]
+        assert len(points.get_xdata()) == bins
+
+
+def test_rates_are_points_amid_their_axis():
+    figure = charts.layer_rates({"stem": 0.0, "stage_4": 3e-4, "head": 1e-3})
+    axes = figure.axes[0]
+    assert [line.get_xdata()[0] for line in axes.lines] == [3e-4, 1e-3]
+    assert all(len(line.get_xdata()) == 1 for line in axes.lines)
+    low, high = axes.get_xlim()
+    assert 1e-4 < low < 3e-4 and 1e-3 < high < 3e-3
+    assert [x.get_text() for x in axes.texts] == ["not trained", "0.0003", "0.001"]
+
+
+def test_confusions_that_never_occur_are_zeros():
+    figure = charts.confusion_matrix([[3, 0], [0, 2]], ["a", "b"])
+    assert [x.get_text() for x in figure.axes[0].texts] == ["3", "0", "0", "2"]
+
+
+@pytest.mark.parametrize("names", [("ants", "bees"), ("neg", "漢字漢字漢字")])
+def test_legends_fit_and_their_marks_are_next_to_their_words(names):
+    targets, said = predictions(2)
+    points = np.random.default_rng(0).normal(size=(len(targets), 2))
+    right = said.argmax(1) == targets
+    figure = charts.feature_map(points, targets, right, names)
+    assert figure.legends[0].handlelength < 1
+    labels = [f"{name} and a name that is long" for name in "abcdefgh"]
+    targets, said = predictions(8)
+    figure = charts.roc_curves(targets, said, labels)
+    figure.draw_without_rendering()
+    ends = figure.legends[0].get_window_extent()
+    assert ends.x0 >= 0 and ends.x1 <= figure.bbox.x1
 
 
 def test_classes_without_images_have_no_bar():

@@ -1,5 +1,6 @@
 """Figures by class: the confusion matrix, and a metric with its intervals."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from keras_transfer.reporting.charts.style import (
     new_figure,
     plain,
     styled,
+    text_width,
 )
 
 if TYPE_CHECKING:
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
 _MOST_IN_MATRIX = 15
 _MOST_BARS = 20
 _WORST, _BEST = 14, 5  # of more classes, those whose bars are shown
-_LETTER = 0.085  # inches of a letter of a name
 _DARK = 0.55  # share of a row from which on numbers have the other color
 
 
@@ -51,9 +52,13 @@ def confusion_matrix(
         rest = len(names) - len(shown)
         names = [*(names[index] for index in shown), f"{rest} others"]
     size = max(2.4, 0.29 * len(names) + 0.2)
-    longest = max(map(len, names))
-    is_turned = len(names) > 3 or longest * _LETTER > 0.9 * size / len(names)
-    figure = new_figure(size + 1.3, size + 0.7 + is_turned * longest * _LETTER / 2)
+    longest = max(map(text_width, names))
+    is_turned = longest > 0.9 * size / len(names)
+    turned = longest * math.sqrt(0.5)
+    figure = new_figure(
+        size + max(longest, turned if is_turned else 0) + 0.5,
+        size + (turned if is_turned else 0) + 0.6,
+    )
     axes = figure.add_subplot()
     _draw_cells(axes, counts)
     places = np.arange(len(names))
@@ -107,20 +112,19 @@ def _draw_cells(axes: "Axes", counts: np.ndarray) -> None:
             )
             if count
             else Rectangle(
-                corner, 0.96, 0.96, fill=False, edgecolor=LINE, lw=0.5, in_layout=False
+                corner, 0.96, 0.96, color=LINE, alpha=0.35, lw=0, in_layout=False
             )
         )
-        if count:
-            axes.text(
-                column,
-                row,
-                f"{count:,}" if count < 100_000 else f"{count / 1000:,.0f}k",
-                ha="center",
-                va="center_baseline",
-                color=ON_ACCENT if share > _DARK else INK,
-                fontsize=7 if is_small or count > 9999 else 8.5,
-                in_layout=False,
-            )
+        axes.text(
+            column,
+            row,
+            f"{count:,}" if count < 100_000 else f"{count / 1000:,.0f}k",
+            ha="center",
+            va="center_baseline",
+            color=ON_ACCENT if share > _DARK else INK if count else MUTED,
+            fontsize=7 if is_small or count > 9999 else 9,
+            in_layout=False,
+        )
 
 
 @styled
@@ -145,7 +149,7 @@ def class_bars(
         shown = [*order[:_WORST], None, *order[-_BEST:]]
     figure, axes = new_axes(
         metric.replace("_", " ").replace("roc auc", "ROC AUC"),
-        height=0.75 + 0.21 * max(len(shown), 1),
+        height=0.8 + 0.23 * max(len(shown), 1),
     )
     axes.grid(axis="y", visible=False)
     names = []

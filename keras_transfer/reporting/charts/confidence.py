@@ -20,7 +20,7 @@ from keras_transfer.runs.manifest import CoveragePoint
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_LEAST_IN_BIN = 10  # images; fewer say nothing about a bin
+_LEAST_IN_BIN = 20  # images; with fewer, chance alone makes a zigzag
 
 
 @styled
@@ -28,8 +28,9 @@ def reliability_diagram(confidence: np.ndarray, is_right: np.ndarray) -> "Figure
     """Draws how often predictions are right against how sure they are.
 
     Images are divided into bins of equal count, at most 15 (as for the calibration
-    error) and of at least 10 images; the error that is written into the chart is that
-    of all 15. Bars are 95% intervals (Wilson).
+    error) and of at least 20 images, unless there are fewer than 20 in all: the points
+    of smaller bins would zigzag by chance. The error that is written into the chart is
+    that of all 15 bins. Bars are 95% intervals (Wilson).
 
     Args:
         confidence: float `[N]` largest probability of each image. N is at least 1.

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from keras_transfer.evaluation.intervals import wilson
+from keras_transfer.findings.finding import counted
 from keras_transfer.reporting.charts.style import (
     CLASSES,
     DASHES,
@@ -29,6 +30,7 @@ _MOST_SHOWN = 8  # classes with a color each
 _WORST, _BEST = 4, 2  # of more classes, those that are shown in color
 _MOST_THIN = 40  # other classes, as thin lines
 _MOST_BANDS = 2  # more bands than this hide each other
+_FEWEST = 5  # images that show a class; the curve of fewer is a few steps of chance
 _GRID = np.linspace(0, 1, 201)
 
 
@@ -42,6 +44,7 @@ class Curve:
         y: float64 `[K]` from 0 to 1.
         trials: float64 `[K]`: y is a fraction of as many images.
         area: Area under the curve.
+        images: Number of images that show the class.
     """
 
     name: str
@@ -49,6 +52,12 @@ class Curve:
     y: np.ndarray
     trials: np.ndarray
     area: float
+    images: int
+
+    @property
+    def is_vague(self) -> bool:
+        """Whether so few images show the class that the curve says little."""
+        return self.images < _FEWEST
 
 
 @styled
@@ -58,9 +67,9 @@ def roc_curves(
     """Draws the ROC curve of each class against all others, with its area.
 
     Of two classes there is one curve, of the second. Of more than 8, there are the mean
-    over all classes, the worst and best few, and up to 40 others as thin lines. A band
-    (of at most two curves) is the 95% interval of the sensitivity at each threshold
-    (Wilson).
+    over all classes, the worst and best few, and up to 40 others as thin lines. Curves
+    of classes that fewer than 5 images show are thin and pale too. A band (of at most
+    two curves) is the 95% interval of the sensitivity at each threshold (Wilson).
 
     Args:
         targets: int64 `[N]` class indices; for multi-label data, uint8
@@ -124,7 +133,7 @@ def roc_curve(name: str, positive: np.ndarray, scores: np.ndarray) -> Curve:
     x = np.concatenate([[0.0], (found - hits) / (len(positive) - count)])
     y = np.concatenate([[0.0], hits / count])
     area = float(np.trapezoid(y, x))
-    return Curve(name, x, y, np.full(len(x), float(count)), area)
+    return Curve(name, x, y, np.full(len(x), float(count)), area, int(count))
 
 
 def precision_recall_curve(
@@ -143,7 +152,8 @@ def precision_recall_curve(
     # Below the smallest recall that any threshold gives, there is no precision.
     x = np.concatenate([[0.0], recall])
     y = np.concatenate([precision[:1], precision])
-    return Curve(name, x, y, np.concatenate([found[:1], found]), area)
+    trials = np.concatenate([found[:1], found])
+    return Curve(name, x, y, trials, area, int(hits[-1]))
 
 
 def _counted(positive: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -173,8 +183,9 @@ def _draw(
     draw_axes(axes)
     drawn = thin[:: -(-len(thin) // _MOST_THIN) or 1]
     part = f"{len(drawn)} of " if len(drawn) < len(thin) else ""
+    others = f"the other {len(thin)}" if shown else f"all {len(thin)}"
     for number, curve in enumerate(drawn):
-        label = f"{part}the other {len(thin)} classes" if number == 0 else None
+        label = f"{part}{others} classes" if number == 0 else None
         kept = thinned(curve.x, curve.y, 60)
         axes.plot(
             curve.x[kept],
@@ -187,15 +198,19 @@ def _draw(
     for number, curve in enumerate(shown):
         kept = thinned(curve.x, curve.y)
         x, y, color = curve.x[kept], curve.y[kept], CLASSES[number]
-        if len(shown) <= _MOST_BANDS and not thin:
+        if len(shown) <= _MOST_BANDS and not thin and not curve.is_vague:
             low, high = wilson(y, curve.trials[kept]).T
             axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
         label = f"{legend_name(curve.name)}, {area} {curve.area:.3f}"
-        axes.plot(x, y, color=color, linestyle=DASHES[number], label=label)
+        style: dict[str, Any] = {"color": color, "linestyle": DASHES[number]}
+        if curve.is_vague:
+            label += f" ({counted(curve.images, 'image')})"
+            style |= {"alpha": 0.5, "linewidth": 0.8, "zorder": 1.5}
+        axes.plot(x, y, label=label, **style)
     if thin:
         mean = np.mean([_on_grid(curve, area == "AP") for curve in curves], axis=0)
         value = np.mean([curve.area for curve in curves])
-        label = f"mean of {len(curves)} classes, {area} {value:.3f}"
+        label = f"mean of {len(curves)}, {area} {value:.3f}"
         axes.plot(_GRID, mean, color=INK, linewidth=2.4, label=label)
     if not curves:
         axes.text(
@@ -209,8 +224,11 @@ def _chosen(curves: Sequence[Curve]) -> tuple[list[Curve], list[Curve]]:
     """Divides curves into those shown in color, worst first, and thin ones."""
     if len(curves) <= _MOST_SHOWN:
         return list(curves), []
-    ordered = sorted(curves, key=lambda curve: curve.area)
-    return [*ordered[:_WORST], *ordered[-_BEST:]], ordered[_WORST:-_BEST]
+    ordered = sorted(curves, key=lambda curve: (curve.is_vague, curve.area))
+    clear = sum(not curve.is_vague for curve in curves)
+    best = max(clear - _BEST, min(clear, _WORST))
+    shown = [*ordered[: min(clear, _WORST)], *ordered[best:clear]]
+    return shown, [curve for curve in ordered if curve not in shown]
 
 
 def _on_grid(curve: Curve, is_step: bool) -> np.ndarray:

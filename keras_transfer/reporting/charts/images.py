@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST_COLORS = 8
-_MAP_WIDTH = 5.2  # inches: on a page, its text is then as large as that of charts
 _HEAT = 0.65  # opacity of the hottest place
 
 
@@ -53,7 +52,7 @@ def feature_map(
         series, names = np.where(is_right, 0, 1), ["right", "wrong"]
     else:
         series, names = _series(targets, is_right, class_names)
-    figure = new_figure(_MAP_WIDTH, HEIGHT + 0.6)
+    figure = new_figure(height=HEIGHT + 0.4)
     axes = figure.add_subplot()
     for is_wrong in (False, True):  # so that mistakes are on top
         for index in reversed(range(len(names))):

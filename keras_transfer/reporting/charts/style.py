@@ -3,6 +3,7 @@
 import functools
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -53,18 +54,20 @@ MARKERS = "os^DvP<X"
 
 WIDTH, HEIGHT = 4.6, 3.4  # inches
 MOST_POINTS = 300  # of one curve: a page has many
-_LINE = 0.175  # inches of a line of text
+_LINE = 0.185  # inches of a line of text
+_LETTER = 0.076  # inches of a letter
+_MARGIN = 0.08  # inches around a figure
 _LONGEST_NAME = 24
 _SHOWN = "\N{WORD JOINER}"  # begins a label from files until the legend is made
 
 _FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans Arabic")
 
 _STYLE = {
-    "font.size": 9.5,
+    "font.size": 10,
     "text.color": INK,
     "text.parse_math": False,  # a class may be called $x$
     "axes.labelcolor": MUTED,
-    "axes.labelsize": 9.5,
+    "axes.labelsize": 10,
     "axes.edgecolor": MUTED,
     "axes.facecolor": "none",
     "axes.linewidth": 0.8,
@@ -75,16 +78,21 @@ _STYLE = {
     "grid.linewidth": 0.7,
     "xtick.color": MUTED,
     "ytick.color": MUTED,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
+    "xtick.labelsize": 9.5,
+    "ytick.labelsize": 9.5,
     "xtick.major.size": 3,
     "ytick.major.size": 3,
     "lines.linewidth": 1.6,
     "lines.solid_capstyle": "round",
     "legend.frameon": False,
-    "legend.fontsize": 9,
-    "legend.handlelength": 2.4,
+    "legend.fontsize": 10,
+    "legend.borderpad": 0.1,
+    "legend.borderaxespad": 0.2,
+    "legend.handlelength": 2,
+    "legend.handletextpad": 0.5,
     "figure.facecolor": SURFACE,
+    "figure.constrained_layout.w_pad": _MARGIN,
+    "figure.constrained_layout.h_pad": _MARGIN,
     "svg.fonttype": "none",
     "svg.hashsalt": "keras_transfer",
 }
@@ -153,7 +161,12 @@ def log_axis(axes: "Axes", low: float, high: float) -> None:
     """Makes the x axis logarithmic, with few ticks that are written out."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     step = max((last - first) // 4, 1)
-    ticks = [10.0**power for power in range(first, last + 1, step)]
+    digits = (1, 3) if high / low < 100 else (1,)
+    ticks = [
+        digit * 10.0**power
+        for power in range(first, last + 1, step)
+        for digit in digits
+    ]
     axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
@@ -162,11 +175,15 @@ def log_axis(axes: "Axes", low: float, high: float) -> None:
 
 def legend_below(figure: "Figure") -> None:
     """Adds a legend below the axes, where it never covers data, and room for it."""
+    from matplotlib.lines import Line2D
+
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if not handles:
         return
-    longest = max(map(len, labels)) - len(_SHOWN)
-    columns = min(3 if longest <= 14 else 2 if longest <= 26 else 1, len(handles))
+    has_lines = any(
+        isinstance(one, Line2D) and one.get_linestyle() != "None" for one in handles
+    )
+    columns = _columns(labels, 0.54 if has_lines else 0.36)
     width, height = figure.get_size_inches()
     more_lines = -(-len(handles) // columns) - 1
     figure.set_size_inches(width, height + _LINE * more_lines)
@@ -177,9 +194,28 @@ def legend_below(figure: "Figure") -> None:
         ncols=columns,
         columnspacing=1.4,
         labelspacing=0.3,
+        **({} if has_lines else {"handlelength": 0.7, "markerscale": 1.3}),
     )
     for text in legend.get_texts():
         text.set_text(text.get_text().removeprefix(_SHOWN))
+
+
+def _columns(labels: Sequence[str], more: float) -> int:
+    """Returns how many columns of a legend fit, each `more` inches wider than words."""
+    for count in (3, 2):
+        rows = -(-len(labels) // count)
+        columns = [
+            labels[start : start + rows] for start in range(0, len(labels), rows)
+        ]
+        if sum(max(map(text_width, one)) + more for one in columns) <= WIDTH:
+            return min(count, len(labels))
+    return 1
+
+
+def text_width(text: str) -> float:
+    """Estimates the inches of a line; letters of East Asia are twice as wide."""
+    wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
+    return (len(text.removeprefix(_SHOWN)) + wide) * _LETTER
 
 
 def legend_name(text: str) -> str:

@@ -96,7 +96,7 @@ def epoch_curves(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     losses = {key: v for key, v in columns.items() if key in _NAMES}
     metrics = {key: v for key, v in columns.items() if key not in _NAMES}
     rates = [_number(row.get("learning_rate")) for row in rows]
-    figure = new_figure(height=3.4 + (1.2 if metrics else 0))
+    figure = new_figure(height=3.6 + (1.2 if metrics else 0))
     heights = [3, 3, 1] if metrics else [3, 1]
     panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     panels[0].set_ylabel("loss (nats)")
@@ -145,28 +145,26 @@ def _plot_epochs(
 def layer_rates(groups: Mapping[str, float]) -> "Figure":
     """Draws the peak learning rate of each layer group, from the input to the head.
 
+    They are points, because lengths on a logarithmic axis mean nothing.
+
     Args:
         groups: Rates by the name of the group; 0 for a group that was not trained.
     """
     figure, axes = new_axes(
-        "peak learning rate", height=0.8 + 0.26 * max(len(groups), 1)
+        "peak learning rate", height=0.8 + 0.28 * max(len(groups), 1)
     )
-    axes.grid(axis="y", visible=False)
-    rates = [rate for rate in groups.values() if rate > 0]
-    low = 10 ** math.floor(math.log10(min(rates, default=1e-3)) - 0.3)
+    rates = [rate for rate in groups.values() if rate > 0] or [1e-3]
     for place, rate in enumerate(groups.values()):
         if rate > 0:
-            axes.plot([low, rate], [place] * 2, color=ACCENT, alpha=0.35, linewidth=3)
-            axes.plot(rate, place, color=ACCENT, marker="o", markersize=5)
+            axes.plot(rate, place, color=ACCENT, marker="o", markersize=7)
         axes.annotate(
             f"{rate:.2g}" if rate > 0 else "not trained",
-            (max(rate, low), place),
-            xytext=(7, 0),
-            textcoords="offset points",
+            (1.02, place),
+            xycoords=("axes fraction", "data"),
             va="center_baseline",
             color=MUTED,
         )
-    log_axis(axes, low, max(rates, default=low * 10) * 4)
+    log_axis(axes, min(rates) / 2, max(rates) * 2)
     axes.set_yticks(
         np.arange(len(groups)), [plain(name.replace("_", " ")) for name in groups]
     )
