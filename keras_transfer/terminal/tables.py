@@ -85,7 +85,8 @@ def show_finetuning(result: "FinetuneResult") -> None:
     """Shows the result of `kt unfreeze-and-finetune`, one row per phase."""
     run, report = result.run, result.report
     _show_phases(result)
-    console.print(f"{report.reason[:1].upper()}{report.reason[1:]}.")
+    reason = f"{report.reason[:1].upper()}{report.reason[1:]}."
+    console.print(reason, soft_wrap=not console.is_terminal)
     if report.p_value is not None:
         console.print(
             "p is the probability that chance alone gives such a gain. Test images do "

@@ -371,8 +371,8 @@ def decide(
         names = {"fit": "head-only", "finetune": "earlier fine-tuned"}
         than = "" if rival == phase else f" than the {names[rival]} one"
         reason = (
-            f"the {names[phase]} model stays, for the new one is not better{than}: "
-            f"{figures}"
+            f"the {names[phase]} model stays, for the new one is not clearly better"
+            f"{than}: {figures}"
         )
     return Decision(
         metric=metric,

@@ -366,14 +366,16 @@ def test_a_model_that_is_not_better_is_put_aside(kt, copy, request, start, rates
     options = (*QUICK, "--epochs", 1, *rates)
     result = kt("unfreeze-and-finetune", run_dir, *options)
     assert result.exit_code == 0, result.output
-    assert "the head-only model stays, for the new one is not better" in result.stderr
+    for said in (result.stdout, result.stderr):
+        assert "head-only model stays, for the new one is not clearly better" in said
+    assert "p is the probability that chance alone" in result.stdout
     after = digests(run_dir)
     assert after["model.keras"] == before["model.keras"]
     assert after.keys() == before.keys() | {"model.finetune.keras"}
     run = Run(run_dir)
     assert run.manifest.phase == "fit"
     assert not run.manifest.finetune.kept
-    assert "not better" in run.manifest.finetune.reason
+    assert "not clearly better" in run.manifest.finetune.reason
     paths = changed(run_dir / "model.keras", run_dir / "model.finetune.keras")
     assert "top_conv/kernel" in paths
     evaluated = json.loads(
@@ -437,7 +439,7 @@ def test_of_two_fine_tunings_the_better_stays(tuned, guessing, tune, kt, copy):
         if phase in ("fit", "finetune", "not")
     }
     assert losses["finetune"] < losses["not"] - 0.1
-    assert "for 1 epochs" in result.stdout  # the earlier one took two
+    assert "for 1 epoch," in result.stdout  # the earlier one took two
 
     forced = tune(run_dir, *LEARNS_NOTHING, "--force", epochs=1).manifest
     assert forced.phase == "finetune"
@@ -573,7 +575,7 @@ def test_where_no_judges_are_known_the_head_is_the_one_to_surpass(
     assert result.exit_code == 0, result.output
     assert "is compared with the head-only model, trained again" in result.stderr
     assert "the earlier fine-tuned model stays" in result.stderr
-    assert "is not better than the head-only one: accuracy" in result.stderr
+    assert "is not clearly better than the head-only one: accuracy" in result.stderr
 
 
 def test_predictions_and_thresholds_become_those_of_the_new_model(

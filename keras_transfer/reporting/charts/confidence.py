@@ -65,14 +65,14 @@ def reliability_diagram(confidence: np.ndarray, is_right: np.ndarray) -> "Figure
         color=MUTED,
     )
     axes.annotate(
-        "too unsure", (0.03, 0.93), xycoords="axes fraction", color=MUTED, fontsize=8
+        "too unsure", (0.03, 0.93), xycoords="axes fraction", color=MUTED, fontsize=9
     )
     axes.annotate(
         "too sure",
         (0.98, 0.12),
         xycoords="axes fraction",
         color=MUTED,
-        fontsize=8,
+        fontsize=9,
         ha="right",
     )
     return figure

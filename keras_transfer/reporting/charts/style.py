@@ -52,7 +52,7 @@ DASHES: Sequence[Any] = (
 MARKERS = "os^DvP<X"
 """Markers of classes, for the same reason."""
 
-WIDTH, HEIGHT = 4.6, 3.4  # inches
+WIDTH, HEIGHT = 4.3, 3.2  # inches; 340 pixels wide, text is still 11 pixels high
 MOST_POINTS = 300  # of one curve: a page has many
 _LINE = 0.185  # inches of a line of text
 _LETTER = 0.076  # inches of a letter
@@ -88,7 +88,7 @@ _STYLE = {
     "legend.fontsize": 10,
     "legend.borderpad": 0.1,
     "legend.borderaxespad": 0.2,
-    "legend.handlelength": 2,
+    "legend.handlelength": 1.8,
     "legend.handletextpad": 0.5,
     "figure.facecolor": SURFACE,
     "figure.constrained_layout.w_pad": _MARGIN,
@@ -183,7 +183,7 @@ def legend_below(figure: "Figure") -> None:
     has_lines = any(
         isinstance(one, Line2D) and one.get_linestyle() != "None" for one in handles
     )
-    columns = _columns(labels, 0.54 if has_lines else 0.36)
+    columns = _columns(labels, 0.46 if has_lines else 0.31)
     width, height = figure.get_size_inches()
     more_lines = -(-len(handles) // columns) - 1
     figure.set_size_inches(width, height + _LINE * more_lines)
@@ -192,7 +192,7 @@ def legend_below(figure: "Figure") -> None:
         labels,
         loc="outside lower center",
         ncols=columns,
-        columnspacing=1.4,
+        columnspacing=1,
         labelspacing=0.3,
         **({} if has_lines else {"handlelength": 0.7, "markerscale": 1.3}),
     )
@@ -207,7 +207,10 @@ def _columns(labels: Sequence[str], more: float) -> int:
         columns = [
             labels[start : start + rows] for start in range(0, len(labels), rows)
         ]
-        if sum(max(map(text_width, one)) + more for one in columns) <= WIDTH:
+        if (
+            sum(max(map(text_width, one)) + more for one in columns)
+            <= WIDTH - 2 * _MARGIN
+        ):
             return min(count, len(labels))
     return 1
 
