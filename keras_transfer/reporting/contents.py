@@ -152,7 +152,7 @@ def confusion_of(
             int(counts[i].sum() - counts[i, columns].sum()) for i in columns if is_part
         ),
         classes=len(names),
-        pairs=shown if len(names) > 2 else (),
+        pairs=shown,
         rest=tuple(_taken_for(wrong, names)) if is_part else (),
     )
 

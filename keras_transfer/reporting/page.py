@@ -15,9 +15,16 @@ from typing import Any, Literal
 from keras_transfer.findings.finding import Severity
 from keras_transfer.markup import printable
 from keras_transfer.reporting.charts import theme_css
-from keras_transfer.reporting.thumbnails import Thumbnail
+from keras_transfer.reporting.thumbnails import Thumbnail, heat_css
 
 _MOST_SUSPECTS = 8  # whose pictures stand in the page; a button shows the others
+
+_MEANINGS: Mapping[Severity, str] = {
+    "high": "makes figures untrue",
+    "medium": "makes the model worse",
+    "low": "deserves a look",
+}
+_LONGEST_NAME = 64  # characters, which take four lines below a picture
 
 _WHITE = str.maketrans("\t\n", "  ")
 
@@ -403,19 +410,28 @@ def render(page: Page) -> str:
         "percent": percent,
         "number": _number,
         "data_uri": lambda webp: f"data:image/webp;base64,{_base64(webp)}",
+        "short": _short,
         "points": lambda share: round(100 * min(max(share, 0), 1), 2),
     }
     script = _template("script.js").strip()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    findings = page.findings.findings if page.findings else ()
+    sections = [(name, title) for name, title in _SECTIONS if getattr(page, name)]
+    contents = sections
+    if len(sections) == 1:
+        contents = [(f"finding-{i}", one.kind) for i, one in enumerate(findings)]
     standing = {card.image for gallery in page.galleries for card in gallery.cards}
-    for one in page.findings.findings if page.findings else ():
+    for one in findings:
         if one.key:
             standing.update(page.sets[one.key].images[:_MOST_SUSPECTS])
     return environment.get_template("page.html.j2").render(
         page=page,
         most_suspects=_MOST_SUSPECTS,
         has_pictures=any(image.thumbnail for image in page.images),
-        sections=[(name, title) for name, title in _SECTIONS if getattr(page, name)],
+        sections=sections,
+        contents=contents,
+        severities=_MEANINGS.items(),
+        heat_key=Markup(heat_css()),
         style=Markup(theme_css() + _template("style.css")),
         script=Markup(script),
         policy=f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
@@ -434,6 +450,13 @@ def _plain(value: Any) -> Any:
     if type(value) is str:
         return printable(value.translate(_WHITE))
     return value
+
+
+def _short(name: str) -> str:
+    """Leaves out the middle of a long name, whose ends say the most."""
+    if len(name) <= _LONGEST_NAME:
+        return name
+    return f"{name[: _LONGEST_NAME // 3]} … {name[-_LONGEST_NAME // 2 :]}"
 
 
 def _number(value: float) -> str:

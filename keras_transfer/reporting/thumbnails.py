@@ -18,17 +18,18 @@ from keras_transfer.errors import KerasTransferError
 if TYPE_CHECKING:
     from PIL import Image
 
-LARGE, SMALL = 256, 112
+LARGE, SMALL = 256, 160
 """Longer sides in pixels: of pictures that heat maps lie on, and of all others. A
-typical photo takes 9 KB and 2 KB."""
+typical photo takes 9 KB and 4 KB."""
 
 _ORIENTATION = 0x0112  # EXIF
 _QUALITY = 72  # of WebP; artifacts are not seen at these sizes
 _HEAT_QUALITY = 60
-_HEAT_SIDE = 64
-_HEAT_OPACITY = 0.72  # of the hottest place, so that the image stays visible
+_HEAT_SIDE = 128  # of maps of 7 x 7 places or so: no step is seen when it is enlarged
+_HEAT_FROM = 0.25  # heat below this is not drawn, or it would veil the whole image
+_HEAT_OPACITY = 0.8  # of the hottest place, so that the image stays visible
 
-# From cold to hot: red, orange, yellow. Readable on gray X-rays and on photos.
+# From cold to hot: red, orange, yellow. The page makes the picture below it gray.
 _HEAT_STOPS = np.array([0.0, 0.5, 1.0])
 _HEAT_COLORS = np.array([[150, 20, 60], [235, 90, 30], [255, 225, 90]])
 
@@ -171,16 +172,29 @@ def heat_overlay(heat: np.ndarray, width: int, height: int) -> bytes:
 
     Returns:
         The content of a WebP file with the thumbnail's proportions, transparent where
-        it is cold.
+        there is little heat.
     """
     from PIL import Image
 
     scale = _HEAT_SIDE / max(width, height)
     size = max(round(width * scale), 1), max(round(height * scale), 1)
-    values = Image.fromarray((heat * 255).clip(0, 255).astype(np.uint8))
-    smooth = np.asarray(values.resize(size, Image.Resampling.BICUBIC)) / 255
-    channels = [np.interp(smooth, _HEAT_STOPS, x) for x in _HEAT_COLORS.T]
-    rgba = np.dstack([*channels, 255 * _HEAT_OPACITY * smooth]).round().astype(np.uint8)
+    values = Image.fromarray(heat.astype(np.float32))
+    smooth = np.asarray(values.resize(size, Image.Resampling.BICUBIC))
+    shown = ((smooth - _HEAT_FROM) / (1 - _HEAT_FROM)).clip(0, 1)
+    channels = [np.interp(shown, _HEAT_STOPS, x) for x in _HEAT_COLORS.T]
+    opacity = _HEAT_OPACITY * np.sqrt(shown)
+    rgba = np.dstack([*channels, 255 * opacity]).round().astype(np.uint8)
     file = io.BytesIO()
     Image.fromarray(rgba).save(file, "WEBP", quality=_HEAT_QUALITY, method=2)
     return file.getvalue()
+
+
+def heat_css() -> str:
+    """Formats the colors of heat as a CSS gradient, from little to much of it."""
+    places = np.linspace(0, 1, 9)
+    colors = [
+        f"rgb({' '.join(f'{np.interp(at, _HEAT_STOPS, x):.0f}' for x in _HEAT_COLORS.T)}"
+        f" / {_HEAT_OPACITY * np.sqrt(at):.0%})"
+        for at in places
+    ]
+    return f"linear-gradient(to right, {', '.join(colors)})"

@@ -9,9 +9,10 @@ from keras_transfer.reporting.of_run.page import (
     MOST_PICTURE_BYTES,
     ReportOptions,
     learned_shares,
+    made_at,
 )
 from keras_transfer.reporting.of_run.record import Loaded, RunRecord
-from keras_transfer.reporting.page import Compared, Figure, Page
+from keras_transfer.reporting.page import Compared, Figure, Page, percent
 from keras_transfer.reporting.summary import WithoutPaths, data_name
 from keras_transfer.reporting.thumbnails import SMALL, make_thumbnails
 
@@ -103,10 +104,12 @@ def _summary(records: Sequence[RunRecord], names: Sequence[str]) -> tuple[str, .
             sentences.append(f"Nothing says how good {name} is.")
             continue
         one = record.evaluations[record.headline]
-        figure = one.describe(one.headline)
-        what = record.what(record.headline)
-        metric = one.headline.replace("_", " ")
-        sentences.append(f"{name}: {metric} {figure}, on {what}.")
+        value, ends = getattr(one, one.headline), one.intervals.get(one.headline)
+        figure = percent(value) if value is not None else "unknown"
+        if ends is not None:
+            figure += f" (95% interval {percent(ends[0])} to {percent(ends[1])})"
+        metric, what = one.headline.replace("_", " "), record.what(record.headline)
+        sentences.append(f"{name}: {metric} {figure} on {what}.")
     return tuple(sentences)
 
 
@@ -173,7 +176,7 @@ def _settings(
                 "evaluated on": record.what(record.headline)
                 if record.headline
                 else "nothing",
-                "made": manifest.created,
+                "made": made_at(manifest.created),
             }
         )
     rows = ((key, tuple(table[key] for table in tables)) for key in tables[0])

@@ -74,11 +74,12 @@ class Galleries:
                 self._shares[source] = float(found.border_share[row])
         self.heat = Heat(
             Figure(
-                f"Mean heat on the outer {BORDER:.0%} of "
-                f"{counted(int(has_heat.sum()), 'image')} below",
+                "Heat on the border of "
+                f"{counted(int(has_heat.sum()), 'picture')}, on average",
                 float(found.border_share[has_heat].mean()),
                 baseline=found.expected_border_share,
-                against="if it was spread evenly",
+                against=f"The border is the outer {BORDER:.0%} on each side. Its part of "
+                "each picture",
             ),
             found.is_exact,
             self.is_multi_label,

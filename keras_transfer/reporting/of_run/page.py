@@ -274,11 +274,7 @@ def findings_of(
             said = "" if is_image else plain(suspect.other)
             if said and one.kind == LABEL_ERRORS:
                 said = f"labeled {album.label(suspect.path)}, looks like {said}"
-            is_copy = is_image and suspect.score == 1
-            has_score = suspect.score is not None and not is_copy
-            score = f"score {suspect.score:.3g}" if has_score else ""
-            note = "; ".join(filter(None, (said, score)))
-            notes[suspect.path] = notes.get(suspect.path) or note
+            notes[suspect.path] = notes.get(suspect.path) or said
             if is_image:
                 notes.setdefault(suspect.other, "")
         title = f"{one.kind[:1].upper()}{one.kind[1:]}"
@@ -305,7 +301,7 @@ def provenance_of(record: RunRecord, plain: WithoutPaths) -> Provenance:
             counted(int(value), "core") if name == "cpu_cores" else str(value)
             for name, value in manifest.host.items()
         ),
-        "Made": manifest.created,
+        "Made": made_at(manifest.created),
         "Time": duration(manifest.timings.get("total", 0.0)),
     }
     notes = [*manifest.notes, *(manifest.finetune.notes if manifest.finetune else ())]
@@ -315,6 +311,11 @@ def provenance_of(record: RunRecord, plain: WithoutPaths) -> Provenance:
         tuple(plain(note) for note in notes),
         commands(config, manifest, record.name),
     )
+
+
+def made_at(created: str) -> str:
+    """Formats a UTC time in ISO 8601 so that it is easy to read."""
+    return f"{created[:16].replace('T', ' ')} UTC"
 
 
 def _facts(record: RunRecord) -> tuple[str, ...]:

@@ -16,9 +16,10 @@
     const webp = data.images[index][5];
     return webp ? "data:image/webp;base64," + webp : "";
   };
-  const hasPictures = data.images.some((_, index) => picture(index));
+  const pictures = data.images.filter((_, index) => picture(index)).length;
+  const none = `no picture: this page has only those of ${pictures.toLocaleString("en")} images, which kt report --thumbnails changes`;
   const frame = (index) => {
-    if (!hasPictures) return "";
+    if (!pictures) return "";
     const box = make("div", "frame");
     const source = picture(index);
     if (source) {
@@ -26,7 +27,7 @@
       image.src = source;
       image.alt = "";
       box.append(image);
-    } else box.append(make("span", "nothing", "no picture on this page"));
+    } else box.append(make("span", "nothing", none));
     return box;
   };
   const says = (index, note) => {
@@ -34,14 +35,14 @@
     const all = make("div", "says");
     if (predicted || confidence !== null) {
       const line = make("div");
-      const said = predicted || "no class";
+      const said = (isRight ? "✓ " : "") + (predicted || "no class");
       line.append(make("b", isRight ? "right-text" : "wrong-text", said));
       if (confidence !== null) line.append(" " + percent(confidence));
       all.append(line);
     }
-    if (label) all.append(make("div", "", "labeled " + label));
+    if (label && !isRight) all.append(make("div", "", "labeled " + label));
     if (note) all.append(make("div", "soft", note));
-    all.append(make("span", "path whole", name));
+    all.append(make("span", "path", name));
     return all;
   };
 
@@ -138,29 +139,54 @@
     const tell = () => {
       const rest = box.scrollWidth - box.clientWidth;
       box.classList.toggle("wider", rest > 1);
+      if (box.matches(".drawn")) box.tabIndex = rest > 1 ? 0 : -1;
       box.classList.toggle("more", rest - box.scrollLeft > 1);
     };
     box.addEventListener("scroll", tell, { passive: true });
     new ResizeObserver(tell).observe(box);
   }
 
+  // On paper nothing can be opened.
+  const opened = [];
+  addEventListener("beforeprint", () => {
+    opened.push(...document.querySelectorAll("details:not([open])"));
+    for (const details of opened) details.open = true;
+  });
+  addEventListener("afterprint", () => {
+    for (const details of opened.splice(0)) details.open = false;
+  });
+
+  // The contents mark the section that is read: the one that was chosen or clicked in,
+  // and after scrolling the last one that begins above the middle of the window.
   const links = new Map();
   for (const link of document.querySelectorAll("nav.wide a"))
     links.set(document.querySelector(link.getAttribute("href")), link);
-  if (links.size && "IntersectionObserver" in window) {
-    const seen = new Set();
-    const observer = new IntersectionObserver(
-      (entries) => {
-        for (const entry of entries)
-          entry.isIntersecting ? seen.add(entry.target) : seen.delete(entry.target);
-        const first = [...links.keys()].find((section) => seen.has(section));
-        if (!first) return;
-        for (const [section, link] of links)
-          if (section === first) link.setAttribute("aria-current", "true");
-          else link.removeAttribute("aria-current");
-      },
-      { rootMargin: "-10% 0px -55% 0px" }
+  const mark = (current) => {
+    for (const [section, link] of links)
+      if (section === current) link.setAttribute("aria-current", "true");
+      else link.removeAttribute("aria-current");
+  };
+  let isChosen = false;
+  const follow = () => {
+    if (isChosen || !links.size) return;
+    const all = [...links.keys()];
+    const above = all.filter(
+      (one) => one.getBoundingClientRect().top < innerHeight * 0.4
     );
-    for (const section of links.keys()) observer.observe(section);
-  }
+    mark(above.at(-1) ?? all[0]);
+  };
+  const release = () => (isChosen = false);
+  for (const kind of ["wheel", "touchmove", "keydown", "pointerdown"])
+    addEventListener(kind, release, { passive: true });
+  addEventListener("scroll", follow, { passive: true });
+  addEventListener("click", (event) => {
+    const all = [...links];
+    const found =
+      all.find(([, link]) => link.contains(event.target)) ??
+      all.find(([section]) => section.contains(event.target));
+    if (!found) return;
+    mark(found[0]);
+    isChosen = true;
+  });
+  follow();
 })();
