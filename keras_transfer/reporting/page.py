@@ -221,7 +221,7 @@ class Heat:
 
     Attributes:
         border: Mean share of the heat on the border of the images of the galleries,
-            beside the share if it was spread evenly.
+            beside the border's share of an image, against what is border.
         is_exact: Whether the maps are exact, or based on gradients.
         is_multi_label: Whether images may show several classes.
     """

@@ -182,8 +182,7 @@ def heat_overlay(heat: np.ndarray, width: int, height: int) -> bytes:
     smooth = np.asarray(values.resize(size, Image.Resampling.BICUBIC))
     shown = ((smooth - _HEAT_FROM) / (1 - _HEAT_FROM)).clip(0, 1)
     channels = [np.interp(shown, _HEAT_STOPS, x) for x in _HEAT_COLORS.T]
-    opacity = _HEAT_OPACITY * np.sqrt(shown)
-    rgba = np.dstack([*channels, 255 * opacity]).round().astype(np.uint8)
+    rgba = np.dstack([*channels, 255 * _opacity(shown)]).round().astype(np.uint8)
     file = io.BytesIO()
     Image.fromarray(rgba).save(file, "WEBP", quality=_HEAT_QUALITY, method=2)
     return file.getvalue()
@@ -191,10 +190,16 @@ def heat_overlay(heat: np.ndarray, width: int, height: int) -> bytes:
 
 def heat_css() -> str:
     """Formats the colors of heat as a CSS gradient, from little to much of it."""
-    places = np.linspace(0, 1, 9)
-    colors = [
-        f"rgb({' '.join(f'{np.interp(at, _HEAT_STOPS, x):.0f}' for x in _HEAT_COLORS.T)}"
-        f" / {_HEAT_OPACITY * np.sqrt(at):.0%})"
-        for at in places
-    ]
+    places, colors = np.linspace(0, 1, 9), []
+    for at, opacity in zip(places, _opacity(places), strict=True):
+        red, green, blue = (np.interp(at, _HEAT_STOPS, x) for x in _HEAT_COLORS.T)
+        colors.append(f"rgb({red:.0f} {green:.0f} {blue:.0f} / {opacity:.0%})")
     return f"linear-gradient(to right, {', '.join(colors)})"
+
+
+def _opacity(shown: np.ndarray) -> np.ndarray:
+    """Returns the opacity of heat that is drawn, all from 0 to 1.
+
+    It rises faster than the heat: a faint color could not be told.
+    """
+    return _HEAT_OPACITY * shown**0.7

@@ -203,10 +203,27 @@ def test_without_pictures_galleries_are_lists():
     assert "no picture on this page" not in render(page).split("<script")[0]
 
 
-def test_contents_are_left_out_of_pages_with_one_section(page):
+def test_contents_of_an_audit_are_its_findings(page):
     alone = Page("Audit", "data", (), (), findings=page.findings, sets=page.sets)
-    assert "<nav" in render(page)
-    assert "<nav" not in render(replace(alone, images=page.images))
+    parsed = Parsed(render(replace(alone, images=page.images)))
+    links = [x["href"] for tag, x in parsed.tags if tag == "a"][1:]
+    findings = ["#finding-0", "#finding-1"]
+    assert links == 3 * findings  # narrow and wide contents, and by severity
+    known = {x.get("id") for _, x in parsed.tags}
+    assert {link[1:] for link in findings} <= known
+    assert "#headline" in render(page)
+    figures = Page("Report", "data", (), (), headline=page.headline)
+    assert "<nav" not in render(figures)
+
+
+def test_long_names_lose_their_middle_and_keep_it_in_their_title(page):
+    name = "a" * 50 + "b" * 50 + "/0042.jpg"
+    image = replace(page.images[page.galleries[0].cards[0].image], name=name)
+    card = replace(page.galleries[0].cards[0], image=0)
+    gallery = replace(page.galleries[0], cards=(card,))
+    html = render(Page("Report", "x", (), (), images=(image,), galleries=(gallery,)))
+    assert f'title="{name}"' in html and f">{name}<" not in html
+    assert "b/0042.jpg</span>" in html
 
 
 def test_notes_stay_with_their_images():
@@ -235,13 +252,14 @@ def test_what_stands_out_needs_no_predictions_of_single_images():
     assert stands_out(found.model_copy(update={"classes": unknown}), None) == ""
 
 
-def test_a_partner_of_a_suspect_keeps_the_score_of_its_own():
+def test_notes_of_suspects_are_words_without_scores():
     suspects = (
         Suspect(path="a.jpg", score=0.9, other="b.jpg"),
         Suspect(path="b.jpg", score=0.8, other="a.jpg"),
+        Suspect(path="c.jpg", score=0.7, other="damaged"),
     )
     found = Finding(kind="copies", severity="low", message="Two.", suspects=suspects)
-    audit, album = Audit.of("data", {"cat": 2}, 2, [found], []), Album()
+    audit, album = Audit.of("data", {"cat": 3}, 3, [found], []), Album()
     findings_of(audit, album, WithoutPaths([]), "audit.csv")
     (shown,) = album.sets.values()
-    assert shown.notes == ("score 0.9", "score 0.8")
+    assert shown.notes == ("", "", "damaged")

@@ -156,20 +156,63 @@ def test_the_map_shows_the_image_under_the_pointer_in_both_projections(browser, 
         assert opened.said == []
 
 
-def test_heat_can_be_switched_off_and_the_page_prints(browser, files):
+def test_heat_can_be_switched_on_and_the_page_prints(browser, files):
     with Opened(browser, files["hostile"]) as opened:
         page = opened.page
         heat = page.locator("img.heat").first
         opacity = "one => getComputedStyle(one).opacity"
         page.locator("#heat").focus()
-        assert heat.evaluate(opacity) == "1"
+        assert heat.evaluate(opacity) == "0"
+        assert not page.locator(".key").is_visible()
         page.keyboard.press("Space")
         expect = pytest.importorskip("playwright.sync_api").expect
-        expect(heat).to_have_css("opacity", "0")
+        expect(heat).to_have_css("opacity", "1")
+        assert page.locator(".key").is_visible()
         page.emulate_media(media="print")
         assert not page.locator("nav.wide").is_visible()
         assert page.locator("#headline").is_visible()
+        assert page.locator("details:not([open])").count() > 0
+        page.evaluate("dispatchEvent(new Event('beforeprint'))")
+        assert page.locator("details:not([open])").count() == 0
+        page.evaluate("dispatchEvent(new Event('afterprint'))")
+        assert page.locator("details:not([open])").count() > 0
         assert page.pdf()[:4] == b"%PDF"
+
+
+def test_contents_mark_the_section_that_is_clicked_or_read(browser, files):
+    with Opened(browser, files["hostile"]) as opened:
+        page = opened.page
+        current = page.locator("nav.wide a[aria-current]")
+        assert current.get_attribute("href") == "#headline"
+        page.locator("nav.wide a[href='#provenance']").click()
+        assert current.get_attribute("href") == "#provenance"
+        page.locator("#confusion button.cell").first.click()
+        assert current.get_attribute("href") == "#confusion"
+        page.keyboard.press("Escape")
+        page.evaluate("document.getElementById('classes').scrollIntoView()")
+        page.mouse.wheel(0, 1)
+        expect = pytest.importorskip("playwright.sync_api").expect
+        expect(current).to_have_attribute("href", "#classes")
+
+
+def test_pictures_of_the_map_are_as_large_as_stored(browser, files):
+    with Opened(browser, files["hostile"]) as opened:
+        image = opened.page.locator(".preview img")
+        assert image.evaluate("one => one.width == one.naturalWidth")
+        opened.page.locator(".plot").focus()
+        while image.count():  # not all 120 images have a picture
+            opened.page.keyboard.press("ArrowRight")
+        assert "kt report --thumbnails" in opened.page.locator(".preview").inner_text()
+
+
+def test_in_a_narrow_window_charts_scroll_and_tables_need_not(browser, files):
+    with Opened(browser, files["multi"], NARROW) as opened:
+        page = opened.page
+        wide = "one => one.scrollWidth > one.clientWidth"
+        assert page.locator(".chart .scroll").first.evaluate(wide)
+        assert page.locator(".plot svg").first.bounding_box()["width"] > NARROW
+        assert not page.locator("#classes .scroll").evaluate(wide)
+        assert page.locator("#classes td").last.is_visible()
 
 
 def test_without_scripts_the_page_still_shows_its_pictures(browser, files):

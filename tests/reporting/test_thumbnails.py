@@ -96,6 +96,8 @@ def test_heat_lies_where_it_is_and_has_the_proportions_of_the_picture():
     heat = np.zeros((7, 7), np.float32)
     heat[0, 6] = 1
     image = Image.open(io.BytesIO(heat_overlay(heat, 200, 100)))
-    assert image.size == (64, 32) and image.mode == "RGBA"
+    assert image.size == (128, 64) and image.mode == "RGBA"
     alpha = np.asarray(image)[..., 3].astype(int)
-    assert alpha[2, 61] > 120 and alpha[20, 20] == 0
+    assert alpha[4, 122] > 120 and alpha[40, 40] == 0
+    weak = Image.open(io.BytesIO(heat_overlay(heat / 8, 200, 100)))
+    assert np.asarray(weak)[..., 3].max() == 0

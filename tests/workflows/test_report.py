@@ -188,7 +188,7 @@ def test_findings_of_a_run_and_of_data_alone(run, made):
         suspects=(Suspect(path="circle/00.jpg", score=0.987, other="square"),),
     )
     page = audit_page(Audit.of("x", {}, 60, [label]), audited)
-    assert "labeled circle, looks like square; score 0.987" in page
+    assert "labeled circle, looks like square" in page and "0.987" not in page
     assert "--fix cleaned.csv" in page and "audit.csv" in page
     p = np.full((60, 3), np.nan, np.float32)
     p[0] = (0.9, 0.1, 0)

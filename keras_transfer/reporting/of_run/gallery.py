@@ -74,12 +74,11 @@ class Galleries:
                 self._shares[source] = float(found.border_share[row])
         self.heat = Heat(
             Figure(
-                "Heat on the border of "
-                f"{counted(int(has_heat.sum()), 'picture')}, on average",
+                "Part of the heat that lies on the border, mean of "
+                f"{counted(int(has_heat.sum()), 'picture')}",
                 float(found.border_share[has_heat].mean()),
                 baseline=found.expected_border_share,
-                against=f"The border is the outer {BORDER:.0%} on each side. Its part of "
-                "each picture",
+                against=f"the outer {BORDER:.0%} on each side",
             ),
             found.is_exact,
             self.is_multi_label,

@@ -1,6 +1,7 @@
 "use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
+  const TINY = 96; // pixels
   const percent = (share) => (100 * share).toFixed(1) + "%";
 
   // Text goes through textContent only, so nothing in a name can become markup.
@@ -17,7 +18,7 @@
     return webp ? "data:image/webp;base64," + webp : "";
   };
   const pictures = data.images.filter((_, index) => picture(index)).length;
-  const none = `no picture: this page has only those of ${pictures.toLocaleString("en")} images, which kt report --thumbnails changes`;
+  const only = `the page has ${pictures.toLocaleString("en")} pictures; kt report --thumbnails changes that`;
   const frame = (index) => {
     if (!pictures) return "";
     const box = make("div", "frame");
@@ -27,7 +28,7 @@
       image.src = source;
       image.alt = "";
       box.append(image);
-    } else box.append(make("span", "nothing", none));
+    } else box.append(make("span", "nothing", "no picture"));
     return box;
   };
   const says = (index, note) => {
@@ -60,6 +61,7 @@
         images.length < total
           ? `${images.length} of ${total.toLocaleString("en")} images; ${table} lists all`
           : total === 1 ? "1 image" : `${total.toLocaleString("en")} images`;
+      if (pictures && !images.every(picture)) count.textContent += "; " + only;
       list.replaceChildren(
         ...images.map((index, place) => {
           const item = make("li", "shot");
@@ -90,6 +92,12 @@
         index: Number(element.dataset.gid.slice(6)),
       }))
     );
+    const enlarge = (image) => {
+      const times = Math.floor(TINY / Math.max(image.naturalWidth, image.naturalHeight));
+      if (times < 2) return;
+      image.className = "tiny";
+      image.style.width = times * image.naturalWidth + "px";
+    };
     const current = () => views.findIndex((view) => !view.hidden);
     const choose = (point) => {
       if (point === chosen) return;
@@ -101,7 +109,11 @@
       spot.setAttribute("cx", point.x);
       spot.setAttribute("cy", point.y);
       point.element.ownerSVGElement.append(spot);
-      preview.replaceChildren(frame(point.index), says(point.index));
+      const box = frame(point.index);
+      const image = box && box.querySelector("img");
+      if (image) image.addEventListener("load", () => enlarge(image));
+      const why = pictures && !picture(point.index) ? make("div", "soft small", only) : "";
+      preview.replaceChildren(box, why, says(point.index));
     };
     const nearest = (event) => {
       const svg = views[current()].querySelector("svg");
