@@ -82,7 +82,7 @@ class Figure:
         baseline: What a classifier that learned nothing would reach.
         against: Who that is, such as `always tulip`.
         is_percent: Whether it is shown in percent.
-        has_bar: Whether it is a share of 1 of which more is better.
+        has_bar: Whether it is a share of 1 of which more is better; else less is.
     """
 
     label: str

@@ -112,7 +112,7 @@
       const box = frame(point.index);
       const image = box && box.querySelector("img");
       if (image) image.addEventListener("load", () => enlarge(image));
-      const why = pictures && !picture(point.index) ? make("div", "soft small", only) : "";
+      const why = pictures && !picture(point.index) ? make("div", "soft small", only[0].toUpperCase() + only.slice(1)) : "";
       preview.replaceChildren(box, why, says(point.index));
     };
     const nearest = (event) => {
