@@ -7,7 +7,6 @@ import numpy as np
 
 from keras_transfer.reporting.charts.style import (
     CLASSES,
-    HEIGHT,
     INK,
     MARKERS,
     MUTED,
@@ -22,6 +21,7 @@ from keras_transfer.reporting.charts.style import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_MAP = 6.2, 4.4  # inches of the feature map: it has the whole width of a page
 _MOST_COLORS = 8
 _HEAT = 0.65  # opacity of the hottest place
 
@@ -52,7 +52,7 @@ def feature_map(
         series, names = np.where(is_right, 0, 1), ["right", "wrong"]
     else:
         series, names = _series(targets, is_right, class_names)
-    figure = new_figure(height=HEIGHT + 0.4)
+    figure = new_figure(*_MAP)
     axes = figure.add_subplot()
     for is_wrong in (False, True):  # so that mistakes are on top
         for index in reversed(range(len(names))):

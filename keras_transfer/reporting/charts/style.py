@@ -57,6 +57,7 @@ MOST_POINTS = 300  # of one curve: a page has many
 _LINE = 0.185  # inches of a line of text
 _LETTER = 0.076  # inches of a letter
 _MARGIN = 0.08  # inches around a figure
+_MOST_COLUMNS = 5  # of a legend
 _LONGEST_NAME = 24
 _SHOWN = "\N{WORD JOINER}"  # begins a label from files until the legend is made
 
@@ -183,8 +184,8 @@ def legend_below(figure: "Figure") -> None:
     has_lines = any(
         isinstance(one, Line2D) and one.get_linestyle() != "None" for one in handles
     )
-    columns = _columns(labels, 0.46 if has_lines else 0.31)
     width, height = figure.get_size_inches()
+    columns = _columns(labels, 0.46 if has_lines else 0.31, width)
     more_lines = -(-len(handles) // columns) - 1
     figure.set_size_inches(width, height + _LINE * more_lines)
     legend = figure.legend(
@@ -200,18 +201,16 @@ def legend_below(figure: "Figure") -> None:
         text.set_text(text.get_text().removeprefix(_SHOWN))
 
 
-def _columns(labels: Sequence[str], more: float) -> int:
+def _columns(labels: Sequence[str], more: float, width: float) -> int:
     """Returns how many columns of a legend fit, each `more` inches wider than words."""
-    for count in (3, 2):
+    for count in range(min(len(labels), _MOST_COLUMNS), 1, -1):
         rows = -(-len(labels) // count)
         columns = [
             labels[start : start + rows] for start in range(0, len(labels), rows)
         ]
-        if (
-            sum(max(map(text_width, one)) + more for one in columns)
-            <= WIDTH - 2 * _MARGIN
-        ):
-            return min(count, len(labels))
+        words = sum(max(map(text_width, one)) + more for one in columns)
+        if words <= width - 2 * _MARGIN:
+            return count
     return 1
 
 
