@@ -745,7 +745,7 @@ def rank(data: str, bases: str, chart: Path, as_json: bool, **options: Any) -> N
 )
 @click.option(
     "--fail-on",
-    type=click.Choice(SEVERITIES),
+    type=click.Choice([*SEVERITIES]),
     help="Exit with status 3 if there is a finding of this severity or a worse one.  "
     "[default: never]",
 )

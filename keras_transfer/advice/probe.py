@@ -181,7 +181,9 @@ def quick_learning_curve(
         KerasTransferError: If all images have a sample_weight of 0.
     """
     # In order of the sources, so that it is the same however the images were listed.
-    table = splits.train.select(np.argsort(splits.train.sources, kind="stable"))
+    sources = splits.train.sources
+    order = sorted(range(len(sources)), key=sources.__getitem__)
+    table = splits.train.select(np.array(order, np.int64))
     if len(table) > _MOST_QUICK:
         picked = deal(table.targets, config.seed)[:_MOST_QUICK]
         table = table.select(np.sort(picked))

@@ -1,5 +1,5 @@
 """Predictions -> metrics, with confidence intervals; a run -> its model and images.
 
-Reading order: metrics, intervals, crossvalidation, comparison, calibration, validation,
-decisions, thresholds, out_of_distribution, drift, of_run, prediction.
+Reading order: names, metrics, intervals, crossvalidation, comparison, calibration,
+validation, decisions, thresholds, out_of_distribution, drift, of_run, prediction.
 """

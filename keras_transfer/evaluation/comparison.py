@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.stats
 
-from keras_transfer.evaluation.intervals import CONFIDENCE, Groups, Interval
+from keras_transfer.evaluation.intervals import Groups, Interval, Z
 from keras_transfer.evaluation.metrics import score
 
 LEVEL = 0.13
@@ -25,7 +25,6 @@ mid-p value of that is 1/8, which `LEVEL` would let pass."""
 
 _ROUNDS = 2000
 _ROUNDS_OF_RANKS = 300  # each sorts all images once per class
-_Z = float(scipy.stats.norm.ppf((1 + CONFIDENCE) / 2))
 _TIE = 1e-9  # larger than rounding errors, smaller than what one image changes
 
 
@@ -68,13 +67,16 @@ class Comparison:
     def interval(self) -> Interval:
         """95% confidence interval of the gain, of metrics from 0 to 1.
 
-        A normal one, to which an image (or group) is added that only the first model
-        gets right, and one that only the second does: without them, models that do not
-        differ for any image would be known to be equal. Source: Bonett & Price 2012,
+        A normal one, to whose variance an image (or group) is added that only the first
+        model gets right, and one that only the second does: without them, models that
+        do not differ for any image would be known to be equal. After Bonett & Price
+        2012,
         "Adjusted Wald Confidence Interval for a Difference of Binomial Proportions
         Based on Paired Data", Journal of Educational and Behavioral Statistics 37.
         """
-        half = _Z * math.sqrt(self.spread**2 + 2 / max(self.units, 1) ** 2)
+        units = max(self.units, 1)
+        variance = max(self.spread**2 - self.gain**2 / units, 0) + 2 / units**2
+        half = Z * math.sqrt(variance)
         return max(-1.0, self.gain - half), min(1.0, self.gain + half)
 
     @property

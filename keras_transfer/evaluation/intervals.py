@@ -25,7 +25,9 @@ CONFIDENCE = 0.95
 
 Interval = tuple[float, float]
 
-_Z = float(scipy.stats.norm.ppf((1 + CONFIDENCE) / 2))
+Z = float(scipy.stats.norm.ppf((1 + CONFIDENCE) / 2))
+"""Standard deviations on each side of a normal distribution's middle 95%."""
+
 _ROUNDS = 300  # the standard deviation of a metric is then known to about 4%
 _QUANTILE_ROUNDS = 1000  # quantiles need more rounds than a standard deviation
 _FEWEST_UNITS = 10  # images or groups whose losses tell how skewed losses are
@@ -85,9 +87,9 @@ def wilson(value: np.ndarray | float, trials: np.ndarray | float) -> np.ndarray:
         float64 `[..., 2]` lower and upper end.
     """
     value, trials = np.broadcast_arrays(np.float64(value), np.float64(trials))
-    middle = trials * value + _Z**2 / 2
-    half = _Z * np.sqrt(trials * value * (1 - value) + _Z**2 / 4)
-    ends = np.stack([middle - half, middle + half], -1) / (trials + _Z**2)[..., None]
+    middle = trials * value + Z**2 / 2
+    half = Z * np.sqrt(trials * value * (1 - value) + Z**2 / 4)
+    ends = np.stack([middle - half, middle + half], -1) / (trials + Z**2)[..., None]
     # Rounding must not push the ends past 0, 1 or the value itself.
     low = np.clip(np.minimum(ends[..., 0], value), 0.0, 1.0)
     return np.stack([low, np.clip(np.maximum(ends[..., 1], value), 0.0, 1.0)], -1)
@@ -97,7 +99,7 @@ def trials_of(interval: Interval) -> float:
     """Returns the number of trials of a Wilson interval, which its ends determine."""
     low, high = interval
     overlap = math.sqrt(low * high) + math.sqrt((1 - low) * (1 - high))
-    return _Z**2 * overlap**2 / max(1 - overlap**2, 1e-12)
+    return Z**2 * overlap**2 / max(1 - overlap**2, 1e-12)
 
 
 def from_trials(
@@ -119,7 +121,7 @@ def from_trials(
         float64 `[..., 2]` lower and upper end.
     """
     t = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, np.maximum(freedom, 1))
-    return wilson(value, trials * (_Z / t) ** 2)
+    return wilson(value, trials * (Z / t) ** 2)
 
 
 def weigh(
@@ -267,7 +269,7 @@ def of_confusion(
     own, next_one = np.eye(classes), np.roll(np.eye(classes), 1, axis=1)
     added = np.block([[own, own, own], [0 * own, own, next_one]])
     smooth = scipy.sparse.vstack([cells, scipy.sparse.csr_array(added)]).tocsr()
-    weights = np.concatenate([sizes, np.full(2 * classes, _Z**2 / 2 / classes)])
+    weights = np.concatenate([sizes, np.full(2 * classes, Z**2 / 2 / classes)])
     resampled = metrics(_resample(smooth, weights, rng, images))
     if groups is not None:
         independent = metrics(_resample(cells, sizes.astype(np.float64), rng, images))

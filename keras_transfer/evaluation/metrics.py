@@ -23,6 +23,7 @@ from keras_transfer.evaluation.intervals import (
     roc_auc,
     wilson,
 )
+from keras_transfer.evaluation.names import FIELDS, LABELS, MULTI_LABEL, SINGLE_LABEL
 from keras_transfer.markup import html_table
 
 BINS = 15
@@ -36,26 +37,10 @@ is at most 16 nats."""
 _ROUNDS = 200
 _MOST_VALUES = 4_000_000  # simulated values held at a time
 
-_SINGLE_LABEL = ("accuracy", "balanced_accuracy", "macro_f1", "log_loss", "auc")
-_MULTI_LABEL = ("mean_average_precision", "macro_f1", "log_loss", "auc")
-
-FIELDS = {name: name for name in (*_SINGLE_LABEL, *_MULTI_LABEL)} | {"auc": "roc_auc"}
-"""Field of `Evaluation` by the name of a metric."""
-
-LABELS = {
-    "accuracy": "accuracy",
-    "balanced_accuracy": "balanced accuracy",
-    "macro_f1": "macro F1",
-    "mean_average_precision": "mean average precision",
-    "roc_auc": "ROC AUC",
-    "log_loss": "log loss",
-}
-"""Names of metrics as people read them, by field, in the order of tables."""
-
 UNDEFINED = "–"
 """What tables show of a metric that is undefined."""
 
-_OF_SHOWN = ("precision", "recall", "f1")  # 0 is not meant where no image shows a class
+_OF_SHOWN = ("precision", "recall", "f1")  # say nothing of a class that no image shows
 
 
 class ClassEvaluation(BaseModel):
@@ -91,7 +76,7 @@ class ClassEvaluation(BaseModel):
     def describe(self, metric: str) -> str:
         """Formats the metric of this name with its interval, if it has one.
 
-        Precision, recall and F1 of a class that no image shows are undefined.
+        Precision, recall and F1 of a class that no image shows are left out.
         """
         is_empty = not self.support and metric in _OF_SHOWN
         value = None if is_empty else getattr(self, metric)
@@ -302,17 +287,12 @@ def deciding_metric(targets: np.ndarray, metric: str | None = None) -> str:
     return metric
 
 
-def label(metric: str) -> str:
-    """Returns how people read the name of a metric: `auc` becomes ROC AUC."""
-    return LABELS.get(FIELDS.get(metric, metric), metric.replace("_", " "))
-
-
 def metrics_of(targets: np.ndarray) -> tuple[str, ...]:
     """Returns the names of the metrics that exist for single- or multi-label targets.
 
     The first is the one that decides by default.
     """
-    return _SINGLE_LABEL if targets.ndim == 1 else _MULTI_LABEL
+    return SINGLE_LABEL if targets.ndim == 1 else MULTI_LABEL
 
 
 def score(metric: str, targets: np.ndarray, probabilities: np.ndarray) -> float:

@@ -131,9 +131,9 @@ def border_findings(
     Returns:
         A finding if the border tells clearly more than the majority class. It is of low
         severity unless the border tells clearly more than the center, or the corners
-        than the border, or either as much as the whole image, none of which they do in
-        photos of objects or textures; it is of high severity if one of the first two is
-        so, and they reach nearly what the whole image does.
+        than the border, or either as much as the whole image and more than the center,
+        none of which they do in photos of objects or textures; it is of high severity
+        if one of the first two is so, and they reach nearly what the whole image does.
     """
     units, rows = _units(images, config.seed)
     if units is None or (images.multi_label and not _ranked(units)):
@@ -168,7 +168,7 @@ def _findings(
     severity: Severity = "low"
     if is_more(border, center) or is_more(corners, border):
         severity = "high" if best.value - base >= _HIGH_WAY * whole else "medium"
-    elif best.value >= plain.value:
+    elif best.value >= plain.value and best.value > center.value:
         severity = "medium"
     return [
         Finding(

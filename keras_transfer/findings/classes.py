@@ -6,10 +6,11 @@ import numpy as np
 import scipy.stats
 
 from keras_transfer.data.tables import Table, count_classes
-from keras_transfer.evaluation.intervals import Groups, wilson
+from keras_transfer.evaluation.intervals import Groups, as_interval, wilson
 from keras_transfer.evaluation.thresholds import independent_images
 from keras_transfer.findings.finding import Finding, Suspect, counted
 from keras_transfer.findings.images import AuditedImages
+from keras_transfer.findings.telling import fraction_interval
 
 _ALIKE = 0.1
 """Share of the images of two classes that are taken for the other one, above which the
@@ -107,9 +108,9 @@ def _alike(images: AuditedImages, probabilities: np.ndarray) -> Iterator[Finding
     if any(table.groups):  # which make intervals wider, so no further pair is found
         for a, b in np.argwhere(low > _ALIKE):
             of_pair = np.isin(table.targets, (a, b)) & np.isin(said, (a, b))
-            groups = table.select(of_pair).groups
-            trials = independent_images(groups, len(groups))
-            low[a, b], high[a, b] = wilson(mixed[a, b] / total[a, b], trials)
+            groups = Groups.of(table.select(of_pair).groups)
+            is_mixed = (said != table.targets)[of_pair].astype(float)
+            low[a, b], high[a, b] = fraction_interval(is_mixed, groups)
     first, second = np.nonzero(low > _ALIKE)
     for i in np.argsort(-low[first, second], kind="stable")[:_MOST_PAIRS]:
         a, b = int(first[i]), int(second[i])
@@ -245,12 +246,14 @@ def _small_test(images: AuditedImages, probabilities: np.ndarray) -> Iterator[Fi
     if not count or count == len(images) or shown.sum() < 2 - images.multi_label:
         return
     accuracy = _GUESSED_ACCURACY
+    groups = independent_images(images.table.select(is_test).groups, count)
+    low, high = as_interval(wilson(accuracy, groups))
     known = is_test & np.isfinite(probabilities).all(1)
     if known.any() and not images.multi_label:
-        right = probabilities[known].argmax(1) == images.table.targets[known]
+        table = images.table.select(known)
+        right = (probabilities[known].argmax(1) == table.targets).astype(float)
         accuracy = float(right.mean())
-    groups = independent_images(images.table.select(is_test).groups, count)
-    low, high = wilson(accuracy, groups)
+        low, high = fraction_interval(right, Groups.of(table.groups))
     if high - low <= _WIDE:
         return
     of_groups = f" of {counted(groups, 'group')}" if groups < count else ""

@@ -63,8 +63,7 @@ class Cleaned:
         return (
             f"{counted(self.rows, 'image')}: {counted(self.dropped, 'copy', 'copies')}"
             f"{unusable} left out{moved}, {counted(self.groups, 'group')} of copies "
-            "kept together, "
-            f"{self.marked:,} marked"
+            f"kept together, {self.marked:,} marked"
         )
 
 

@@ -14,9 +14,15 @@ LABEL_ERRORS = "label errors"
 
 Severity = Literal["high", "medium", "low"]
 
-SEVERITIES: tuple[Severity, ...] = ("high", "medium", "low")
-"""From the worst on. `high` makes figures untrue, such as copies of test images among
-the training images; `medium` makes the model worse; `low` deserves a look."""
+SEVERITIES: dict[Severity, str] = {
+    "high": "makes figures untrue",
+    "medium": "makes the model worse",
+    "low": "deserves a look",
+}
+"""What each means, from the worst on. Copies of test images among the training images
+are of high severity, for example."""
+
+_RANKS = {severity: rank for rank, severity in enumerate(SEVERITIES)}
 
 
 def counted(count: int, noun: str, plural: str | None = None) -> str:
@@ -88,7 +94,7 @@ class Audit(BaseModel):
         notes: Sequence[str] = (),
     ) -> "Audit":
         """Creates an audit whose findings are sorted by severity."""
-        ordered = sorted(findings, key=lambda one: SEVERITIES.index(one.severity))
+        ordered = sorted(findings, key=lambda one: _RANKS[one.severity])
         return cls(
             data=data,
             images=images,
@@ -120,8 +126,8 @@ class Audit(BaseModel):
 
     def at_least(self, severity: Severity) -> list[Finding]:
         """Returns the findings that are at least this severe."""
-        most = SEVERITIES.index(severity)
-        return [x for x in self.findings if SEVERITIES.index(x.severity) <= most]
+        most = _RANKS[severity]
+        return [x for x in self.findings if _RANKS[x.severity] <= most]
 
     def to_json(self) -> str:
         """Formats audit.json as ASCII, since not every path is valid UTF-8."""

@@ -168,8 +168,8 @@ def _sizes(quality: np.ndarray) -> Iterator[_Oddity]:
         "tiny images",
         shorter,
         (shorter <= _TINY) & (shorter * _TIMES <= usual),
-        f"tiny: the shorter side, the score, is at most {_TINY} pixels, while half of "
-        f"all images have {usual:.0f} or more",
+        f"tiny: the shorter side, the score in audit.csv, is at most {_TINY} pixels, "
+        f"while half of all images have {usual:.0f} or more",
         "Use larger originals, or leave such images out.",
     )
     side = np.sqrt(width * height)
@@ -193,8 +193,8 @@ def _shapes(quality: np.ndarray) -> Iterator[_Oddity]:
         "extreme shapes",
         ratio,
         (ratio >= _EXTREME) & (ratio >= 2 * np.median(ratio)),
-        f"at least {_EXTREME:.1f} times as long as wide, the score; the base sees a "
-        "picture squeezed into a square",
+        f"at least {_EXTREME:.1f} times as long as wide, the score in audit.csv; the "
+        "base sees a picture squeezed into a square",
         "Crop such images to what matters.",
         largest_first=True,
     )
@@ -207,8 +207,7 @@ def _brightness(quality: np.ndarray) -> Iterator[_Oddity]:
         "12 bits in 16",
         brightness,
         has_lost_bits,
-        "saved in 16 bits, of which at most 12 are used, and so nearly black; the "
-        "score is the mean brightness of 255",
+        "saved in 16 bits, of which at most 12 are used, and so nearly black",
         "Multiply the pixels by 16, or save such images in 8 bits.",
         "medium",
     )
@@ -218,14 +217,14 @@ def _brightness(quality: np.ndarray) -> Iterator[_Oddity]:
         "nearly black images",
         brightness,
         is_dark,
-        "nearly black; the score is the mean brightness of 255",
+        "nearly black; the score in audit.csv is the mean brightness of 255",
         "Look whether there is anything to see.",
     )
     yield _Oddity(
         "nearly white images",
         brightness,
         is_light,
-        "nearly white; the score is the mean brightness of 255",
+        "nearly white; the score in audit.csv is the mean brightness of 255",
         "Look whether there is anything to see.",
         largest_first=True,
     )
@@ -233,7 +232,8 @@ def _brightness(quality: np.ndarray) -> Iterator[_Oddity]:
         "blank images",
         contrast,
         (contrast <= _BLANK) & ~is_dark & ~is_light & ~has_lost_bits,
-        "of nearly one color; the score is the standard deviation of brightness",
+        "of nearly one color; the score in audit.csv is the standard deviation of "
+        "brightness",
         "Look whether there is anything to see.",
     )
 
@@ -257,8 +257,8 @@ def _blur(quality: np.ndarray) -> Iterator[_Oddity]:
         "blurry images",
         sharpness,
         is_odd,
-        "blurry compared with the others; the score is the variance of the Laplacian, "
-        f"whose median is {np.median(sharpness[is_compared]):.0f}",
+        "blurry compared with the others; the score in audit.csv is the variance of "
+        f"the Laplacian, whose median is {np.median(sharpness[is_compared]):.0f}",
         "Leave such images out, unless images in use are as blurry.",
     )
 

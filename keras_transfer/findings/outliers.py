@@ -43,8 +43,8 @@ def outlier_findings(images: AuditedImages, seed: int) -> list[Finding]:
             kind="outliers",
             severity="low",
             message=f"{len(far):,} of {len(images):,} images {are} unlike all others; "
-            "the score is the distance of their features to the nearest, whose median "
-            f"is {np.exp(median):.2f}. Look whether they belong here.",
+            "the score in audit.csv is the distance of their features to the nearest, "
+            f"whose median is {np.exp(median):.2f}. Look whether they belong here.",
             suspects=tuple(
                 Suspect(path=images.table.sources[i], score=float(distances[i]))
                 for i in order

@@ -82,7 +82,7 @@ def shortcut_findings(
         some, of_known = _known(one, rows, units)
         if of_known is not None:
             found.append(tell(some, of_known, classes, level, seed))
-    files = [one.way for one in found if one.one.nature == "file"]
+    files = [told.way for told in found if told.one.nature == "file"]
     if joint is not None and files:
         together, single = tell(joint, units, classes, level, seed), max(files)
         # It must add to the best single property, beyond doubt and by enough.

@@ -12,18 +12,13 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any, Literal
 
-from keras_transfer.findings.finding import Severity
+from keras_transfer.findings.finding import SEVERITIES, Severity
 from keras_transfer.markup import printable
 from keras_transfer.reporting.charts import theme_css
 from keras_transfer.reporting.thumbnails import Thumbnail, heat_css
 
 _MOST_SUSPECTS = 8  # whose pictures stand in the page; a button shows the others
 
-_MEANINGS: Mapping[Severity, str] = {
-    "high": "makes figures untrue",
-    "medium": "makes the model worse",
-    "low": "deserves a look",
-}
 _LONGEST_NAME = 64  # characters, which take four lines below a picture
 
 _WHITE = str.maketrans("\t\n", "  ")
@@ -59,8 +54,7 @@ class ImageSet:
         images: Indices into the page's images, the most telling first.
         total: Number of images that there are, which may be more.
         table: Name of the file that lists all of them.
-        notes: What is said of each of the images, such as its score; none if nothing
-            is.
+        notes: What is said of each of the images; none if nothing is.
     """
 
     title: str
@@ -430,7 +424,7 @@ def render(page: Page) -> str:
         has_pictures=any(image.thumbnail for image in page.images),
         sections=sections,
         contents=contents,
-        severities=_MEANINGS.items(),
+        severities=SEVERITIES.items(),
         heat_key=Markup(heat_css()),
         style=Markup(theme_css() + _template("style.css")),
         script=Markup(script),

@@ -160,7 +160,7 @@ class Run:
         if phase == "finetune" and manifest.finetune is None:
             raise UsageError(
                 f"The run was not fine-tuned. Received: {self.run_dir}. "
-                f"Run: kt unfreeze-and-finetune "
+                "Run: kt unfreeze-and-finetune "
                 f"{shlex.quote(str(self.run_dir))}"
             )
         return self.run_dir / phase_model(phase)

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from keras_transfer.advice.rules import METHODS
+from keras_transfer.evaluation.names import label
 from keras_transfer.findings.finding import Audit, counted
 from keras_transfer.markup import printable
 from keras_transfer.models.bases import BASES, weights_path
@@ -40,9 +41,9 @@ def show_run(result: "FitResult") -> None:
     run, manifest = result.run, result.run.manifest
     for place, (name, found) in enumerate(result.evaluations.items()):
         if place == 0:
-            show_evaluation(found, _words(name))
+            show_evaluation(found, label(name))
         else:
-            console.print(f"{_words(name)}: {found}")
+            console.print(f"{label(name)}: {found}")
     if manifest.abstention:
         console.print(str(manifest.abstention))
     if result.sure:
@@ -89,8 +90,8 @@ def show_finetuning(result: "FinetuneResult") -> None:
     console.print(reason, soft_wrap=not console.is_terminal)
     if report.p_value is not None:
         console.print(
-            "p is the probability that chance alone gives such a gain. Test images do "
-            "not decide, so that their figures stay honest."
+            "p is the probability that chance alone gives at least such a gain. Test "
+            "images do not decide, so that their figures stay honest."
         )
     if not report.kept:
         console.print("Of the fine-tuned model that was not kept:")
@@ -146,7 +147,7 @@ def _show_phases(result: "FinetuneResult") -> None:
     if run.manifest.phase == "finetune" and not report.kept:  # an earlier one stays
         phases["not kept"] = dict(result.evaluations)
     table = Table(box=None, pad_edge=False)
-    for column in ("phase", "images", f"{_words(report.metric)} (95% interval)"):
+    for column in ("phase", "images", f"{label(report.metric)} (95% interval)"):
         table.add_column(column)
     for column in ("log loss", "ECE"):
         table.add_column(column, justify="right")
@@ -160,7 +161,7 @@ def _show_phases(result: "FinetuneResult") -> None:
             found = evaluations[split]
             ece = "" if found.ece is None else f"{found.ece:.3f}"
             figures = found.describe(report.metric), f"{found.log_loss:.3g}", ece
-            cells = [_words(split), *figures]
+            cells = [label(split), *figures]
         mark = "<- the run's model" if phase == run.manifest.phase else ""
         table.add_row(phase, *cells, mark)
     console.print(table)
@@ -186,8 +187,8 @@ def show_evaluation(found: "Evaluation", of: str) -> None:
     for column in ("precision", "F1", "images"):
         table.add_column(column, justify="right")
     classes = found.classes
-    worst = found.worst_first()[:_MOST_CLASSES]
-    shown = [name for name in classes if name in {*worst}]
+    worst = {*found.worst_first()[:_MOST_CLASSES]}
+    shown = [name for name in classes if name in worst]
     for name in sorted(shown, key=lambda name: not classes[name].support):
         one = classes[name]
         cells = (one.describe(x) for x in ("recall", "precision", "f1"))
@@ -195,13 +196,6 @@ def show_evaluation(found: "Evaluation", of: str) -> None:
     console.print(table)
     if len(classes) > len(worst):
         console.print(f"(the {len(worst)} worst of {len(classes)} classes)")
-
-
-def _words(name: str) -> str:
-    """Writes the name of a metric or split in words: `macro_f1` becomes macro F1."""
-    from keras_transfer.evaluation.metrics import label
-
-    return label(name)
 
 
 def show_sure(found: "SureEvaluation", images: int) -> None:
@@ -330,19 +324,19 @@ def show_runs(found: "Sequence[ListedRun]") -> None:
     listed = [one for one in found if not one.problem]
     metrics = {one.metric for one in listed if one.figure}
     is_one = len(metrics) == 1
-    figure = f"{_words(min(metrics)) if is_one else 'figure'} (95% interval)"
+    figure = f"{label(min(metrics)) if is_one else 'figure'} (95% interval)"
     columns: dict[str, list[str]] = {
         "run": [one.run_dir.name for one in listed],
         "data": [Path(one.data).name or one.data for one in listed],
         "base": [one.base for one in listed],
         "phase": [one.phase for one in listed],
         figure: [
-            (f"{_words(one.metric)} " if one.figure and not is_one else "")
+            (f"{label(one.metric)} " if one.figure and not is_one else "")
             + (one.figure or "none")
             for one in listed
         ],
         "images": [
-            f"{one.images:,} {_words(one.split)}" if one.split else "" for one in listed
+            f"{one.images:,} {label(one.split)}" if one.split else "" for one in listed
         ],
         "MB": [f"{one.size / 1e6:,.1f}" for one in listed],
         "img/s": [
@@ -393,7 +387,7 @@ def show_comparison(found: "RunComparison") -> None:
     """Shows the result of `kt runs compare`."""
     table = Table(box=None, pad_edge=False)
     table.add_column("run", overflow="fold")
-    table.add_column(f"{_words(found.metric)} (95% interval)")
+    table.add_column(f"{label(found.metric)} (95% interval)")
     for name, figures in zip(found.names, (found.first, found.second), strict=True):
         table.add_row(name, figures.describe(found.metric))
     console.print(table)

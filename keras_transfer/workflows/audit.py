@@ -267,7 +267,7 @@ def _of_classes(
         if not known.all():
             notes.append(
                 f"Label errors were looked for among {known.sum():,} of "
-                f"{len(images):,} images: no model knows the class of the others, "
+                f"{len(images):,} images: no model knows the class of the others "
                 "without having learned from them or their group."
             )
     units = {group or row for row, group in enumerate(images.table.groups)}

@@ -55,8 +55,8 @@ class RunComparison:
         needed: Estimated number of images that would recognize a difference of 5 points
             in 4 of 5 cases.
         left_out: Number of test images of the first run that do not count, by reason.
-        gained: Sources of the common images that only the second run predicts
-            correctly, the surest predictions first.
+        gained: Sources, as in the first run, of the common images that only the second
+            run predicts correctly, the surest predictions first.
         lost: Sources of those that only the first run does.
     """
 

@@ -23,9 +23,9 @@ from keras_transfer.evaluation.metrics import (
     Evaluation,
     calibration_error,
     evaluate,
-    label,
     score,
 )
+from keras_transfer.evaluation.names import label
 from keras_transfer.evaluation.validation import (
     ENOUGH,
     CrossFit,

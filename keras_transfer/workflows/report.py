@@ -47,7 +47,7 @@ _NEXT_STEPS = (
     "kt audit DATA --fix cleaned.csv writes a table of the data without copies, with "
     "suspects marked, which kt fit reads.",
 )
-_STEPS = 3  # of a page: read the run, load images and model, draw and write
+_STEPS = 3  # read the run, load images and model, draw and write
 _MOST_IN_NAME = 3  # runs that the name of a page names
 _LONGEST_NAME = 80  # characters; file systems take 255 bytes, up to 3 for each
 
@@ -76,11 +76,7 @@ def report_run(
         KerasTransferError: If a file of the run is damaged, or another process changed
             the run meanwhile.
     """
-    listener.progress("report", 0, _STEPS)
-    record = read_together(run, lambda: RunRecord.of(run))
-    listener.progress("report", 1, _STEPS)
-    loaded = load_run(run, record, listener, known=known)
-    listener.progress("report", 2, _STEPS)
+    record, loaded = _load(run, listener, known)
     html = render(RunPage(record, loaded, options).make())
     path = output or run.report_path
     if output is None:
@@ -91,6 +87,18 @@ def report_run(
     listener.progress("report", _STEPS, _STEPS)
     listener.artifact(path, "report")
     return path
+
+
+def _load(
+    run: Run, listener: Listener, known: Loaded | None = None
+) -> tuple[RunRecord, Loaded]:
+    """Reads a run's files, and loads what is not known, which takes seconds."""
+    listener.progress("report", 0, _STEPS)
+    record = read_together(run, lambda: RunRecord.of(run))
+    listener.progress("report", 1, _STEPS)
+    loaded = load_run(run, record, listener, known=known)
+    listener.progress("report", 2, _STEPS)
+    return record, loaded
 
 
 def report_phase(run: Run, listener: Listener, known: Loaded) -> None:
@@ -191,11 +199,7 @@ def draw_run(
         UsageError: If the folder is something else.
         KerasTransferError: If a file of the run is damaged.
     """
-    listener.progress("report", 0, _STEPS)
-    record = read_together(run, lambda: RunRecord.of(run))
-    listener.progress("report", 1, _STEPS)
-    loaded = load_run(run, record, listener)
-    listener.progress("report", 2, _STEPS)
+    record, loaded = _load(run, listener)
     for note in loaded.notes:
         listener.note(note)
     folder = output or run.run_dir / CHARTS

@@ -211,8 +211,19 @@ def test_the_number_of_images_steadies_an_estimate():
     assert steady.low > shaky.low > loose.low
     perfect = estimate([1.0] * 5, 0.2, of_images=tuple(wilson(1.0, 150).tolist()))
     assert 0.93 < perfect.low < wilson(1.0, 150)[0] and perfect.high == 1
+    # One measurement has the variance of its images, a fifth of all.
+    single = estimate([0.9], 0.2, of_images=of_images)
+    t = scipy.stats.t.ppf(0.975, 8)
+    ends = wilson(0.9, (1.959964 / t) ** 2 * 30 / (1 + 0.25))
+    assert (single.low, single.high) == pytest.approx(tuple(ends))
+    # What a correction put out of bounds is put back.
+    beyond = estimate([1.02, 1.0, 1.02], 0.2, of_images=of_images)
+    assert beyond.mean == beyond.high == 1 and beyond.low > 0.8
     losses = estimate([0.3, 0.5], 0.5, (0.0, np.inf), (0.3, 0.6))
-    assert 0 <= losses.low < 0.4 < losses.high
+    usual = 2 * (0.3 / 2 / 1.959964) ** 2
+    variance = (1 * 0.02 + 8 * usual) / 9 * (1 / 2 + 1)
+    half = scipy.stats.t.ppf(0.975, 9) * np.sqrt(variance)
+    assert (losses.low, losses.high) == pytest.approx((max(0.4 - half, 0), 0.4 + half))
 
 
 # Rules

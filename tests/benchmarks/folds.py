@@ -62,10 +62,11 @@ def measured(
     intervals = {"number of images": of_images}
     found = estimate(values, 1 / FOLDS)
     intervals["folds"] = found.low, found.high
-    for prior in PRIORS:
-        crossvalidation._PRIOR = prior
+    usual = crossvalidation.PRIOR
+    for crossvalidation.PRIOR in PRIORS:
         found = estimate(values, 1 / FOLDS, of_images=of_images)
-        intervals[f"both, weight {prior}"] = found.low, found.high
+        intervals[f"both, weight {crossvalidation.PRIOR}"] = found.low, found.high
+    crossvalidation.PRIOR = usual
     return {
         name: (low <= truth <= high, high - low)
         for name, (low, high) in intervals.items()

@@ -17,7 +17,8 @@ from keras_transfer.evaluation.comparison import (
     images_needed,
     mcnemar,
 )
-from keras_transfer.evaluation.metrics import FIELDS, evaluate, metrics_of
+from keras_transfer.evaluation.metrics import evaluate, metrics_of
+from keras_transfer.evaluation.names import FIELDS
 
 METRICS = metrics_of(np.zeros(1, np.int64))
 CASES = [(name, False) for name in METRICS]
@@ -293,8 +294,8 @@ def test_intervals_of_a_gain_cover_it_as_often_as_they_say(gain, loss):
 
 
 def test_an_interval_of_groups_is_that_of_as_many_images():
-    targets, before = right_and_wrong([True, False, False, False] * 6)
-    after = right_and_wrong([True, True, True, False] * 6)[1]
+    targets, before = right_and_wrong([True, True, False, False] * 6)
+    after = right_and_wrong([True] * 24)[1]
     alone = compare("balanced_accuracy", targets, before, after)
     groups = [name for name in "abcdefghijkl" for _ in "12"]
     found = compare("balanced_accuracy", targets, before, after, groups)

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from keras_transfer.config import Config
@@ -33,22 +32,38 @@ def test_views_show_the_border_the_center_and_the_corners():
     np.testing.assert_array_equal(pixels, before)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Noise in two classes, one of which has a white frame."""
+def framed(tmp_path: Path, spots: int) -> Path:
+    """Noise in two classes, one of which has a white frame, and some of it a spot."""
     rng = np.random.default_rng(0)
     for index in range(60):
         name = ("plain", "marked")[index % 2]
         pixels = rng.integers(0, 120, (64, 64, 3)).astype(np.uint8)
         if name == "marked":
             pixels[:8] = pixels[-8:] = pixels[:, :8] = pixels[:, -8:] = 255
+            if index < 2 * spots:
+                pixels[20:44, 20:44] = 255
         path = tmp_path / "data" / name / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path)
     return tmp_path / "data"
 
 
-def test_a_frame_is_found_and_its_features_are_cached(folder):
+def test_a_border_that_tells_all_that_the_whole_does_is_told(tmp_path):
+    data = str(framed(tmp_path, 27))
+    config = Config(data=data, base="alexnet", weights="none", image_size=64)
+    inputs = prepare(config, makes_run=False)
+    part = frozen_base(inputs.config)
+    plain = frozen_features(part, inputs.splits, 0, Storage(quality=True))
+    images = AuditedImages.of(inputs.splits, plain)
+    (found,) = border_findings(images, inputs.splits, part, inputs.config)
+    figures = found.figures
+    # That is not clearly more than the center, which tells nearly as much.
+    assert figures["border"] == figures["whole"] == 1 > figures["center"] > 0.9
+    assert found.severity == "medium" and "marker" in found.message
+
+
+def test_a_frame_is_found_and_its_features_are_cached(tmp_path):
+    folder = framed(tmp_path, 0)
     config = Config(data=str(folder), base="alexnet", weights="none", image_size=64)
     inputs = prepare(config, makes_run=False)
     part = frozen_base(inputs.config)

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 from made_audits import audited
 
-from keras_transfer.evaluation.intervals import wilson
+from keras_transfer.evaluation.intervals import Groups, from_trials, wilson
 from keras_transfer.findings.classes import (
     class_findings,
     single_group_findings,
     training_groups,
 )
+from keras_transfer.findings.telling import fraction_interval
 
 
 def findings(images, said=None):
@@ -118,16 +119,19 @@ def test_another_mix_of_patients_in_the_test_split(mixed):
 def test_intervals_count_groups():
     images = of_patients(40, 8, 0)
     said = images.table.targets.copy()
-    said[::6] = 1 - said[::6]  # 167 of 1,000, but of 40 patients
+    number = np.unique(images.table.groups, return_inverse=True)[1]
+    said[number % 6 == 0] = 1 - said[number % 6 == 0]  # 175 of 1,000, of 7 patients
     found = findings(images, sure(said))
     assert "classes that look alike" not in found
     small = found["small test set"]
     assert "With 200 test images of 8 groups an accuracy" in small.message
     is_test = images.split == "test"
-    low, high = wilson((said == images.table.targets)[is_test].mean(), 8)
+    right = (said == images.table.targets)[is_test].astype(float)
+    groups = Groups.of(images.table.select(is_test).groups)
+    low, high = fraction_interval(right, groups)
     assert (small.figures["low"], small.figures["high"]) == pytest.approx((low, high))
     alike = findings(of_patients(40, 8, 0), sure(1 - images.table.targets))
-    low, high = wilson(1.0, 40)
+    low, high = from_trials(1.0, 40, 39)
     assert alike["classes that look alike"].figures["low"] == pytest.approx(low)
 
 

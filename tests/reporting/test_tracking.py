@@ -49,6 +49,8 @@ def logged(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         arguments += ["--log-to", target]
     result = CliRunner().invoke(main, [str(x) for x in arguments])
     assert result.exit_code == 0, result.output
+    *_, one, other = result.stderr.splitlines()
+    assert (one, other) == (f"Logged to: {folder}/tb", f"Logged to: {folder}/ml")
     return folder
 
 

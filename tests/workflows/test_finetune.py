@@ -1070,6 +1070,7 @@ def test_mistakes_are_found_before_tensorflow_starts(guessing):
         [str(guessing), "--set", "wait_decay=1"],
         [str(guessing), "--precision", "f8"],
         [str(guessing), "--epochs", "many"],
+        [str(guessing), "--resume"],
     ]
     command = [sys.executable, "-c", script, json.dumps(mistakes)]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -662,7 +662,7 @@ def test_16_bit_images_that_use_12_bits_are_noted(kt, tmp_path):
         path = tmp_path / "scans" / name / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path)
-    note = "20 of 40 images (50%) are saved in 16 bits of which they use 12 or fewer"
+    note = "20 of 40 images are saved in 16 bits, of which at most 12 are used"
     for name, forwarded in (("first", 40), ("second", 0)):  # from the cache, too
         result = kt("fit", tmp_path / "scans", *SMALL, "--name", name)
         assert result.exit_code == 0, result.output

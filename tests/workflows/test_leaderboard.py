@@ -400,7 +400,7 @@ def test_a_worse_run_is_recognized(runs, kt):
     assert swapped.difference == -found.difference
     result = kt("runs", "compare", "a", "b")
     assert result.exit_code == 0, result.output
-    assert "Difference (95% interval): -0.400 (-0.6" in result.stdout
+    assert "Difference (95% interval): -0.400 (-0.5" in result.stdout
     assert ") on 30 common test images, p = " in result.stdout
     assert "saved_models/a is better than saved_models/b" in result.stdout
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from keras_transfer.evaluation.metrics import ClassEvaluation
+from keras_transfer.evaluation.names import label
 from keras_transfer.reporting.charts.style import (
     ACCENT,
     INK,
@@ -54,10 +55,9 @@ def confusion_matrix(
     size = max(2.4, 0.29 * len(names) + 0.2)
     longest = max(map(text_width, names))
     is_turned = longest > 0.9 * size / len(names)
-    turned = longest * math.sqrt(0.5)
     figure = new_figure(
-        size + max(longest, turned if is_turned else 0) + 0.5,
-        size + (turned if is_turned else 0) + 0.6,
+        size + longest + 0.5,
+        size + (longest * math.sqrt(0.5) if is_turned else 0) + 0.6,
     )
     axes = figure.add_subplot()
     _draw_cells(axes, counts)
@@ -148,7 +148,7 @@ def class_bars(
     if len(order) > _MOST_BARS:
         shown = [*order[:_WORST], None, *order[-_BEST:]]
     figure, axes = new_axes(
-        metric.replace("_", " ").replace("roc auc", "ROC AUC"),
+        label(metric),
         height=0.8 + 0.23 * max(len(shown), 1),
     )
     axes.grid(axis="y", visible=False)

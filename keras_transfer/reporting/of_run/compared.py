@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from keras_transfer.evaluation.names import label
 from keras_transfer.reporting.album import Album, predicted_images, relative_names
 from keras_transfer.reporting.contents import figures_of
 from keras_transfer.reporting.of_run.page import (
@@ -108,8 +109,8 @@ def _summary(records: Sequence[RunRecord], names: Sequence[str]) -> tuple[str, .
         figure = percent(value) if value is not None else "unknown"
         if ends is not None:
             figure += f" (95% interval {percent(ends[0])} to {percent(ends[1])})"
-        metric, what = one.headline.replace("_", " "), record.what(record.headline)
-        sentences.append(f"{name}: {metric} {figure} on {what}.")
+        what = record.what(record.headline)
+        sentences.append(f"{name}: {label(one.headline)} {figure} on {what}.")
     return tuple(sentences)
 
 
@@ -149,7 +150,7 @@ def _classes(
                     figure = Figure("", getattr(found, metric), *ends)
             figures.append(figure)
         rows.append((name, tuple(figures)))
-    return tuple(rows), metric.replace("_", " ").capitalize()
+    return tuple(rows), label(metric).capitalize()
 
 
 def _settings(

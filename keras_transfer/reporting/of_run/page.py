@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from keras_transfer.evaluation.names import label
 from keras_transfer.events import duration
 from keras_transfer.findings.finding import LABEL_ERRORS, Audit, counted
 from keras_transfer.reporting.album import Album, predicted_images, relative_names
@@ -344,7 +345,7 @@ def _tuning_facts(tuned: FinetuneReport) -> tuple[tuple[str, str], ...]:
     if tuned.p_value is not None:
         facts["p-value of the gain"] = f"{tuned.p_value:.2g}"
     if tuned.before is not None and tuned.after is not None:
-        name = tuned.metric.replace("_", " ")
+        name = label(tuned.metric)
         facts[f"{name} on {counted(tuned.deciding_images, 'deciding image')}"] = (
             f"{tuned.before:.3f} → {tuned.after:.3f}"
         )

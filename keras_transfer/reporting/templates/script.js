@@ -18,7 +18,7 @@
     return webp ? "data:image/webp;base64," + webp : "";
   };
   const pictures = data.images.filter((_, index) => picture(index)).length;
-  const only = `the page has ${pictures.toLocaleString("en")} pictures; kt report --thumbnails changes that`;
+  const only = `the page has ${pictures.toLocaleString("en")} ${pictures === 1 ? "picture" : "pictures"}`;
   const frame = (index) => {
     if (!pictures) return "";
     const box = make("div", "frame");
