@@ -200,16 +200,19 @@ def test_pictures_of_the_map_are_as_large_as_stored(browser, files):
         image = opened.page.locator(".preview img")
         assert image.evaluate("one => one.width == one.naturalWidth")
         opened.page.locator(".plot").focus()
-        while image.count():  # not all 120 images have a picture
-            opened.page.keyboard.press("ArrowRight")
-        assert "kt report --thumbnails" in opened.page.locator(".preview").inner_text()
+        for _ in range(120):  # images, of which not all have a picture
+            if image.count():
+                opened.page.keyboard.press("ArrowRight")
+        assert (
+            "The page has 60 pictures" in opened.page.locator(".preview").inner_text()
+        )
 
 
-def test_in_a_narrow_window_charts_scroll_and_tables_need_not(browser, files):
+def test_in_a_narrow_window_the_map_scrolls_and_nothing_else_need(browser, files):
     with Opened(browser, files["multi"], NARROW) as opened:
         page = opened.page
         wide = "one => one.scrollWidth > one.clientWidth"
-        assert page.locator(".chart .scroll").first.evaluate(wide)
+        assert not page.locator(".chart .scroll").first.evaluate(wide)
         assert page.locator(".plot svg").first.bounding_box()["width"] > NARROW
         assert not page.locator("#classes .scroll").evaluate(wide)
         assert page.locator("#classes td").last.is_visible()
