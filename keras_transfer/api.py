@@ -17,6 +17,7 @@ from keras_transfer.config import (
     load_config,
 )
 from keras_transfer.data.in_memory.forms import name_of, settled
+from keras_transfer.evaluation.names import label
 from keras_transfer.events import Listener
 from keras_transfer.markup import html_table
 from keras_transfer.reporting.display import told
@@ -59,8 +60,8 @@ class Run(runs.Run):
             "data": one.data,
             "base": one.base,
             "phase": one.phase,
-            one.metric.replace("_", " "): one.figure,
-            "images": f"{one.images:,} {one.split.replace('_', ' ')}",
+            label(one.metric): one.figure,
+            "images": f"{one.images:,} {label(one.split)}",
             "made": one.created,
         }
         if one.problem:

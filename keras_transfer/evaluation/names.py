@@ -8,9 +8,9 @@ FIELDS = {name: name for name in (*SINGLE_LABEL, *MULTI_LABEL)} | {"auc": "roc_a
 
 LABELS = {
     "accuracy": "accuracy",
+    "mean_average_precision": "mean average precision",
     "balanced_accuracy": "balanced accuracy",
     "macro_f1": "macro F1",
-    "mean_average_precision": "mean average precision",
     "roc_auc": "ROC AUC",
     "log_loss": "log loss",
 }

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from keras_transfer.evaluation.metrics import ClassEvaluation, Evaluation
+from keras_transfer.evaluation.names import LABELS
 from keras_transfer.reporting.album import Album, confidence
 from keras_transfer.reporting.page import (
     Cell,
@@ -22,15 +23,7 @@ MOST_IN_MATRIX = 20
 _LISTED = 15  # classes of a matrix that is cut down
 _PAIRS = 10
 _NUMBERS = ("macro_f1", "roc_auc", "log_loss", "ece")  # others are percentages
-_LABELS = {
-    "accuracy": "Accuracy",
-    "mean_average_precision": "Mean average precision",
-    "balanced_accuracy": "Balanced accuracy",
-    "macro_f1": "Macro F1",
-    "roc_auc": "ROC AUC",
-    "log_loss": "Log loss (nats)",
-    "ece": "Calibration error",
-}
+_MORE_LABELS = {"log_loss": "log loss (nats)", "ece": "calibration error"}
 
 
 def figures_of(evaluation: Evaluation, title: str, learned: np.ndarray) -> Figures:
@@ -44,17 +37,16 @@ def figures_of(evaluation: Evaluation, title: str, learned: np.ndarray) -> Figur
     names = [*evaluation.classes]
     baselines = _baselines(evaluation, names, learned)
     is_multi_label = evaluation.confusion is None
-    wanted = [x for x in _LABELS if not (is_multi_label and x in _SINGLE_LABEL_ONLY)]
     figures = []
-    for name in wanted:
+    for name, text in (LABELS | _MORE_LABELS).items():
         value = getattr(evaluation, name)
-        if value is None:
+        if value is None or (is_multi_label and name in _SINGLE_LABEL_ONLY):
             continue
         low, high = evaluation.intervals.get(name, (None, None))
         baseline, against = baselines.get(name, (None, ""))
         figures.append(
             Figure(
-                _LABELS[name],
+                text[0].upper() + text[1:],
                 value,
                 low,
                 high,
@@ -220,8 +212,8 @@ def class_rows(
             ClassRow(
                 name,
                 found.support,
-                _class_figure(found, metric),
-                tuple(_class_figure(found, x) for x in (*further, "precision", "f1")),
+                class_figure(found, metric),
+                tuple(class_figure(found, x) for x in (*further, "precision", "f1")),
                 album.put(f"missed-{index}", f"{name}, missed", missed),
                 album.put(
                     f"mistaken-{index}", f"Wrongly predicted as {name}", mistaken
@@ -246,7 +238,8 @@ _CLASS_LABELS = {
 }
 
 
-def _class_figure(found: ClassEvaluation, metric: str) -> Figure:
+def class_figure(found: ClassEvaluation, metric: str) -> Figure:
+    """Returns a figure of a class; without a value if no image shows it."""
     low, high = found.intervals.get(metric, (None, None))
     value = getattr(found, metric) if found.support else None
     return Figure(_CLASS_LABELS[metric], value, low, high, is_percent=metric != "f1")

@@ -151,7 +151,7 @@ def report_runs(
         for run, name in zip(runs[1:], names[1:], strict=True)
     ]
     first = load_run(runs[0], records[0], listener, images_only=True)
-    html = render(compared_page(records, others, first, options))
+    html = render(compared_page(records, names, others, first, options))
     write_atomic(path, html)
     listener.artifact(path, "report")
     return path

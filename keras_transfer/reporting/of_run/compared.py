@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from keras_transfer.evaluation.names import label
 from keras_transfer.reporting.album import Album, predicted_images, relative_names
-from keras_transfer.reporting.contents import figures_of
+from keras_transfer.reporting.contents import class_figure, figures_of
 from keras_transfer.reporting.of_run.page import (
     MOST_PICTURE_BYTES,
     ReportOptions,
@@ -37,6 +37,7 @@ class AgainstFirst:
 
 def compared_page(
     records: Sequence[RunRecord],
+    names: Sequence[str],
     others: Sequence[AgainstFirst],
     loaded: Loaded,
     options: ReportOptions,
@@ -45,12 +46,12 @@ def compared_page(
 
     Args:
         records: What the files of each run say, at least two.
+        names: Their `distinct_names`.
         others: Each run but the first, compared with the first.
         loaded: The images of the first.
         options: What the page has.
     """
     album = Album()
-    names = distinct_names(records)
     for record in records:
         if record.kept is not None:
             album.tell(predicted_images(record.kept, record.class_names))
@@ -126,9 +127,9 @@ def _rows(
             figures = figures_of(evaluation, "", learned_shares(record)).figures
             found = {figure.label: figure for figure in figures}
         tables.append(found)
-    labels = dict.fromkeys(label for table in tables for label in table)
+    names = dict.fromkeys(name for table in tables for name in table)
     return tuple(
-        (label, tuple(table.get(label, _NONE) for table in tables)) for label in labels
+        (name, tuple(table.get(name, _NONE) for table in tables)) for name in names
     )
 
 
@@ -138,18 +139,20 @@ def _classes(
     """Returns a figure of each class in each run, and what it is."""
     is_multi = any(record.manifest.multi_label for record in records)
     metric = "average_precision" if is_multi else "recall"
-    rows = []
-    for name in dict.fromkeys(x for record in records for x in record.class_names):
-        figures = []
-        for record in records:
-            figure = _NONE
-            if record.headline is not None:
-                found = record.evaluations[record.headline].classes.get(name)
-                if found is not None and found.support:
-                    ends = found.intervals.get(metric, (None, None))
-                    figure = Figure("", getattr(found, metric), *ends)
-            figures.append(figure)
-        rows.append((name, tuple(figures)))
+    tables = [
+        record.evaluations[record.headline].classes if record.headline else {}
+        for record in records
+    ]
+    rows = [
+        (
+            name,
+            tuple(
+                class_figure(table[name], metric) if name in table else _NONE
+                for table in tables
+            ),
+        )
+        for name in dict.fromkeys(x for one in records for x in one.class_names)
+    ]
     return tuple(rows), label(metric).capitalize()
 
 
