@@ -111,7 +111,7 @@ class _Shown(Listener):
             if step not in self._tasks:
                 self._tasks[step] = self._bars.add_task(step)
             self._bars.update(self._tasks[step], completed=done, total=total or None)
-        elif time.monotonic() - self._last_line > _QUIET_SECONDS:
+        elif done and time.monotonic() - self._last_line > _QUIET_SECONDS:
             self.note(
                 f"{step}: {done:,} of {total:,}" if total else f"{step}: {done:,}"
             )
