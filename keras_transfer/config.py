@@ -28,6 +28,7 @@ from keras_transfer.errors import UsageError, first_line
 
 Precision = Literal["auto", "f32", "bf16"]
 TrainingPrecision = Literal["auto", "f32", "bf16", "f16"]
+FeatureKind = Literal["last", "stages", "auto"]
 HeadKind = Literal["linear", "mlp"]
 Balance = Literal["balanced", "none"]
 ClassWeight = Balance | dict[str, Annotated[float, Field(ge=0)]]
@@ -254,11 +255,16 @@ class Config(ListingConfig):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of all random choices."""
     base: str = "efficientnet_lite0"
-    """Name of the pretrained base; case, `_` and `-` do not matter."""
+    """Name of the pretrained base; case, `_` and `-` do not matter. Several, joined by
+    `+`, are used as one: the head reads the features of all."""
+    features: FeatureKind = "auto"
+    """What the head reads: the pooled output of the base (`last`), also those of the
+    two stages below its top (`stages`), or what is better out of fold (`auto`)."""
     weights: str = "imagenet"
     """`imagenet`, `none` (random, seeded) or the path of a weights file."""
     image_size: Annotated[int, Field(ge=16, le=2048)] | None = None
-    """Side of the square input images in pixels; None is the base's own size."""
+    """Side of the square input images in pixels; None is the base's own size, or the
+    largest of several bases."""
     precision: Precision = "auto"
     """Arithmetic of the frozen base while features are computed."""
     augment: Annotated[int, Field(ge=0, le=100)] = 0

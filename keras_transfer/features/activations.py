@@ -34,7 +34,8 @@ from keras_transfer.features.frozen_part import (
 )
 from keras_transfer.features.parity import PARITY_TOLERANCE, is_close
 from keras_transfer.features.usable import tell_of_unusable, usable_splits
-from keras_transfer.models.classifier import cut, weights_digest
+from keras_transfer.models.classifier import weights_digest
+from keras_transfer.models.cut import cut
 
 HALF_TOLERANCE = 0.01
 """Largest change of a probability that half-precision activations may cause."""

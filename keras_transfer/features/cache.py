@@ -23,7 +23,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -58,21 +58,59 @@ _FILES = "files"  # folder of the file indices
 _TABLE_NAME = re.compile(r"[0-9a-f]{32}")
 
 
-class Features:
-    """Rows of cached features, read on demand.
+class Features(Protocol):
+    """Rows of features, read on demand.
 
-    `features[start:stop]` is an array `[stop - start, ...]` of the spec's dtype.
+    `features[start:stop]` is an array `[stop - start, ...]`.
 
     Attributes:
         dtype: Data type of the rows.
         shape: `(N, ...)`, the shape of all rows together.
     """
 
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    def __len__(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all rows together in bytes."""
+
+    def __getitem__(self, picked: slice | np.ndarray) -> np.ndarray: ...
+
+
+class JoinedFeatures:
+    """Rows of one or several features `[N, .]` side by side; see `Features`."""
+
+    def __init__(self, parts: Sequence[Features], widths: Sequence[int]):
+        """Joins the last columns of features, as many of each as `widths` says."""
+        self._parts = parts
+        self._widths = widths
+        self.dtype = parts[0].dtype
+        self.shape: tuple[int, ...] = (len(parts[0]), sum(widths))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all rows together in bytes."""
+        return self.dtype.itemsize * int(np.prod(self.shape))
+
+    def __getitem__(self, picked: slice | np.ndarray) -> np.ndarray:
+        pairs = zip(self._parts, self._widths, strict=True)
+        return np.concatenate([x[picked][:, x.shape[1] - n :] for x, n in pairs], 1)
+
+
+class CachedFeatures:
+    """Rows of a table of the cache; see `Features`."""
+
     def __init__(self, table: "FeatureTable", digests: np.ndarray):
         """Locates the rows; see `FeatureTable.features`."""
         self._table = table
         self._index, self._entries = table.locate(digests)
-        self.dtype = np.dtype(table.spec.dtype)
+        self.dtype: np.dtype[Any] = np.dtype(table.spec.dtype)
         self.shape: tuple[int, ...] = (len(digests),)
         self.shape += self[:1].shape[1:]
 
@@ -176,7 +214,7 @@ class FeatureTable:
             KerasTransferError: If an image's features are missing, damaged or not
                 flushed yet.
         """
-        return Features(self, as_digests(digests))
+        return CachedFeatures(self, as_digests(digests))
 
     def locate(self, digests: np.ndarray) -> tuple[Index, np.ndarray]:
         """Returns an index and int64 `[n]` its entries for digests; see `features`."""

@@ -49,6 +49,16 @@ class Extraction:
     forwarded: int = 0
     forward_seconds: float = 0.0
 
+    def join(self, other: "Extraction") -> None:
+        """Adds the work of another extraction, and leaves out what it skipped."""
+        self.skipped |= other.skipped
+        for source in other.skipped:
+            self.digests.pop(source, None)
+        self.decoded += other.decoded
+        self.decode_seconds += other.decode_seconds
+        self.forwarded += other.forwarded
+        self.forward_seconds += other.forward_seconds
+
     def quality(self, sources: Sequence[str]) -> np.ndarray:
         """Returns quality measures, `[N]` of `QUALITY_DTYPE`; zeros if not measured."""
         rows = np.zeros(len(sources), QUALITY_DTYPE)

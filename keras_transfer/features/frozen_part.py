@@ -16,7 +16,12 @@ from keras_transfer.data.quality import QUALITY_VERSION
 from keras_transfer.data.tables import Splits
 from keras_transfer.errors import KerasTransferError, UsageError
 from keras_transfer.events import SILENT, Listener
-from keras_transfer.features.cache import FeatureCache, Features, FeatureTable
+from keras_transfer.features.cache import (
+    FeatureCache,
+    Features,
+    FeatureTable,
+    JoinedFeatures,
+)
 from keras_transfer.features.engine import (
     Engine,
     EngineName,
@@ -87,6 +92,9 @@ class FrozenPart:
         split_point: Name of its last layer, for the cache.
         seed: Seed of augmented views.
         cache: Cache of its features.
+        widths: For a base, the numbers of values of the pooled outputs that its
+            features consist of; the last one is the base's own. Empty for another part.
+        others: Further bases whose features a head reads beside.
     """
 
     model: keras.Model
@@ -95,6 +103,13 @@ class FrozenPart:
     split_point: str
     seed: int
     cache: FeatureCache
+    widths: tuple[int, ...] = ()
+    others: tuple["FrozenPart", ...] = ()
+
+    @property
+    def models(self) -> list[keras.Model]:
+        """The models of this part and of the others."""
+        return [self.model, *(other.model for other in self.others)]
 
     @property
     def image_size(self) -> int:
@@ -156,17 +171,46 @@ class FrozenFeatures:
         extraction: Details of the computation.
         precision: Arithmetic of the frozen part: `f32` or `bf16`.
         seconds: Wall-clock seconds that the computation took.
+        widths: As in `FrozenPart`.
+        others: Features of the same images by further bases.
     """
 
     extraction: Extraction
     precision: Precision
     seconds: float
+    widths: tuple[int, ...] = ()
+    others: tuple["FrozenFeatures", ...] = ()
 
     def rows(self, sources: Sequence[str], view: int = 0) -> Features:
         """Returns the features of images in the given order; view 0 is the plain one.
 
-        All of them must be usable.
+        All of them must be usable. Of a base, these are its own pooled outputs, whether
+        or not there are others.
         """
+        if self.widths:
+            return JoinedFeatures([self._all_rows(sources, view)], [self.widths[-1]])
+        return self._all_rows(sources, view)
+
+    def head_inputs(
+        self, sources: Sequence[str], stages: bool, view: int = 0
+    ) -> Features:
+        """Returns what a head reads of images: the features of all bases.
+
+        Args:
+            sources: The images, all usable.
+            stages: Whether pooled outputs of stages below the top are among them.
+            view: The view; 0 is the plain image.
+        """
+        each = (self, *self.others)
+        rows = [one._all_rows(sources, view) for one in each]
+        return JoinedFeatures(rows, [sum(one.head_widths(stages)) for one in each])
+
+    def head_widths(self, stages: bool) -> tuple[int, ...]:
+        """Returns the numbers of values of the pooled outputs that a head reads."""
+        own = self.widths if stages else self.widths[-1:]
+        return sum((other.head_widths(stages) for other in self.others), own)
+
+    def _all_rows(self, sources: Sequence[str], view: int) -> Features:
         digests = [self.extraction.digests[source] for source in sources]
         return self.extraction.tables[view].features(digests)
 
@@ -230,7 +274,14 @@ def frozen_features(
         storage = replace(storage, precision="f32")
         return frozen_features(part, splits, views, storage, listener, check, engine)
     precision = (extraction.engine or spec).precision
-    return FrozenFeatures(extraction, precision, time.perf_counter() - started)
+    plain = replace(storage, precision=precision, quality=False)
+    others = tuple(
+        frozen_features(other, splits, views, plain, listener) for other in part.others
+    )
+    for other in others:
+        extraction.join(other.extraction)
+    seconds = time.perf_counter() - started
+    return FrozenFeatures(extraction, precision, seconds, part.widths, others)
 
 
 def _make_engine(

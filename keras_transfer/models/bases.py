@@ -471,6 +471,25 @@ def get_base(name: str) -> Base:
         ) from None
 
 
+def get_bases(names: str) -> tuple[Base, ...]:
+    """Finds the rows of one base, or of several whose names are joined by `+`.
+
+    Raises:
+        UsageError: If a base is unknown, or the same one is named twice.
+    """
+    rows = tuple(get_base(name) for name in names.split("+"))
+    if len(set(rows)) < len(rows):
+        raise UsageError(
+            f"Several bases are different ones. Received: {names!r}. Name each once."
+        )
+    return rows
+
+
+def own_image_size(names: str) -> int:
+    """Returns the size of images in pixels that one or several bases are used at."""
+    return max(row.image_size for row in get_bases(names))
+
+
 def weights_path(base: Base) -> Path:
     """Returns the path on this machine where a base's ImageNet weights belong."""
     if base.weights_package:

@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_transfer.models.classifier import HEAD
+from keras_transfer.models.classifier import HEAD, further_bases
 
 
 def operations_of_base(model: keras.Model) -> list[keras.Operation]:
@@ -43,7 +43,9 @@ def convolutions_to_fold(
     for operation in operations_of_base(model):
         for tensor in inputs_of(operation):
             readers.setdefault(id(tensor), []).append(operation)
-    folded = {}
+    folded: dict[keras.layers.Layer, keras.layers.BatchNormalization] = {}
+    for further in further_bases(model):
+        folded |= convolutions_to_fold(further)
     for layer in model.layers:
         if (
             type(layer) in _CONVOLUTIONS

@@ -1,8 +1,7 @@
-"""Determines which layers to train and where to cut, and copies a tail for training.
+"""Determines which layers to train, and copies a tail for training.
 
 A base's layers form the groups stem, stage_1, stage_2, ..., and the head is a group
-too. Consecutive groups, from the head down, are unfrozen. Everything below the first
-unfrozen layer can be computed once; `split_point` finds how far up that reaches.
+too. Consecutive groups, from the head down, are unfrozen.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -12,16 +11,21 @@ import keras
 
 from keras_transfer.errors import UsageError
 from keras_transfer.models.bases import Base
-from keras_transfer.models.classifier import HEAD, POOL, get_layer
+from keras_transfer.models.classifier import (
+    FEATURES,
+    HEAD,
+    POOL,
+    STAGE_POOL,
+    further_bases,
+    get_layer,
+    stage_end,
+)
 from keras_transfer.models.fold import (
     FoldedConvolution,
     Identity,
     convolutions_to_fold,
     copy_layers,
     derive_from_weights,
-    inputs_of,
-    operations_of_base,
-    outputs_of,
 )
 
 LayerGroups = dict[str, list[keras.layers.Layer]]
@@ -34,22 +38,22 @@ def layer_groups(model: keras.Model, base: Base) -> LayerGroups:
     """Groups all layers of a classifier: stem, stage_1, ..., head.
 
     A stage consists of the layers that its last layer depends on and that are not part
-    of a lower stage. Every layer, and so every variable, is in exactly one group.
+    of a lower stage. Every layer, and so every variable, is in exactly one group, but
+    for further bases: they stay frozen, and are in none.
 
     Args:
         model: A model built by `classifier.attach_head`.
-        base: The row of its base in the table.
+        base: The row of its first base in the table.
     """
     groups: LayerGroups = {}
     taken: set[keras.layers.Layer] = set()
     for index, end in enumerate(base.stage_ends):
-        layer = get_layer(model, end.removeprefix("before:"))
-        tensor = layer.input if end.startswith("before:") else layer.output
-        below = keras.Model(model.input, tensor).layers
+        below = keras.Model(model.input, stage_end(model, end)).layers
         groups[f"stage_{index}"] = [x for x in below if x not in taken]
         taken.update(below)
     head = get_layer(model, HEAD)
-    above = [x for x in model.layers if x not in taken and x is not head]
+    taken.update({head, *further_bases(model)})
+    above = [x for x in model.layers if x not in taken]
     groups[f"stage_{len(base.stage_ends)}"] = above
     return {"stem": groups.pop("stage_0"), **groups, HEAD: [head]}
 
@@ -88,45 +92,6 @@ def unfrozen_groups(model: keras.Model, base: Base, unfreeze: str) -> LayerGroup
             f"unfreeze={unfreeze}. Use at most stages:{len(names) - 2}, or all."
         )
     return {name: groups[name] for name in names[-1 - count :]}
-
-
-def split_point(model: keras.Model, unfrozen: Collection[keras.layers.Layer]) -> str:
-    """Finds the highest layer after which a model can be cut below the given layers.
-
-    A model can be cut after a layer if, of all outputs below the cut, only that layer's
-    output is read above the cut. In other words, in topological order, no tensor that
-    was written before the layer is read after it.
-
-    Args:
-        model: The classifier.
-        unfrozen: Layers that must be above the cut.
-
-    Returns:
-        The layer's name; the name of the input if no layers with weights can be cut
-        off.
-    """
-    operations = operations_of_base(model)
-    written = {
-        id(tensor): i for i, op in enumerate(operations) for tensor in outputs_of(op)
-    }
-    last_read = dict.fromkeys(range(len(operations)), 0)
-    for index, operation in enumerate(operations):
-        for tensor in inputs_of(operation):
-            last_read[written[id(tensor)]] = index
-    first = min(
-        (i for i, op in enumerate(operations) if op in unfrozen),
-        default=len(operations),
-    )
-    best, reach = 0, 0
-    for index in range(first):
-        is_layer = isinstance(operations[index], keras.layers.Layer)
-        if reach <= index and is_layer:
-            best = index
-        reach = max(reach, last_read[index])
-    # If only input scaling is below the cut, uint8 pixels take less space.
-    below = keras.Model(model.input, operations[best].output).layers
-    is_worth_it = any(_can_change(layer) for layer in below if layer.weights)
-    return operations[best if is_worth_it else 0].name
 
 
 @dataclass(frozen=True)
@@ -175,7 +140,8 @@ def training_copy(
 
     def copy_layer(layer: keras.layers.Layer) -> keras.layers.Layer:
         trained, in_head = layer in trained_leaves, layer in head_leaves
-        stays_float32 = in_head or layer.name == POOL or not _can_change(layer)
+        is_pool = layer.name in (POOL, FEATURES) or layer.name.startswith(STAGE_POOL)
+        stays_float32 = in_head or is_pool or not can_change(layer)
         policy = "float32" if stays_float32 else _POLICIES[precision]
         if layer in absorbed or (not trained and _is_random(layer)):
             return Identity(name=layer.name, dtype=policy)
@@ -183,7 +149,7 @@ def training_copy(
             copy = FoldedConvolution(layer, folded[layer], policy)
         else:
             copy = _same_layer(layer, policy, in_head, seed + len(copies))
-        copy.trainable = trained and _can_change(layer, train_bn)
+        copy.trainable = trained and can_change(layer, train_bn)
         copies.append((layer, copy))
         return copy
 
@@ -237,7 +203,7 @@ def changed_variables(
         for layer in tail.layers
         if layer in unfrozen
         for leaf in _leaves(layer)
-        if _can_change(leaf, train_bn)
+        if can_change(leaf, train_bn)
         for variable in leaf.weights
     ]
 
@@ -249,7 +215,7 @@ def trained_layers(groups: LayerGroups, train_bn: bool) -> dict[str, list[str]]:
             leaf.name
             for layer in members
             for leaf in _leaves(layer)
-            if leaf.weights and _can_change(leaf, train_bn)
+            if leaf.weights and can_change(leaf, train_bn)
         ]
         for group, members in groups.items()
     }
@@ -264,7 +230,7 @@ def _leaves(layer: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
         yield layer
 
 
-def _can_change(layer: keras.layers.Layer, train_bn: bool = True) -> bool:
+def can_change(layer: keras.layers.Layer, train_bn: bool = True) -> bool:
     """Returns whether training can change a layer's weights, if it has any."""
     if isinstance(layer, (keras.layers.Rescaling, keras.layers.Normalization)):
         return False  # the base's input scaling

@@ -3,7 +3,8 @@
 A linear head on globally averaged features is as well a linear head on each place whose
 logits are averaged: mean_p(A[p]) @ kernel + bias = mean_p(A[p] @ kernel + bias). The
 map of the right side is exact. Source: Zhou et al. 2016, "Learning Deep Features for
-Discriminative Localization" (class activation maps).
+Discriminative Localization" (class activation maps). If the head reads outputs of
+several stages, their maps are added up, each averaged over the places of the last one.
 
 Otherwise, a place counts by its activations times the gradient of the logit with
 respect to them. Source: Draelos & Carin 2020, "Use HiResCAM instead of Grad-CAM"; after
@@ -11,6 +12,7 @@ global average pooling, both are the same.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import keras
@@ -18,9 +20,10 @@ import numpy as np
 import tensorflow as tf
 
 from keras_transfer.evaluation.prediction import prediction_engine
-from keras_transfer.features.engine import predict
+from keras_transfer.features.engine import Engine, predict
 from keras_transfer.findings.borders import BORDER
-from keras_transfer.models.classifier import HEAD, POOL, dense_layers
+from keras_transfer.models.classifier import HEAD, dense_layers, pooled_outputs
+from keras_transfer.models.cut import pack, unpack
 
 _BATCH = 32
 _AVERAGES = (keras.layers.GlobalAveragePooling2D, keras.layers.GlobalAveragePooling1D)
@@ -70,19 +73,21 @@ def heat_maps(model: keras.Model, pixels: np.ndarray, classes: np.ndarray) -> He
             [0, 255]. N is at least 1.
         classes: int64 `[N]` class to explain for each image.
     """
-    pool = model.get_layer(POOL)
-    engine = prediction_engine(keras.Model(model.input, pool.input))
+    layers = _pooling_layers(model)
+    engine, shapes = _engine_below(model, layers)
     pixels = np.rint(pixels).clip(0, 255).astype(np.uint8)
-    head = _Head(model.get_layer(HEAD))
-    is_average = isinstance(pool, _AVERAGES)
+    head = _Head(model.get_layer(HEAD), [layer.output.shape[-1] for layer in layers])
+    is_average = all(isinstance(layer, _AVERAGES) for layer in layers)
     parts = []
     for start in range(0, len(pixels), _BATCH):
         some = slice(start, start + _BATCH)
-        places = tf.constant(predict(engine, pixels[some]), tf.float32)
+        rows = tf.constant(predict(engine, pixels[some]), tf.float32)
+        places = [rows] if len(shapes) == 1 else unpack(rows, shapes)
         if is_average and head.is_linear:
-            own, mean = _two_logits(head.logits(places), classes[some])
+            logits = _same_size([head.part(*x) for x in enumerate(places)])
+            own, mean = _two_logits(tf.add_n(logits) + head.bias, classes[some])
         else:
-            own, mean = _by_gradients(pool, head, places, classes[some])
+            own, mean = _by_gradients(layers, head, places, classes[some])
         heat = own - mean if head.is_single_label else own
         parts.append((own.numpy(), heat.numpy()))
     evidence, heat = (np.concatenate(part) for part in zip(*parts, strict=True))
@@ -122,23 +127,70 @@ def _inner_part(size: int) -> np.ndarray:
     return np.diff(edges) * size
 
 
-class _Head:
-    """The head of a classifier up to its logits, for places as well as for images."""
+def _pooling_layers(model: keras.Model) -> list[keras.layers.Layer]:
+    """Returns the layers whose outputs the head reads, in order.
 
-    def __init__(self, model: keras.Model):
+    Those of further bases, which have no places here, pass their input on.
+    """
+    layers = {id(layer.output): layer for layer in model.layers}
+    return [layers[id(tensor)] for tensor in pooled_outputs(model)]
+
+
+def _engine_below(
+    model: keras.Model, layers: Sequence[keras.layers.Layer]
+) -> tuple[Engine, list[tuple[int, ...]]]:
+    """Creates an engine for the inputs of layers, joined; returns their shapes too."""
+    inputs = [layer.input for layer in layers]
+    rows = inputs[0] if len(inputs) == 1 else pack(inputs, "places")
+    shapes = [tensor.shape[1:] for tensor in inputs]
+    return prediction_engine(keras.Model(model.input, rows)), shapes
+
+
+def _same_size(maps: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    """Averages maps `[n, H, W, K]` over the places of the last one with places."""
+    *_, last = (x for x in maps if len(x.shape) > 2)
+    return [
+        tf.image.resize(x, last.shape[1:3], "area") if len(x.shape) == 4 else x
+        for x in maps
+        if len(x.shape) > 2
+    ]
+
+
+class _Head:
+    """The head of a classifier up to its logits, for places as well as for images.
+
+    Attributes:
+        is_linear: Whether logits are linear in the features.
+        is_single_label: Whether an image shows exactly one class.
+        bias: float32 `[num_classes]`, the logits of features that are 0.
+    """
+
+    def __init__(self, model: keras.Model, widths: Sequence[int]):
         *hidden, last = dense_layers(model)
         self.is_linear = not hidden
         self.is_single_label = last.activation is keras.activations.softmax
         self._last = last
-        self._below = keras.Model(model.input, last.input) if hidden else None
+        below = keras.Model(model.input, last.input)
+        self._below = below if last.input is not model.input else None
+        zeros = tf.zeros((1, sum(widths)))
+        self.bias = self.logits(zeros)[0]
+        # The rows of a linear head's kernel are what single features contribute.
+        self._kernels = []
+        if self.is_linear:
+            kernel = self.logits(tf.eye(sum(widths))) - self.bias
+            self._kernels = tf.split(kernel, list(widths))
 
     def logits(self, features: tf.Tensor) -> tf.Tensor:
-        """Computes float32 `[..., num_classes]` logits of `[..., D]` features."""
+        """Computes float32 `[n, num_classes]` logits of `[n, D]` features."""
         if self._below is not None:
             features = self._below(features, training=False)
         kernel = tf.cast(self._last.kernel.value, tf.float32)
         bias = tf.cast(self._last.bias.value, tf.float32)
-        return tf.tensordot(tf.cast(features, tf.float32), kernel, 1) + bias
+        return tf.cast(features, tf.float32) @ kernel + bias
+
+    def part(self, index: int, places: tf.Tensor) -> tf.Tensor:
+        """Returns what places `[n, ..., D]` of a pooled output add to linear logits."""
+        return tf.tensordot(places, self._kernels[index], 1)
 
 
 def _two_logits(logits: tf.Tensor, classes: np.ndarray) -> tuple[tf.Tensor, tf.Tensor]:
@@ -153,16 +205,26 @@ def _two_logits(logits: tf.Tensor, classes: np.ndarray) -> tuple[tf.Tensor, tf.T
 
 
 def _by_gradients(
-    pool: keras.layers.Layer, head: _Head, places: tf.Tensor, classes: np.ndarray
+    layers: Sequence[keras.layers.Layer],
+    head: _Head,
+    places: Sequence[tf.Tensor],
+    classes: np.ndarray,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns float32 `[n, ...]`: what places contribute to the same two logits."""
     with tf.GradientTape(persistent=True) as tape:
         tape.watch(places)
-        logits = _two_logits(head.logits(pool(places)), classes)
-    count = math.prod(places.shape[1:-1])
-    own, mean = (
-        tf.reduce_sum(tape.gradient(one, places) * places, -1) * count for one in logits
-    )
+        pooled = [layer(x) for layer, x in zip(layers, places, strict=True)]
+        logits = _two_logits(head.logits(tf.concat(pooled, -1)), classes)
+
+    def contributions(one: tf.Tensor) -> tf.Tensor:
+        pairs = zip(tape.gradient(one, places), places, strict=True)
+        maps = [
+            tf.reduce_sum(gradient * x, -1, keepdims=True) * math.prod(x.shape[1:-1])
+            for gradient, x in pairs
+        ]
+        return tf.add_n(_same_size(maps))[..., 0]
+
+    own, mean = (contributions(one) for one in logits)
     return own, mean
 
 

@@ -14,7 +14,7 @@ from keras_transfer.config import FLAGS, Config, default_of
 from keras_transfer.data.reading import is_on_disk
 from keras_transfer.evaluation.metrics import Evaluation
 from keras_transfer.findings.finding import Audit, counted
-from keras_transfer.models.bases import get_base
+from keras_transfer.models.bases import own_image_size
 from keras_transfer.reporting.page import Figure, percent
 from keras_transfer.runs.manifest import Manifest
 
@@ -177,7 +177,7 @@ def _flags(values: Mapping[str, Any], section: str = "") -> list[str]:
 def _default(name: str, values: Mapping[str, Any]) -> Any:
     """Returns the value of a key that needs no option, as JSON has it."""
     if name == "image_size":
-        return get_base(values["base"]).image_size
+        return own_image_size(values["base"])
     default = default_of(name)
     return [*default] if isinstance(default, tuple) else default
 

@@ -223,11 +223,15 @@ class Manifest(BaseModel):
     multi_label: bool
     """Whether an image may show several classes, or none."""
     base: str
-    """Name of the base."""
+    """Name of the base, or names of several, joined by `+`."""
+    features: Literal["last", "stages"] = "last"
+    """Whether the head reads the pooled output of the base (`last`), or also those of
+    stages below its top."""
     weights: str
     """`imagenet`, `none`, or the absolute path of a weights file."""
     weights_digest: str
-    """SHA-256 over the shapes and values of the frozen base's weights."""
+    """SHA-256 over the shapes and values of the frozen base's weights; of several
+    bases, joined by `+`."""
     image_size: int
     """Side in pixels of the square images that the model takes."""
     decoder_version: int

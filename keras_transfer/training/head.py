@@ -20,7 +20,7 @@ from keras_transfer.events import SILENT, Listener
 from keras_transfer.features.cache import Features
 from keras_transfer.features.frozen_part import FrozenFeatures
 from keras_transfer.features.usable import keep_copies_together
-from keras_transfer.models.classifier import build_head
+from keras_transfer.models.classifier import build_head, set_raw_weights
 from keras_transfer.training.candidates import Candidate
 from keras_transfer.training.labelled import (
     CHUNK_ROWS,
@@ -28,9 +28,14 @@ from keras_transfer.training.labelled import (
     class_weighting,
     label_features,
     relative_weights,
+    scalings,
 )
 from keras_transfer.training.linear import linear_candidates
 from keras_transfer.training.mlp import mlp_candidates
+
+_KINDS = {"last": (False,), "stages": (True,), "auto": (False, True)}
+"""Whether heads to choose from read outputs of stages below the top, by the config's
+features."""
 
 LINEAR_L2 = tuple(10.0**exponent for exponent in np.arange(1, -5.5, -0.5).tolist())
 """L2 strengths tried for a linear head, on features scaled to unit overall variance."""
@@ -55,6 +60,8 @@ class TrainedHead:
         out_of_fold: Out-of-fold predictions; None without folds.
         groups: Group of each training image, by which the folds were dealt: copies of
             an image share one, and "" is a group of its own. Empty for given folds.
+        stages: Whether the pooled outputs of stages below the top are among the
+            features.
     """
 
     model: keras.Model
@@ -62,6 +69,7 @@ class TrainedHead:
     history: list[dict[str, float]] = field(default_factory=list)
     out_of_fold: OutOfFold | None = None
     groups: tuple[str, ...] = ()
+    stages: bool = False
 
 
 def train_head(
@@ -119,21 +127,90 @@ def train_on_features(
         features: Their features, in as many views as the config says.
         listener: Receives progress and epochs.
     """
-    table, names, head = splits.train, splits.class_names, config.head
+    table, names = splits.train, splits.class_names
     apart = keep_copies_together(table, features.extraction)
-    views = [features.rows(table.sources, view) for view in range(config.augment + 1)]
+    folds = head_folds(apart, len(names), config.folds, config.seed)
+    kinds = _KINDS[config.features]
+    heads = [
+        train_head(
+            config.head,
+            _labelled(config, splits, features, stages),
+            folds,
+            config.seed,
+            listener,
+            config.metric,
+        )
+        for stages in (kinds if folds is not None else kinds[:1])
+    ]
+    best = _best_of(heads, table.targets, config.metric)
+    if len(heads) > 1:
+        losses = [_loss(head) for head in heads]
+        listener.note(
+            f"features {('last', 'stages')[best]}: out of fold, the loss of a head on "
+            f"the last stage is {losses[0]:.4f}, on several stages {losses[1]:.4f}"
+        )
+    return replace(
+        heads[best],
+        out_of_fold=_together(heads, best),
+        groups=apart.groups,
+        stages=kinds[best],
+    )
+
+
+def _labelled(
+    config: Config, splits: Splits, features: FrozenFeatures, stages: bool
+) -> LabelledFeatures:
+    """Combines what a head reads of the training images with their labels."""
+    table, head = splits.train, config.head
     weighting = class_weighting(
-        table.targets, names, head.class_weight, head.logit_adjustment
+        table.targets, splits.class_names, head.class_weight, head.logit_adjustment
     )
-    trained = train_head(
-        head,
-        label_features(views, table.targets, weighting, relative_weights(table)),
-        head_folds(apart, len(names), config.folds, config.seed),
-        config.seed,
-        listener,
-        config.metric,
+    return label_features(
+        [
+            features.head_inputs(table.sources, stages, view)
+            for view in range(config.augment + 1)
+        ],
+        table.targets,
+        weighting,
+        relative_weights(table),
+        widths=features.head_widths(stages),
     )
-    return replace(trained, groups=apart.groups)
+
+
+def _best_of(
+    heads: Sequence[TrainedHead], targets: np.ndarray, metric: Metric | None
+) -> int:
+    """Returns the index of the head that is best out of fold; see `train_head`."""
+    if len(heads) == 1:
+        return 0
+    keys = []
+    for head in heads:
+        found, figure = head.out_of_fold, 0.0
+        if metric and found:
+            said = found.probabilities[found.chosen]
+            figure = score(metric, targets[found.rows], said)
+        keys.append((figure, -_loss(head)))
+    return max(range(len(keys)), key=keys.__getitem__)
+
+
+def _loss(head: TrainedHead) -> float:
+    """Returns the mean out-of-fold loss of a head in nats."""
+    found = head.out_of_fold
+    assert found is not None
+    return float(found.losses[found.chosen].mean())
+
+
+def _together(heads: Sequence[TrainedHead], best: int) -> OutOfFold | None:
+    """Joins the candidates of all heads, as those that the best was chosen from."""
+    found = [head.out_of_fold for head in heads if head.out_of_fold is not None]
+    if not found:
+        return None
+    return OutOfFold(
+        found[0].folds,
+        np.concatenate([one.probabilities for one in found]),
+        np.concatenate([one.losses for one in found]),
+        sum(len(one.losses) for one in found[:best]) + found[best].chosen,
+    )
 
 
 def _chosen(
@@ -157,9 +234,15 @@ def _chosen(
         ]
         best = max(range(len(keys)), key=keys.__getitem__)
         out_of_fold = OutOfFold(folds, said, losses, best)
-    num_features = data.views[0].shape[1]
-    head = build_head(config, num_features, data.num_classes, data.multi_label)
-    head.set_weights(candidates[best].weights)
+    num_features, is_scaled = data.views[0].shape[1], len(data.widths) > 1
+    head = build_head(
+        config, num_features, data.num_classes, data.multi_label, is_scaled=is_scaled
+    )
+    spread = None
+    if is_scaled:
+        own = scalings(data, np.full(len(data.targets), -1))[0]
+        spread = own.mean, own.scale
+    set_raw_weights(head, candidates[best].weights, spread)
     history = [_row(one) for one in candidates]
     return TrainedHead(head, candidates[best].l2, history, out_of_fold)
 

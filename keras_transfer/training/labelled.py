@@ -55,6 +55,8 @@ class LabelledFeatures:
         sample_weight: float32 `[N]` weights of the images in the loss, with a mean of
             1; None for 1.
         chunk_rows: Number of rows per chunk.
+        widths: Numbers of features of the pooled outputs that rows consist of, which
+            are scaled to the same spread; empty for one.
     """
 
     views: Sequence[Features | np.ndarray]
@@ -62,6 +64,7 @@ class LabelledFeatures:
     weighting: Weighting
     sample_weight: np.ndarray | None = None
     chunk_rows: int = CHUNK_ROWS
+    widths: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.views) * len(self.targets)
@@ -119,6 +122,7 @@ def label_features(
     weighting: Weighting,
     sample_weight: np.ndarray | None = None,
     in_memory_bytes: int = IN_MEMORY_BYTES,
+    widths: tuple[int, ...] = (),
 ) -> LabelledFeatures:
     """Combines features and targets; small features are read into memory.
 
@@ -127,7 +131,7 @@ def label_features(
     """
     fits = sum(view.nbytes for view in views) <= in_memory_bytes
     arrays = [view[:] if fits else view for view in views]
-    return LabelledFeatures(arrays, targets, weighting, sample_weight)
+    return LabelledFeatures(arrays, targets, weighting, sample_weight, widths=widths)
 
 
 def relative_weights(table: Table, is_learned: bool = True) -> np.ndarray | None:
@@ -250,29 +254,89 @@ def logit_offset(targets: np.ndarray, num_classes: int, tau: float) -> np.ndarra
     return (tau * shares).astype(np.float32)
 
 
-def mean_and_scale(data: LabelledFeatures) -> tuple[np.ndarray, float]:
-    """Computes the float64 `[D]` mean of each feature and one overall deviation.
+@dataclass(frozen=True)
+class Scaling:
+    """How the features that a head learns from are scaled.
 
-    There is one standard deviation for all features, because dividing each feature by
-    its own would amplify those that hardly vary, and with them the rounding differences
-    between engines. An image counts as often as its weight says.
+    Attributes:
+        fold: The fold that the head does not learn from; None if it learns from all.
+        mean: float64 `[D]` mean of each feature.
+        scale: float64 `[D]`, greater than 0, the same for all features of one pooled
+            output.
     """
 
-    def weighted(rows: slice, values: np.ndarray) -> np.ndarray:
-        if data.sample_weight is None:
-            return values
-        return values * data.sample_weight[rows, None]
+    fold: int | None
+    mean: np.ndarray
+    scale: np.ndarray
 
-    total = float(len(data))
-    if data.sample_weight is not None:
-        total = len(data.views) * float(data.sample_weight.sum(dtype=np.float64))
-    mean = sum(
-        weighted(rows, chunk).sum(0, dtype=np.float64) for rows, chunk in data.chunks()
-    )
-    mean = np.asarray(mean) / total
-    single = mean.astype(np.float32)
-    square = sum(
-        float(weighted(rows, np.square(chunk - single)).sum(dtype=np.float64))
-        for rows, chunk in data.chunks()
-    )
-    return mean, max(float(np.sqrt(square / (total * len(mean)))), 1e-12)
+    def apply(self, features: np.ndarray) -> np.ndarray:
+        """Returns float32 `[n, D]` features with a mean of 0, scaled."""
+        scaled = features - self.mean.astype(np.float32)
+        scaled /= self.scale.astype(np.float32)
+        return scaled
+
+
+def scalings(data: LabelledFeatures, folds: np.ndarray) -> list[Scaling]:
+    """Computes the scaling for all images, and that without the images of each fold.
+
+    There is one standard deviation for all features of a pooled output, because
+    dividing each feature by its own would amplify those that hardly vary, and with them
+    the rounding differences between engines. An image counts as often as its weight
+    says.
+
+    The sums over a head's images are added up from those of the single folds, rather
+    than subtracting its own from the total, so that its fold does not even affect their
+    rounding.
+
+    Args:
+        data: The N images, in any number of views.
+        folds: int64 `[N]` fold of each image from 0; -1 for images that are in none.
+
+    Raises:
+        UsageError: If a fold leaves no images to learn from.
+    """
+    groups = np.unique(folds)
+    images = np.array([np.count_nonzero(folds == group) for group in groups])
+    totals = np.zeros(len(groups))
+    sums, squares = np.zeros((2, len(groups), data.views[0].shape[1]))
+    for rows, chunk in data.chunks():
+        for index, group in enumerate(groups):
+            is_inside = folds[rows] == group
+            part = chunk[is_inside].astype(np.float64)
+            weights = np.ones(len(part))
+            if data.sample_weight is not None:
+                weights = data.sample_weight[rows][is_inside].astype(np.float64)
+            totals[index] += weights.sum()
+            sums[index] += weights @ part
+            squares[index] += weights @ np.square(part, out=part)
+    found = []
+    for fold in [None, *groups[groups >= 0].tolist()]:
+        used = np.array([group != fold for group in groups.tolist()])
+        if not images[used].sum():
+            raise UsageError(
+                "Every fold must leave images to learn from. Received: all "
+                f"{len(folds)} images in fold {fold}. Use at least two folds, or fold "
+                "-1 for images that are in none."
+            )
+        total = max(totals[used].sum(), 1e-12)
+        mean = sums[used].sum(0) / total
+        variance = np.maximum(squares[used].sum(0) / total - mean**2, 0)
+        found.append(Scaling(fold, mean, _spreads(variance, data.widths)))
+    return found
+
+
+def _spreads(variance: np.ndarray, widths: tuple[int, ...]) -> np.ndarray:
+    """Computes what features are divided by from their variances, both `[D]`.
+
+    A pooled output of few features would hardly count if all features had the same
+    variance, and too much if each output had the same one in all. What lies in the
+    middle was as good as the better of the two in most of the measurements, which
+    tests/benchmarks/stages.py repeats.
+    """
+    parts = np.split(variance, np.cumsum(widths)[:-1])
+    spreads = []
+    for part in parts:
+        deviation = np.sqrt(part.mean()) or 1.0  # features that are all the same
+        share = len(part) / len(parts[-1])
+        spreads.append(np.full(len(part), deviation * share**0.25))
+    return np.concatenate(spreads)

@@ -10,7 +10,7 @@ one wide matrix product instead of many thin ones.
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -21,7 +21,7 @@ import threadpoolctl
 from keras_transfer.config import HeadConfig
 from keras_transfer.data.reading import map_ahead
 from keras_transfer.training.candidates import Candidate, Candidates
-from keras_transfer.training.labelled import LabelledFeatures, mean_and_scale
+from keras_transfer.training.labelled import LabelledFeatures, Scaling, scalings
 from keras_transfer.training.losses import logit_losses, probabilities_of_logits
 
 MOST_DIRECTIONS = 2_560
@@ -68,7 +68,7 @@ class _Coordinates:
 
     Attributes:
         mean: float32 `[D]` mean of each feature.
-        scale: One standard deviation of all features.
+        scale: float32 `[D]`, one standard deviation for each pooled output.
         basis: float32 `[D, R]` orthonormal directions. The training images vary in no
             other direction, so the optimal kernels have no other component. None for
             the features themselves, where finding directions would take too long.
@@ -76,36 +76,36 @@ class _Coordinates:
     """
 
     mean: np.ndarray
-    scale: float
+    scale: np.ndarray
     basis: np.ndarray | None
     variances: np.ndarray
 
     def raw(self, kernel: np.ndarray, bias: np.ndarray) -> tuple[np.ndarray, ...]:
         """Converts kernels `[R, H, C]` and biases to those for raw features."""
         raw = kernel if self.basis is None else np.tensordot(self.basis, kernel, 1)
-        raw = raw / self.scale
+        raw = raw / self.scale[:, None, None]
         return raw, bias - np.tensordot(self.mean, raw, 1)
 
     def gradient(self, raw: np.ndarray, of_bias: np.ndarray) -> np.ndarray:
         """Converts the gradient for raw kernels to `[R, H, C]`: the chain rule."""
-        raw = (raw - np.multiply.outer(self.mean, of_bias)) / self.scale
+        raw = raw - np.multiply.outer(self.mean, of_bias)
+        raw = raw / self.scale[:, None, None]
         return raw if self.basis is None else np.tensordot(self.basis.T, raw, 1)
 
     def of(self, features: np.ndarray) -> np.ndarray:
         """Returns the float32 `[N, R]` coordinates of raw features."""
-        scaled = (features - self.mean) / np.float32(self.scale)
+        scaled = (features - self.mean) / self.scale
         return scaled if self.basis is None else scaled @ self.basis
 
 
-def _coordinates(data: LabelledFeatures) -> _Coordinates:
+def _coordinates(data: LabelledFeatures, scaling: Scaling) -> _Coordinates:
     """Finds coordinates by an eigendecomposition of the smaller Gram matrix."""
-    mean, scale = mean_and_scale(data)
-    single = mean.astype(np.float32)
+    mean, scale = scaling.mean.astype(np.float32), scaling.scale.astype(np.float32)
     step = max(len(data) // _MOST_GRAM_ROWS, 1)
     rows = np.concatenate([chunk[::step] for _, chunk in data.chunks()])
-    rows = ((rows - single) / np.float32(scale)).astype(np.float64)
+    rows = ((rows - mean) / scale).astype(np.float64)
     if min(rows.shape) > MOST_DIRECTIONS:
-        return _Coordinates(single, scale, None, rows.var(0))
+        return _Coordinates(mean, scale, None, rows.var(0))
     if len(rows) < len(mean):
         values, vectors = np.linalg.eigh(rows @ rows.T)
         kept = values > 1e-9 * values[-1]
@@ -114,7 +114,41 @@ def _coordinates(data: LabelledFeatures) -> _Coordinates:
     else:
         values, basis = np.linalg.eigh(rows.T @ rows)
     variances = np.maximum(values, 0) / len(rows)
-    return _Coordinates(single, scale, basis.astype(np.float32), variances)
+    return _Coordinates(mean, scale, basis.astype(np.float32), variances)
+
+
+class _Penalty:
+    """The squares of the heads' kernels, each in the head's own scaling.
+
+    All heads share one scaling. That of a head's own images divides the features of a
+    pooled output by a slightly different number, and its kernel is larger by as much.
+    """
+
+    def __init__(
+        self,
+        coordinates: _Coordinates,
+        each: Sequence[Scaling],
+        widths: tuple[int, ...],
+    ):
+        ends = np.cumsum(widths or (len(coordinates.mean),))
+        ratios = np.stack([one.scale[ends - 1] for one in each], axis=1)
+        ratios = (ratios / ratios[:, :1]) ** 2  # [pooled outputs, H]
+        self._common = ratios[-1, :, None]
+        self._others = []
+        # The directions are orthonormal, so most of the sum needs no product.
+        for start, end, ratio in zip([0, *ends], ends[:-1], ratios, strict=False):
+            basis = coordinates.basis
+            part = np.eye(len(coordinates.mean)) if basis is None else basis
+            rows = part[start:end].astype(np.float64)
+            self._others.append((rows, ratio[:, None] - self._common))
+
+    def gradient(self, kernel: np.ndarray) -> np.ndarray:
+        """Returns half the gradient for kernels `[R, H, C]`."""
+        found = self._common * kernel
+        for basis, more in self._others:
+            inside = np.tensordot(basis, kernel, 1)
+            found += np.tensordot(basis.T, more * inside, 1)
+        return found
 
 
 class _Solver:
@@ -129,7 +163,11 @@ class _Solver:
     ):
         self._iterations = config.epochs
         self._folds = np.full(len(data.targets), -1) if folds is None else folds
-        self._coordinates = _coordinates(data)
+        of_fold = {one.fold: one for one in scalings(data, self._folds)}
+        everything = of_fold[None]
+        others = [of_fold.get(k, everything) for k in range(self._folds.max() + 1)]
+        self._coordinates = _coordinates(data, everything)
+        self._penalty = _Penalty(self._coordinates, [everything, *others], data.widths)
         # In memory, features are transformed once; else kernels are, on each pass.
         self._is_transformed = all(isinstance(x, np.ndarray) for x in data.views)
         if self._is_transformed:
@@ -170,8 +208,9 @@ class _Solver:
             # The heads share no parameter, so the optimum of the sum is that of each.
             kernel, bias = parameters(flat)
             losses, gradient, of_bias = self._cross_entropies(kernel, bias)
-            loss = float(losses.sum()) + l2 / 2 * float((kernel**2).sum())
-            gradient = (gradient + l2 * kernel) * stretch[:, None, None]
+            shrinking = l2 * self._penalty.gradient(kernel)
+            loss = float(losses.sum()) + float((shrinking * kernel).sum()) / 2
+            gradient = (gradient + shrinking) * stretch[:, None, None]
             return loss, np.concatenate(
                 [gradient.ravel(), of_bias.ravel() * stretch_bias]
             )

@@ -27,9 +27,8 @@ import threadpoolctl
 
 from keras_transfer.config import HeadConfig
 from keras_transfer.data.reading import map_ahead
-from keras_transfer.errors import UsageError
 from keras_transfer.training.candidates import Candidate, Candidates
-from keras_transfer.training.labelled import LabelledFeatures
+from keras_transfer.training.labelled import LabelledFeatures, Scaling, scalings
 from keras_transfer.training.losses import logit_losses, probabilities_of_logits
 
 MIN_DELTA = 1e-3
@@ -107,51 +106,6 @@ def _checkpoints(epochs: int, has_folds: bool) -> list[int]:
     return sorted(epoch for epoch in spaced if epoch < epochs) + [epochs]
 
 
-@dataclass(frozen=True)
-class _Scaling:
-    """Mean `[D]` and overall deviation of the features that a head learns from."""
-
-    fold: int | None
-    mean: np.ndarray
-    deviation: float
-
-    def apply(self, features: np.ndarray) -> np.ndarray:
-        """Scales features `[n, D]` to a mean of 0 and unit overall variance."""
-        return (features - self.mean.astype(np.float32)) / np.float32(self.deviation)
-
-
-def _scalings(data: LabelledFeatures, folds: np.ndarray) -> list[_Scaling]:
-    """Computes the scaling of head 0 and of the head of each fold, in one pass.
-
-    There is one deviation for all features, as for a linear head. The sums over a
-    head's images are added up from those of the single folds, rather than subtracting
-    its own from the total, so that its fold does not even affect their rounding.
-    """
-    groups = np.unique(folds)
-    counts = np.zeros(len(groups))
-    sums, squares = np.zeros((2, len(groups), data.views[0].shape[1]))
-    for _, rows, chunk in _chunks(data, 1):
-        for index, group in enumerate(groups):
-            part = chunk[folds[rows % len(folds)] == group].astype(np.float64)
-            counts[index] += len(part)
-            sums[index] += part.sum(0)
-            squares[index] += np.square(part, out=part).sum(0)
-    scalings = []
-    for fold in [None, *groups[groups >= 0].tolist()]:
-        used = np.array([group != fold for group in groups.tolist()])
-        count = counts[used].sum()
-        if not count:
-            raise UsageError(
-                "Every fold must leave images to learn from. Received: all "
-                f"{len(folds)} images in fold {fold}. Use at least two folds, or fold "
-                "-1 for images that are in none."
-            )
-        mean = sums[used].sum(0) / count
-        variance = float((squares[used].sum(0) / count - mean**2).mean())
-        scalings.append(_Scaling(fold, mean, math.sqrt(max(variance, 1e-24))))
-    return scalings
-
-
 def _chunks(data: LabelledFeatures, heads: int) -> Iterator[_Chunk]:
     """Yields each chunk of features once per head."""
     count = len(data.targets)
@@ -177,7 +131,7 @@ class _Examples:
             from; for the head of a fold, its images in the first view.
     """
 
-    scaling: _Scaling
+    scaling: Scaling
     axes: np.ndarray
     components: np.ndarray
     learned: np.ndarray
@@ -186,24 +140,24 @@ class _Examples:
 
 def _examples(data: LabelledFeatures, folds: np.ndarray, seed: int) -> list[_Examples]:
     """Finds the principal components for head 0 and for the head of each fold."""
-    scalings = _scalings(data, folds)
+    each = scalings(data, folds)
     learned = [
         np.tile([fold != scaling.fold for fold in folds.tolist()], len(data.views))
-        for scaling in scalings
+        for scaling in each
     ]
     width = min(data.views[0].shape[1], _COMPONENTS + _OVERSAMPLING)
-    axes = _leading_subspaces(data, scalings, learned, width, seed)
+    axes = _leading_subspaces(data, each, learned, width, seed)
     projected = np.empty((len(axes), len(data), axes[0].shape[1]), np.float32)
 
     def project(chunk: _Chunk) -> tuple[int, np.ndarray, np.ndarray]:
         head, rows, features = chunk
-        scaled = scalings[head].apply(features)
+        scaled = each[head].apply(features)
         return head, rows, scaled @ axes[head].astype(np.float32)
 
     for head, rows, part in map_ahead(project, _chunks(data, len(axes)), _THREADS):
         projected[head, rows] = part
     examples = []
-    for head, scaling in enumerate(scalings):
+    for head, scaling in enumerate(each):
         own = projected[head, learned[head]]
         rotation = np.linalg.eigh(own.T @ own)[1][:, ::-1][:, :_COMPONENTS]
         rotation /= max(float((own @ rotation).std()), 1e-12)
@@ -218,7 +172,7 @@ def _examples(data: LabelledFeatures, folds: np.ndarray, seed: int) -> list[_Exa
 
 def _leading_subspaces(
     data: LabelledFeatures,
-    scalings: list[_Scaling],
+    each: list[Scaling],
     learned: list[np.ndarray],
     width: int,
     seed: int,
@@ -234,20 +188,20 @@ def _leading_subspaces(
     """
     size = (data.views[0].shape[1], width)
     start = np.random.default_rng(seed).normal(size=size)
-    axes = [start for _ in scalings]
+    axes = [start for _ in each]
 
     def multiply(chunk: _Chunk) -> tuple[int, np.ndarray]:
         head, rows, features = chunk
-        scaled = scalings[head].apply(features[learned[head][rows]])
+        scaled = each[head].apply(features[learned[head][rows]])
         return head, scaled.T @ (scaled @ axes[head].astype(np.float32))
 
     for _ in range(2):
-        products = [np.zeros_like(start) for _ in scalings]
+        products = [np.zeros_like(start) for _ in each]
         # Sum in the order of the chunks, so that threading does not affect the result.
-        chunks = _chunks(data, len(scalings))
+        chunks = _chunks(data, len(each))
         for head, product in map_ahead(multiply, chunks, _THREADS):
             products[head] += product
-        axes = list(map_ahead(lambda each: np.linalg.qr(each)[0], products, _THREADS))
+        axes = list(map_ahead(lambda one: np.linalg.qr(one)[0], products, _THREADS))
     return axes
 
 
@@ -358,7 +312,7 @@ class _Head:
         """Returns weights for raw features: the first layer takes over the scaling."""
         kernel, bias, *others = self._parameters
         scaling = self.examples.scaling
-        raw = self.examples.axes @ kernel / scaling.deviation
+        raw = self.examples.axes @ kernel / scaling.scale[:, None]
         raw_bias = bias - scaling.mean @ raw
         return [
             raw.astype(np.float32),

@@ -15,16 +15,12 @@ from keras_transfer.features.frozen_part import FrozenFeatures, FrozenPart
 from keras_transfer.features.parity import parity
 from keras_transfer.models.classifier import (
     HEAD,
-    cut,
     fold_temperature,
     weights_digest,
     without_head,
 )
-from keras_transfer.models.layer_groups import (
-    LayerGroups,
-    changed_variables,
-    split_point,
-)
+from keras_transfer.models.cut import cut, pooled_below, split_point
+from keras_transfer.models.layer_groups import LayerGroups, changed_variables
 from keras_transfer.training.optim import group_multipliers
 from keras_transfer.training.tail import inference_function, predict_rows
 
@@ -56,11 +52,13 @@ class CutClassifier:
         self.splits = splits
         self.split_point = split_point(model, self.unfrozen)
         self.sample_sources = [source for source, _, _ in sample]
-        self._frozen, self.tail = cut(model, self.split_point)
+        beside = pooled_below(model, self.split_point, self.unfrozen)
+        self._frozen, self.tail = cut(model, self.split_point, beside)
         self._sample = sample
         self._of_pixels = prediction_engine(model)
         self._of_rows = inference_function(self.tail)
-        _, below_head = cut(without_head(model), self.split_point)
+        own = without_head(model).output
+        _, below_head = cut(model, self.split_point, beside, own)
         self._features_of_rows = inference_function(below_head)
 
     @property

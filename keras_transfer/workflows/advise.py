@@ -51,10 +51,15 @@ from keras_transfer.features.engine import make_engine, predict, seconds_per_ima
 from keras_transfer.features.frozen_part import FrozenPart, Storage, frozen_features
 from keras_transfer.features.usable import usable_splits
 from keras_transfer.markup import html_table
-from keras_transfer.models.bases import DOWNLOAD_FREE, get_base, weights_path
-from keras_transfer.models.classifier import attach_head, build_head, cut
+from keras_transfer.models.bases import (
+    DOWNLOAD_FREE,
+    get_base,
+    get_bases,
+    weights_path,
+)
+from keras_transfer.models.classifier import attach_head, build_head
+from keras_transfer.models.cut import cut, pooled_below, split_point
 from keras_transfer.models.layer_groups import (
-    split_point,
     trained_layers,
     training_copy,
     unfrozen_groups,
@@ -269,9 +274,10 @@ def _finetuning_costs(
     tuning, classes = config.finetune, len(splits.class_names)
     head = build_head(HeadConfig(), base.output_shape[1], classes, splits.multi_label)
     model = attach_head(base, head)
-    groups = unfrozen_groups(model, get_base(config.base), unfreeze)
+    groups = unfrozen_groups(model, get_bases(config.base)[0], unfreeze)
     unfrozen = {layer for layers in groups.values() for layer in layers}
-    frozen, tail = cut(model, split_point(model, unfrozen))
+    point = split_point(model, unfrozen)
+    frozen, tail = cut(model, point, pooled_below(model, point, unfrozen))
     rows, below, itemsize = draw_rows(splits, model.input_shape[1]), 0.0, 1
     if frozen.weights:
         engine = make_engine(frozen)

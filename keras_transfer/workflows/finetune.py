@@ -59,9 +59,10 @@ from keras_transfer.features.frozen_part import (
 from keras_transfer.features.image_table import changed_images, known_images
 from keras_transfer.features.parity import PARITY_IMAGES
 from keras_transfer.features.usable import usable_splits
-from keras_transfer.models.bases import get_base
+from keras_transfer.models.bases import get_bases
 from keras_transfer.models.classifier import (
     HEAD,
+    copy_head,
     dense_layers,
 )
 from keras_transfer.models.layer_groups import (
@@ -315,7 +316,8 @@ def _load_classifier(
     model, features = load_model(run, "fit"), None
     if len(parts.splits.val):
         features = _train_head_again(run, config, model, parts.splits, listener)
-    groups = unfrozen_groups(model, get_base(config.base), config.finetune.unfreeze)
+    first = get_bases(config.base)[0]
+    groups = unfrozen_groups(model, first, config.finetune.unfreeze)
     sample = sample_images(parts.splits, model.input_shape[1], PARITY_IMAGES)
     return CutClassifier(model, groups, parts.splits, sample), features
 
@@ -343,8 +345,9 @@ def _train_head_again(
         head_folds(usable.train, len(names), config.folds, config.seed)
     except UsageError:
         config = config.model_copy(update={"folds": None})
+    config = config.model_copy(update={"features": run.manifest.features})
     head = train_on_features(config, usable, features, SILENT)
-    model.get_layer(HEAD).set_weights(head.model.get_weights())
+    copy_head(head.model, model.get_layer(HEAD))
     return features
 
 

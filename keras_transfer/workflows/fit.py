@@ -20,7 +20,7 @@ from keras_transfer.evaluation.metrics import Evaluation
 from keras_transfer.evaluation.prediction import prediction_engine
 from keras_transfer.evaluation.thresholds import SureEvaluation
 from keras_transfer.events import Broadcast, Listener, announcing
-from keras_transfer.features.base import frozen_base, image_size_of
+from keras_transfer.features.base import digest_of, frozen_base, image_size_of
 from keras_transfer.features.engine import predict
 from keras_transfer.features.frozen_part import (
     FrozenFeatures,
@@ -36,7 +36,7 @@ from keras_transfer.features.parity import (
     parity,
 )
 from keras_transfer.features.usable import usable_splits
-from keras_transfer.models.classifier import attach_head
+from keras_transfer.models.classifier import attach_head, join_bases
 from keras_transfer.reporting.of_run.record import Loaded
 from keras_transfer.runs.files import csv_text, write_atomic
 from keras_transfer.runs.manifest import (
@@ -244,7 +244,8 @@ def _train_classifier(
         started = time.perf_counter()
         head = train_on_features(config, usable, features, listener)
         trained = time.perf_counter()
-        model = attach_head(part.model, head.model)
+        base = join_bases(part.models, head.stages)
+        model = attach_head(base, head.model)
         found = _compare(model, head, features, usable)
         compared = time.perf_counter()
         classifier = _Classifier(
@@ -271,7 +272,8 @@ def _compare(
     size = model.input_shape[1]
     sample = sample_images(splits, size, PARITY_IMAGES)
     actual = predict(prediction_engine(model), np.stack([x for *_, x in sample]))
-    rows = features.rows([source for source, _, _ in sample])
+    sources = [source for source, _, _ in sample]
+    rows = features.head_inputs(sources, head.stages)
     expected = predict_head(head.model, rows)
     return parity(expected, actual, PARITY_TOLERANCE[features.precision])
 
@@ -323,7 +325,8 @@ def _manifest(
         multi_label=splits.multi_label,
         base=config.base,
         weights=config.weights,
-        weights_digest=part.weights_digest,
+        features="stages" if trained.head.stages else "last",
+        weights_digest=digest_of(part),
         image_size=image_size_of(config),
         decoder_version=DECODER_VERSION,
         engine=extraction.engine.name if extraction.engine else "cache",

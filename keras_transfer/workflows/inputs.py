@@ -14,7 +14,7 @@ from keras_transfer.data.reading import is_on_disk
 from keras_transfer.data.tables import Splits
 from keras_transfer.errors import UsageError
 from keras_transfer.features.cache import FeatureCache
-from keras_transfer.models.bases import get_base
+from keras_transfer.models.bases import get_bases, own_image_size
 from keras_transfer.runs.files import is_writable
 from keras_transfer.runs.run import MANIFEST, SPLITS, NewRun, new_run
 
@@ -126,7 +126,7 @@ def _check_fit(config: Config, splits: Splits) -> None:
 
 def _resolve(config: Config) -> Config:
     """Fills in defaults that depend on other keys and makes all paths absolute."""
-    base = get_base(config.base)
+    base = "+".join(row.name for row in get_bases(config.base))
     if is_on_disk(config.data):
         path = _absolute(Path(config.data))
         if (path / MANIFEST).is_file() and (path / SPLITS).is_file():
@@ -154,9 +154,9 @@ def _resolve(config: Config) -> Config:
             "cache_dir": config.cache_dir and _absolute(config.cache_dir),
             "splits": splits,
             "weights": weights,
-            "base": base.name,
-            "image_size": config.image_size or base.image_size,
-            "name": config.name or f"{plain_stem.strip('.-') or 'run'}-{base.name}",
+            "base": base,
+            "image_size": config.image_size or own_image_size(base),
+            "name": config.name or f"{plain_stem.strip('.-') or 'run'}-{base}",
         }
     )
 

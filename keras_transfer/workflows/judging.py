@@ -135,7 +135,8 @@ def judge_head(
     train, test, names = splits.train, splits.test, splits.class_names
 
     def predict(table: Table) -> np.ndarray:
-        return predict_head(head.model, features.rows(table.sources))
+        rows = features.head_inputs(table.sources, head.stages)
+        return predict_head(head.model, rows)
 
     evaluations, choices, folds, sure = {}, Choices(), None, None
     parts = []

@@ -21,10 +21,10 @@ from keras_transfer.models.classifier import (
     attach_head,
     build_base,
     build_head,
-    cut,
     scale,
     weights_digest,
 )
+from keras_transfer.models.cut import cut
 
 FORMATS = choices(Format)
 KERAS_BASES = [base for base in BASES if base.module == "keras.applications"]

@@ -21,13 +21,12 @@ from keras_transfer.models.classifier import (
     attach_head,
     build_base,
     build_head,
-    cut,
 )
+from keras_transfer.models.cut import cut, split_point
 from keras_transfer.models.fold import FoldedConvolution
 from keras_transfer.models.layer_groups import (
     changed_variables,
     layer_groups,
-    split_point,
     trained_layers,
     training_copy,
     unfrozen_groups,

@@ -505,7 +505,7 @@ def test_streamed_features_give_the_same_head(tmp_path, config, views):
     kinds: list[str] = []
     in_memory = head(IN_MEMORY_BYTES, CHUNK_ROWS)
     streamed = head(0, 37)
-    assert kinds == ["ndarray", "Features"]
+    assert kinds == ["ndarray", "CachedFeatures"]
     assert streamed.l2 == in_memory.l2
     x = train.views[0]
     one, other = (predict_head(h.model, x) for h in (streamed, in_memory))

@@ -17,7 +17,8 @@ from keras_transfer.evaluation.out_of_distribution import OutOfDistribution
 from keras_transfer.evaluation.prediction import predict_sources
 from keras_transfer.features.base import frozen_base
 from keras_transfer.features.frozen_part import Storage, frozen_features
-from keras_transfer.models.classifier import POOL, cut, with_features, without_head
+from keras_transfer.models.classifier import POOL, with_features, without_head
+from keras_transfer.models.cut import cut
 
 
 @pytest.fixture(scope="module")
