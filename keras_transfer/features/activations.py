@@ -35,7 +35,7 @@ from keras_transfer.features.frozen_part import (
 from keras_transfer.features.parity import PARITY_TOLERANCE, is_close
 from keras_transfer.features.usable import tell_of_unusable, usable_splits
 from keras_transfer.models.classifier import weights_digest
-from keras_transfer.models.cut import cut
+from keras_transfer.models.cut import PACKED, cut
 
 HALF_TOLERANCE = 0.01
 """Largest change of a probability that half-precision activations may cause."""
@@ -231,8 +231,9 @@ class _Work:
         if not model.weights:
             self.listener.note("everything is trained: only decoding can be done once")
             return (_PIXELS,)
+        last = model.layers[-1].name.removesuffix(PACKED)
         self.listener.note(
-            f"the {model.count_params():,} weights up to {model.layers[-1].name} are "
+            f"the {model.count_params():,} weights up to {last} are "
             "frozen: what they say of an image is computed once"
         )
         is_f32 = self.config.finetune.precision == "f32"

@@ -17,6 +17,9 @@ from keras_transfer.models.classifier import FEATURES, get_layer, pooled_outputs
 from keras_transfer.models.fold import inputs_of, operations_of_base, outputs_of
 from keras_transfer.models.layer_groups import can_change
 
+PACKED = "_packed"
+"""End of the name of the layer that joins what crosses a cut."""
+
 
 def cut(
     model: keras.Model,
@@ -48,7 +51,7 @@ def cut(
     else:
         tensors = [layer.output, *(get_layer(model, x).output for x in beside)]
     is_one = len(tensors) == 1
-    rows = tensors[0] if is_one else pack(tensors, f"{split_point}_packed")
+    rows = tensors[0] if is_one else pack(tensors, split_point + PACKED)
     extractor = keras.Model(model.input, rows, name=f"{model.name}_extractor")
     inputs = tensors[0] if is_one else tensors
     try:

@@ -37,7 +37,7 @@ NAMES = ("MobileNetV2", "efficientnet_lite0")
 
 @pytest.fixture(scope="module")
 def bases() -> list[keras.Model]:
-    """Two bases with random weights, and statistics of BatchNormalization that count."""
+    """Two bases with random weights, and with BatchNormalization that counts."""
     models = []
     for name in NAMES:
         model = build_base(get_base(name), "none", SIZE, 3)

@@ -422,6 +422,77 @@ def test_features_that_are_all_alike_say_nothing(images):
     assert np.abs(probabilities - shares).max() < 0.05
 
 
+WIDTHS = (2, FEATURES - 2)
+
+
+def scaled_alike(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mean, and each pooled output's deviation, smaller ones scaled down less."""
+    mean = features.mean(0, dtype=np.float64)
+    ends = np.cumsum(WIDTHS)
+    scale = np.empty(FEATURES)
+    for start, end in zip([0, *ends], ends, strict=False):
+        part = features[:, start:end] - mean[start:end]
+        share = (end - start) / WIDTHS[-1]
+        scale[start:end] = np.sqrt(part.var(0).mean()) * share**0.25
+    return mean, scale
+
+
+@pytest.mark.parametrize("has_basis", [True, False])
+def test_pooled_outputs_are_scaled_by_the_images_of_each_head_alone(
+    monkeypatch, has_basis
+):
+    if not has_basis:
+        monkeypatch.setattr(linear, "MOST_DIRECTIONS", 1)
+    features, targets = blobs(60, 3)
+    features[:, : WIDTHS[0]] *= 40
+    numbers = folds(60)
+    features[numbers == 1, 0] *= 3  # one fold is spread more
+    data = labelled(features, targets=targets, num_classes=3)
+    data = replace(data, widths=WIDTHS)
+    trained = train_head(HeadConfig(l2=(1e-1,)), data, numbers, 0)
+    assert trained.out_of_fold is not None
+
+    def optimum(rows: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        """What the optimum of the rows says of all images, by scikit-learn."""
+        x = (features - mean) / scale
+        model = LogisticRegression(C=1 / (1e-1 * len(rows)), tol=1e-9, max_iter=10_000)
+        return model.fit(x[rows], targets[rows]).predict_proba(x)
+
+    mean, scale = scaled_alike(features)
+    for fold in range(3):
+        rows, own = np.flatnonzero(numbers != fold), numbers == fold
+        said = trained.out_of_fold.probabilities[0, own]
+        expected = optimum(rows, *scaled_alike(features[rows]))[own]
+        np.testing.assert_allclose(said, expected, atol=5e-3)
+        if fold == 1:
+            assert np.abs(said - optimum(rows, mean, scale)[own]).max() > 0.02
+
+    expected = optimum(np.arange(60), mean, scale)
+    layer = trained.model.get_layer("spread")
+    np.testing.assert_allclose(np.ravel(layer.mean), mean, rtol=1e-5)
+    np.testing.assert_allclose(np.sqrt(np.ravel(layer.variance)), scale, rtol=1e-5)
+    np.testing.assert_allclose(
+        predict_head(trained.model, features), expected, atol=2e-3
+    )
+
+
+def test_an_mlp_scales_pooled_outputs_too():
+    features, targets = blobs(60, 3)
+    rescaled = features.copy()
+    rescaled[:, : WIDTHS[0]] = 1000 * (rescaled[:, : WIDTHS[0]] - 7)
+    said = []
+    for x in (features, rescaled):
+        data = labelled(x, targets=targets, num_classes=3)
+        data = replace(data, widths=WIDTHS)
+        trained = train_head(SHORT_MLP, data, folds(60), 0)
+        assert trained.out_of_fold is not None
+        said.append(trained.out_of_fold.probabilities[-1])
+        np.testing.assert_allclose(
+            predict_head(trained.model, x).sum(1), np.ones(60), atol=1e-5
+        )
+    np.testing.assert_allclose(said[0], said[1], atol=1e-3)
+
+
 def test_without_a_basis_the_same_optimum_is_found(monkeypatch):
     train = data()
     config = HeadConfig(l2=(1e-2,))
