@@ -463,9 +463,9 @@ def test_pooled_outputs_are_scaled_by_the_images_of_each_head_alone(
         rows, own = np.flatnonzero(numbers != fold), numbers == fold
         said = trained.out_of_fold.probabilities[0, own]
         expected = optimum(rows, *scaled_alike(features[rows]))[own]
-        np.testing.assert_allclose(said, expected, atol=5e-3)
+        np.testing.assert_allclose(said, expected, atol=0.015)
         if fold == 1:
-            assert np.abs(said - optimum(rows, mean, scale)[own]).max() > 0.02
+            assert np.abs(said - optimum(rows, mean, scale)[own]).max() > 0.05
 
     expected = optimum(np.arange(60), mean, scale)
     layer = trained.model.get_layer("spread")
