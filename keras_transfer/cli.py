@@ -190,8 +190,15 @@ def main(debug: bool) -> None:
 @click.argument("data", required=False)
 @config_options(
     *("base", "weights", "image_size", "head.kind", "head.epochs", "head.class_weight"),
-    *("head.logit_adjustment", "metric", "augment", "folds", "abstain_at_accuracy"),
-    *("precision", *LISTING, "splits.file", "max_skipped", "name"),
+    *("head.logit_adjustment", "metric", "augment", "augment_policy", "folds"),
+    *(
+        "abstain_at_accuracy",
+        "precision",
+        *LISTING,
+        "splits.file",
+        "max_skipped",
+        "name",
+    ),
 )
 @click.option(
     "--overwrite/--no-overwrite",

@@ -20,6 +20,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    model_validator,
 )
 from pydantic_core import PydanticUndefined
 from yaml.composer import ComposerError
@@ -33,6 +34,8 @@ HeadKind = Literal["linear", "mlp"]
 Balance = Literal["balanced", "none"]
 ClassWeight = Balance | dict[str, Annotated[float, Field(ge=0)]]
 Metric = Literal["accuracy", "balanced_accuracy", "macro_f1", "log_loss", "auc"]
+AugmentPolicy = Literal["standard", "randaugment"]
+Mixing = Literal["none", "mixup", "cutmix"]
 Format = Literal["litert", "onnx", "openvino", "keras"]
 Quantization = Literal["dynamic", "int8"]
 
@@ -45,6 +48,7 @@ FLAGS = {
     "head.class_weight": "--class-weight",
     "head.logit_adjustment": "--logit-adjustment",
     "augment": "--augment",
+    "augment_policy": "--augment-policy",
     "folds": "--folds",
     "metric": "--metric",
     "abstain_at_accuracy": "--abstain-at-accuracy",
@@ -174,6 +178,17 @@ class FinetuneConfig(_Section):
     augment: Annotated[int, Field(ge=0, le=100)] | Literal["online"] = 0
     """Number of augmented views cached per training image in addition to the plain
     image, or `online` for a new view in every epoch."""
+    augment_policy: AugmentPolicy = "standard"
+    """How views are made: `standard` mirrors, rotates, crops and changes colors a
+    little; `randaugment` mirrors and crops, and then applies 2 of 14 operations drawn
+    at random (Cubuk et al. 2020)."""
+    mix: Mixing = "none"
+    """Whether each image is mixed with another of its batch, and their labels in the
+    same proportion: `mixup` blends both (Zhang et al. 2018), `cutmix` pastes a
+    rectangle (Yun et al. 2019). Only with `augment: online`."""
+    label_smoothing: Fraction = 0.0
+    """Fraction of each label that is spread evenly over all classes in the loss
+    (Szegedy et al. 2016); for multi-label data, over presence and absence."""
     precision: TrainingPrecision = "auto"
     """Arithmetic used for training; `auto` times a few steps in each precision that may
     be faster."""
@@ -185,6 +200,17 @@ class FinetuneConfig(_Section):
     """Maximum disk space for activations of the frozen part, in units of 10^9 bytes."""
     force: bool = False
     """Whether the fine-tuned model becomes the run's model even if it is not better."""
+
+    @model_validator(mode="after")
+    def _check_mix(self) -> "FinetuneConfig":
+        """Refuses mixing where images are not augmented in every epoch."""
+        if self.mix != "none" and self.augment != "online":
+            raise UsageError(
+                "Images are mixed anew in every epoch, so that nothing of the mixtures "
+                f"can be cached. Received: mix={self.mix} and augment={self.augment}. "
+                "Use augment=online, or leave mix out."
+            )
+        return self
 
     @property
     def decay(self) -> float:
@@ -270,6 +296,10 @@ class Config(ListingConfig):
     augment: Annotated[int, Field(ge=0, le=100)] = 0
     """Number of augmented views cached per training image, in addition to the plain
     image."""
+    augment_policy: AugmentPolicy = "standard"
+    """How views are made: `standard` mirrors, rotates, crops and changes colors a
+    little; `randaugment` mirrors and crops, and then applies 2 of 14 operations drawn
+    at random (Cubuk et al. 2020)."""
     folds: Annotated[int, Field(ge=2, le=100)] | None = None
     """Number of folds of the cross-validation that chooses the L2 strength. None means
     5, or fewer if a class or group needs it, or a held-out tenth if there are very many

@@ -10,10 +10,12 @@ import click
 from keras_transfer.config import (
     FLAGS,
     USUAL_NAMES,
+    AugmentPolicy,
     Balance,
     HeadKind,
     ListingConfig,
     Metric,
+    Mixing,
     Precision,
     TrainingPrecision,
     choices,
@@ -134,6 +136,10 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "N",
         "help": "Number of augmented views cached per training image.",
     },
+    "augment_policy": {
+        "type": click.Choice(choices(AugmentPolicy)),
+        "help": "How augmented views are made.",
+    },
     "folds": {
         "type": int,
         "metavar": "K",
@@ -241,6 +247,19 @@ _FINETUNE_OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "N|online",
         "help": "Number of augmented views cached per training image, or online for a "
         "new view in every epoch.",
+    },
+    "--augment-policy": {
+        "type": click.Choice(choices(AugmentPolicy)),
+        "help": "How augmented views are made.",
+    },
+    "--mix": {
+        "type": click.Choice(choices(Mixing)),
+        "help": "Mix pairs of images and their labels; with --augment online.",
+    },
+    "--label-smoothing": {
+        "type": float,
+        "metavar": "SHARE",
+        "help": "Fraction of each label that is spread over all classes in the loss.",
     },
     "--precision": {
         "type": click.Choice(choices(TrainingPrecision)),

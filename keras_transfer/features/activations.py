@@ -56,9 +56,13 @@ Compare = Callable[[FrozenFeatures, float], dict[str, float]]
 """Takes activations and a tolerance; returns the `parity.parity` of the tail's
 predictions from them with the whole model's predictions from pixels."""
 
-Transform = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
-"""Takes rows `[n, ...]`, the int64 `[n]` indices of their training images and the epoch
-(from 0); returns the tail's input. It does the work that is repeated in every epoch."""
+Change = Callable[[np.ndarray], np.ndarray]
+"""Changes the uint8 `[n, S, S, 3]` pixels of a batch."""
+
+Transform = Callable[[np.ndarray, np.ndarray, int, Change | None], np.ndarray]
+"""Takes rows `[n, ...]`, the int64 `[n]` indices of their training images, the epoch
+(from 0) and how the augmented pixels are changed, if at all; returns the tail's input.
+It does the work that is repeated in every epoch."""
 
 
 @dataclass(frozen=True)
@@ -339,14 +343,17 @@ def _make_transform(
         engine: Runs the frozen part; None if the tail reads pixels.
         digests: SHA-256 of the training images, in order.
     """
-    augment = make_augmenter(part.image_size, part.seed)
+    augment = make_augmenter(part.image_size, part.seed, part.policy)
 
-    def transform(rows: np.ndarray, picked: np.ndarray, epoch: int) -> np.ndarray:
+    def transform(
+        rows: np.ndarray, picked: np.ndarray, epoch: int, change: Change | None
+    ) -> np.ndarray:
         views = [
             augment(pixels, digests[index], epoch + 1)
             for pixels, index in zip(rows, picked, strict=True)
         ]
         pixels = np.stack(views)
+        pixels = change(pixels) if change else pixels
         return predict(engine, pixels) if engine else pixels
 
     return transform

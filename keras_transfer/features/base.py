@@ -73,6 +73,7 @@ def _frozen(
                 f"{len(widths)} pooled outputs",
                 config.seed,
                 FeatureCache(config.cache_dir, trusts_files),
+                config.augment_policy,
                 widths,
             )
         )

@@ -9,8 +9,8 @@ from typing import Literal
 import keras
 import numpy as np
 
-from keras_transfer.config import Precision
-from keras_transfer.data.augment import AUGMENT_VERSION, make_augmenter
+from keras_transfer.config import AugmentPolicy, Precision
+from keras_transfer.data.augment import make_augmenter, views_key
 from keras_transfer.data.decode import DECODER_VERSION, make_measuring_decoder
 from keras_transfer.data.quality import QUALITY_VERSION
 from keras_transfer.data.tables import Splits
@@ -92,6 +92,7 @@ class FrozenPart:
         split_point: Name of its last layer, for the cache.
         seed: Seed of augmented views.
         cache: Cache of its features.
+        policy: How augmented views are made.
         widths: For a base, the numbers of values of the pooled outputs that its
             features consist of; the last one is the base's own. Empty for another part.
         others: Further bases whose features a head reads beside.
@@ -103,6 +104,7 @@ class FrozenPart:
     split_point: str
     seed: int
     cache: FeatureCache
+    policy: AugmentPolicy = "standard"
     widths: tuple[int, ...] = ()
     others: tuple["FrozenPart", ...] = ()
 
@@ -140,8 +142,8 @@ class FrozenPart:
         """Returns a number of randomly augmented views."""
         return Views(
             count,
-            f"{AUGMENT_VERSION}:{self.seed}",
-            partial(make_augmenter, self.image_size, self.seed),
+            views_key(self.policy, self.seed),
+            partial(make_augmenter, self.image_size, self.seed, self.policy),
         )
 
     def most_cached(self, storage: Storage) -> tuple[FeatureSpec, int]:

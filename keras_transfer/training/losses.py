@@ -64,6 +64,22 @@ def losses_of_probabilities(
     return (weights * losses).sum(1).astype(np.float32)
 
 
+def smoothed(targets: np.ndarray, fraction: float, multi_label: bool) -> np.ndarray:
+    """Spreads a fraction of each label evenly over the classes.
+
+    The weights in the loss remain those of the true labels. Source: Szegedy et al.
+    2016, "Rethinking the Inception Architecture for Computer Vision", section 7.
+
+    Args:
+        targets: float32 `[N, C]`.
+        fraction: The fraction, from 0 to below 1.
+        multi_label: Whether an image may show several classes, or none; the fraction is
+            then spread over the presence and the absence of each class.
+    """
+    outcomes = 2 if multi_label else targets.shape[1]
+    return targets * np.float32(1 - fraction) + np.float32(fraction / outcomes)
+
+
 def keras_loss(
     multi_label: bool, logit_offset: np.ndarray
 ) -> Callable[[Any, Any], Any]:

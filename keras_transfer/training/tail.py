@@ -25,7 +25,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_transfer.config import FinetuneConfig
+from keras_transfer.config import FinetuneConfig, Mixing
 from keras_transfer.errors import DivergenceError, UsageError
 from keras_transfer.events import Listener, duration
 from keras_transfer.features.activations import Transform
@@ -33,7 +33,8 @@ from keras_transfer.features.cache import Features
 from keras_transfer.models.layer_groups import TrainingCopy
 from keras_transfer.runs.files import replacing
 from keras_transfer.training.labelled import LabelledFeatures
-from keras_transfer.training.losses import keras_loss
+from keras_transfer.training.losses import keras_loss, smoothed
+from keras_transfer.training.mixing import draw_pairs
 from keras_transfer.training.optim import LayerwiseAdamW, LrMultipliers, warmup_cosine
 
 _STATE = "state.npz"
@@ -64,7 +65,8 @@ class TrainedTail:
             `patience` val_loss (the loss of the rows that choose the epoch; NaN without
             any), learning_rate (of the head, at the end of the epoch), seconds and
             images_per_second. Loss and accuracy are means over the images, each with
-            the weights before its step.
+            the weights before its step. Those of mixed images and smoothed labels are
+            not comparable with others: the correct class is that of the larger share.
         best_epoch: The epoch that the weights are from, starting at 1; with a mean of
             several, the last of these. 0 while none is finished.
         precision: Arithmetic of training: `f32`, `bf16` or `f16`.
@@ -104,11 +106,16 @@ class TailData:
         stopping: Held-out rows whose loss decides when to stop with `patience`; None
             without.
         transform: Applied to training rows in every epoch; None for no change.
+        mixing: How the images of a batch are mixed; only with a `transform`.
+        label_smoothing: Fraction of each training label that is spread over all
+            classes.
     """
 
     train: LabelledFeatures
     stopping: LabelledFeatures | None = None
     transform: Transform | None = None
+    mixing: Mixing = "none"
+    label_smoothing: float = 0.0
 
     def batches(
         self, batch_size: int, seed: int, epoch: int
@@ -117,7 +124,7 @@ class TailData:
 
         Args:
             batch_size: Maximum number of images per batch.
-            seed: Seed of the order of images and of the choice of views.
+            seed: Seed of the order of images, of the choice of views and of mixtures.
             epoch: Number of the epoch, starting at 0.
 
         Yields:
@@ -126,12 +133,25 @@ class TailData:
         rng = np.random.default_rng([seed, epoch])
         order = rng.permutation(len(self.train.targets))
         view_of = rng.integers(0, len(self.train.views), len(order))
+        mixing_rng = np.random.default_rng([seed, epoch, 1])
         for start in range(0, len(order), batch_size):
             picked = order[start : start + batch_size]
-            rows = self._rows(picked, view_of[picked])
+            rows, labels = self._rows(picked, view_of[picked]), self._labels(picked)
             if self.transform:
-                rows = self.transform(rows, picked, epoch)
-            yield rows, np.concatenate(self.train.labels(picked), axis=1)
+                images, size = rows.shape[:2]
+                pairs = draw_pairs(self.mixing, images, size, mixing_rng)
+                change = pairs.pixels if pairs else None
+                rows = self.transform(rows, picked, epoch, change)
+                labels = pairs.labels(*labels) if pairs else labels
+            yield rows, np.concatenate(labels, axis=1)
+
+    def _labels(self, picked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the (targets, weights in the loss) of images `[n]`, as `[n, C]`."""
+        targets, weights = self.train.labels(picked)
+        if self.label_smoothing:
+            multi_label = self.train.multi_label
+            targets = smoothed(targets, self.label_smoothing, multi_label)
+        return targets, weights
 
     def _rows(self, picked: np.ndarray, views: np.ndarray) -> np.ndarray:
         """Reads the rows of images `[n]`, each in the view `[n]` drawn for it."""

@@ -85,6 +85,7 @@ class CutClassifier:
             split_point_id(self._frozen),
             config.seed,
             FeatureCache(config.cache_dir),
+            config.finetune.augment_policy,
         )
 
     def predict(self, rows: Features) -> np.ndarray:

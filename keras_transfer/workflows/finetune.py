@@ -443,6 +443,8 @@ def _train(
         if len(stopping)
         else None,
         activations.transform,
+        tuning.mix,
+        tuning.label_smoothing,
     )
     return train_tail(recipe, data, run.checkpoint, listener)
 

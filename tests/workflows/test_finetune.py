@@ -789,9 +789,9 @@ def test_online_augmentation_makes_new_views_every_epoch(
     seen = []
 
     def recorded(recipe, data, checkpoint, listener):
-        def transformed(pixels, picked, number):
+        def transformed(pixels, picked, number, change):
             assert pixels.dtype == np.uint8 and pixels.shape[1:] == (64, 64, 3)
-            out = data.transform(pixels, picked, number)
+            out = data.transform(pixels, picked, number, change)
             seen.extend(
                 (number, int(i), row.tobytes())
                 for i, row in zip(picked, out, strict=True)

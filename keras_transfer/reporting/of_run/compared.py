@@ -172,6 +172,7 @@ def _settings(
                 "head": config.head.kind,
                 "L2 strength": f"{manifest.l2:.3g}",
                 "augmented views": str(config.augment),
+                "how views are made": config.augment_policy,
                 "class weights": str(config.head.class_weight),
                 "folds": str(config.folds or "automatic"),
                 "seed": str(manifest.seed),
