@@ -83,10 +83,10 @@ class Run(runs.Run):
         return drift(self, paths, **options)
 
     def predict(
-        self, paths: str | Path | Iterable[str | Path], recursive: bool = False
+        self, paths: str | Path | Iterable[str | Path], **options: Any
     ) -> "Iterator[Prediction]":
         """Classifies images; see `keras_transfer.predict`."""
-        return predict(self, paths, recursive)
+        return predict(self, paths, **options)
 
     def export(self, **options: Any) -> Path:
         """Exports the model; see `keras_transfer.export`."""
@@ -269,6 +269,7 @@ def evaluate(
     data: object | None = None,
     *,
     phase: Phase | None = None,
+    flip_tta: bool = False,
     listeners: Iterable[Listener] = (),
     **options: Any,
 ) -> "RunEvaluation":
@@ -281,6 +282,8 @@ def evaluate(
             validation split). If they are the arrays or the `tf.data.Dataset` that the
             run was made from, only its test split is used.
         phase: `fit` or `finetune`; None for the run's current model.
+        flip_tta: Whether to average probabilities over each image and its mirror image
+            (test-time augmentation), at twice the cost.
         listeners: Receive notes, and progress after each image.
         **options: Keys of `config.ListingConfig`, such as `label_column="diagnosis"`;
             those of the run apply again where they fit the data.
@@ -298,7 +301,7 @@ def evaluate(
     images = None if data is None else settled(data)
     from keras_transfer.workflows.evaluate import evaluate_run
 
-    return evaluate_run(opened, images, given, phase, told(listeners))
+    return evaluate_run(opened, images, given, phase, told(listeners), flip_tta)
 
 
 def drift(
@@ -335,6 +338,8 @@ def predict(
     run: str | Path | runs.Run,
     paths: str | Path | Iterable[str | Path],
     recursive: bool = False,
+    *,
+    flip_tta: bool = False,
 ) -> "Iterator[Prediction]":
     """Classifies images as they are read, in order and with bounded memory.
 
@@ -342,6 +347,9 @@ def predict(
         run: A run, or its directory or name.
         paths: An image file or a folder of images, or several of them.
         recursive: Whether to search subfolders too.
+        flip_tta: Whether to average probabilities over each image and its mirror image
+            (test-time augmentation), at twice the cost. Thresholds remain those of the
+            run, which were chosen without.
 
     Returns:
         An iterator over one prediction per image. For an unusable image it contains the
@@ -353,7 +361,7 @@ def predict(
     opened = open_run(run)
     from keras_transfer.workflows.predict import predict_run
 
-    return predict_run(opened, paths, recursive).rows
+    return predict_run(opened, paths, recursive, flip_tta).rows
 
 
 def export(
@@ -363,6 +371,7 @@ def export(
     quantize: Quantization | None = None,
     min_accuracy: float | None = None,
     keep: int | None = None,
+    flip_tta: bool = False,
     listeners: Iterable[Listener] = (),
 ) -> Path:
     """Exports a run's model after verifying that the export agrees with it.
@@ -376,6 +385,8 @@ def export(
             (and the quantized model, if any) must reach to be exported.
         keep: Number of SavedModel versions to keep, including the new one; None keeps
             all of them.
+        flip_tta: Whether the exported model averages probabilities over each image and
+            its mirror image (test-time augmentation), at twice the cost.
         listeners: Receive notes and the artifact.
 
     Returns:
@@ -394,8 +405,10 @@ def export(
     from keras_transfer.workflows.export import export_format, export_savedmodel
 
     if format == "savedmodel":
-        return export_savedmodel(opened, min_accuracy, keep, listener)
-    return export_format(opened, format, quantize, min_accuracy, listener).path
+        return export_savedmodel(opened, min_accuracy, keep, listener, flip_tta)
+    return export_format(
+        opened, format, quantize, min_accuracy, listener, flip_tta
+    ).path
 
 
 def report(

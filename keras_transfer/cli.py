@@ -39,6 +39,7 @@ from keras_transfer.models.bases import get_base
 from keras_transfer.options import (
     AUDITED,
     CONFIG_FILE,
+    FLIP_TTA,
     JSON,
     LISTING,
     LOG_TO,
@@ -325,6 +326,7 @@ def unfreeze_and_finetune(
     help="Evaluate the model of this phase.  [default: the run's current model]",
 )
 @config_options(*LISTING)
+@FLIP_TTA
 @JSON
 @click.option(
     "--drift",
@@ -337,6 +339,7 @@ def evaluate(
     data: str | None,
     is_drift: bool,
     phase: Phase | None,
+    flip_tta: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -346,7 +349,7 @@ def evaluate(
     kt evaluate saved_models/photos-efficientnet_lite0 --json
     kt evaluate saved_models/photos-efficientnet_lite0 new/ --drift
     """
-    if is_drift and (data is None or phase or any(options.values())):
+    if is_drift and (data is None or phase or flip_tta or any(options.values())):
         raise click.UsageError(
             "--drift compares a folder of images with the run's current model. "
             "Received: "
@@ -362,11 +365,12 @@ def evaluate(
     from keras_transfer.workflows.evaluate import evaluate_run
 
     with terminal.listening() as listener:
-        found = evaluate_run(opened, data, given, phase, listener)
+        found = evaluate_run(opened, data, given, phase, listener, flip_tta)
     if as_json:
         _write_json(found.model_dump())
     else:
-        terminal.show_evaluation(found, found.data)
+        averaged = ", averaged over flips" if flip_tta else ""
+        terminal.show_evaluation(found, found.data + averaged)
         if found.sure:
             terminal.show_sure(found.sure, found.images)
         for path, reason in found.skipped.items():
@@ -455,6 +459,7 @@ def report(
     help="Use an exported version instead of a RUN.  [default: none]",
 )
 @click.option("--recursive", is_flag=True, help="Search subfolders too.")
+@FLIP_TTA
 @click.option(
     "--top",
     type=click.IntRange(min=1),
@@ -487,10 +492,10 @@ def predict(
     run_and_paths: tuple[Path, ...],
     bundle: Path | None,
     recursive: bool,
-    top: int,
-    form: Any,
+    flip_tta: bool,
     output: Path | None,
     sort_into: Path | None,
+    **shown: Any,
 ) -> None:
     """Classify image files or folders of images; print one row per image.
 
@@ -506,6 +511,11 @@ def predict(
     if not paths:
         wanted = "images" if bundle else "a RUN and images"
         raise click.UsageError(f"Name {wanted}. Received: {len(run_and_paths)} paths.")
+    if bundle and flip_tta:
+        raise click.UsageError(
+            "A bundle averages over flips if it was exported so. Received: --flip-tta "
+            "and --bundle. Leave --flip-tta out, or export with it."
+        )
     if output:
         check_output(output)
     if sort_into:
@@ -519,12 +529,16 @@ def predict(
     else:
         opened = open_run(run_and_paths[0])
         _import_tensorflow()
+        from keras_transfer import terminal
         from keras_transfer.workflows.predict import predict_run
 
-        found = predict_run(opened, paths, recursive)
+        told = Broadcast(())
+        found = predict_run(opened, paths, recursive, flip_tta, told)
+        for note in told.notes:
+            terminal.show_note(note)
     from keras_transfer.reporting.predictions import Rows
 
-    rows = Rows(found.class_names, found.columns, form, top)
+    rows = Rows(found.class_names, found.columns, **shown)
     classified, failed = _write_rows(found, rows, output, sort_into)
     if failed:
         from keras_transfer.terminal import show_line
@@ -561,6 +575,7 @@ def predict(
     metavar="N",
     help="Delete all but the newest N versions.  [default: keep all]",
 )
+@FLIP_TTA
 @click.option(
     "--write-serving-config",
     is_flag=True,
@@ -572,6 +587,7 @@ def export(
     quantize: Quantization | None,
     min_accuracy: float | None,
     keep: int | None,
+    flip_tta: bool,
     write_serving_config: bool,
 ) -> None:
     """Export a RUN's model for TensorFlow Serving or another runtime.
@@ -588,11 +604,13 @@ def export(
 
     if form == "savedmodel":
         with terminal.listening() as listener:
-            made: object = export_savedmodel(opened, min_accuracy, keep, listener)
+            made: object = export_savedmodel(
+                opened, min_accuracy, keep, listener, flip_tta
+            )
     else:
         told = Broadcast(())
         with terminal.quiet_stderr():  # converters are noisy
-            made = export_format(opened, form, quantize, min_accuracy, told)
+            made = export_format(opened, form, quantize, min_accuracy, told, flip_tta)
         for note in told.notes:
             terminal.show_note(note)
     terminal.write_line(made)

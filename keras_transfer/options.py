@@ -329,4 +329,10 @@ LOG_TO = click.option(
     help="Log parameters, epochs, metrics and files; may be repeated.  [default: "
     "nowhere; DIR tensorboard; URI MLFLOW_TRACKING_URI, or the folder mlruns]",
 )
+FLIP_TTA = click.option(
+    "--flip-tta",
+    is_flag=True,
+    help="Average over each image and its mirror image (test-time augmentation); takes "
+    "twice as long.",
+)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

@@ -10,9 +10,12 @@ from keras_transfer.data.decode import make_decoder
 from keras_transfer.data.reading import Reader, map_ahead
 from keras_transfer.data.tables import Prediction, Table
 from keras_transfer.errors import DecodeError
+from keras_transfer.evaluation.decisions import DecisionRule
 from keras_transfer.evaluation.out_of_distribution import OutOfDistribution
+from keras_transfer.events import Listener
 from keras_transfer.features.engine import KerasEngine
 from keras_transfer.models.classifier import with_features
+from keras_transfer.models.flip import flip_averaged, flip_averaged_with_features
 
 _BATCH_SIZE = 16
 
@@ -30,6 +33,7 @@ def predict_sources(
     read: Reader,
     detector: OutOfDistribution | None = None,
     engine: KerasEngine | None = None,
+    flip_tta: bool = False,
 ) -> Iterator[Prediction]:
     """Predicts images in the order in which a reader yields them.
 
@@ -40,7 +44,9 @@ def predict_sources(
         detector: Tells from the model's features whether an image is far from the
             training images; None leaves that unknown.
         engine: The model's `prediction_engine`, if it is used several times; it uses
-            the model's current weights. Only without a detector.
+            the model's current weights. Only without a detector and `flip_tta`.
+        flip_tta: Whether probabilities are averaged over each image and its mirror
+            image, at twice the cost. The detector sees the image alone.
 
     Yields:
         One prediction per image. For an unusable image it contains the reason instead
@@ -65,7 +71,9 @@ def predict_sources(
             yield batch, np.reshape(usable, (-1, size, size, 3)).astype(np.uint8)
 
     num_classes = model.output_shape[-1]
-    joined = _features_beside(model) if detector else model
+    joined = _features_beside(model, flip_tta) if detector else model
+    if flip_tta and not detector:
+        joined = flip_averaged(model)
     for batch, outputs in (engine or prediction_engine(joined)).run(batches()):
         far = detector.is_far(outputs[:, num_classes:]) if detector else None
         row = 0
@@ -78,13 +86,22 @@ def predict_sources(
             row += 1
 
 
-def _features_beside(model: keras.Model) -> keras.Model:
+def _features_beside(model: keras.Model, flip_tta: bool) -> keras.Model:
     """Joins probabilities and features to one output `[N, num_classes + D]`."""
-    both = with_features(model)
+    both = (flip_averaged_with_features if flip_tta else with_features)(model)
     joined = keras.layers.Concatenate()(
         [both.output["probabilities"], both.output["features"]]
     )
-    return keras.Model(model.input, joined)
+    return keras.Model(both.input, joined)
+
+
+def note_flip_tta(rule: DecisionRule, listener: Listener) -> None:
+    """Notes that averaged predictions are decided by thresholds of others, if any."""
+    if rule.columns:
+        listener.note(
+            "thresholds are those of the run, chosen on predictions that are not "
+            "averaged over flips: their promised accuracy is not that of averaged ones"
+        )
 
 
 def predict_table(

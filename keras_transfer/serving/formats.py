@@ -21,10 +21,11 @@ from keras_transfer.config import Format, Quantization
 from keras_transfer.data.samples import sample_images
 from keras_transfer.errors import KerasTransferError, first_line
 from keras_transfer.evaluation.of_run import run_splits
+from keras_transfer.models.flip import flip_averaged
 from keras_transfer.runs.run import Run
 from keras_transfer.runtime.openvino import import_openvino
-from keras_transfer.serving.sample import Sample
-from keras_transfer.serving.signatures import frozen_network
+from keras_transfer.serving.sample import Sample, flip_averaged_sample
+from keras_transfer.serving.signatures import flip_averaged_network, frozen_network
 
 EXPORTED = "exported"
 """Folder in a run that contains a folder for each exported format."""
@@ -49,12 +50,22 @@ class Job:
         sample: Images with the model's outputs.
         quantize: Kind of quantization; None for none.
         calibration: Yields training images to calibrate quantization with.
+        flip_tta: Whether the exported model averages probabilities over each image and
+            its mirror image.
     """
 
     model: keras.Model
     sample: Sample
     quantize: Quantization | None
     calibration: Callable[[], Iterator[list[np.ndarray]]]
+    flip_tta: bool = False
+
+    def expected(self) -> np.ndarray:
+        """Computes what the exported model has to say of the sample, `[n, C]`."""
+        sample = self.sample
+        if self.flip_tta:
+            sample = flip_averaged_sample(sample, self.model)
+        return sample.expected["probabilities"]
 
 
 @dataclass(frozen=True)
@@ -111,7 +122,7 @@ def check_agreement(form: Format, predict: Predict, job: Job) -> float:
             `TOLERANCE` without quantization.
     """
     actual = predict(job.sample.pixels.astype(np.float32))
-    difference = float(np.abs(actual - job.sample.expected["probabilities"]).max())
+    difference = float(np.abs(actual - job.expected()).max())
     if not np.isfinite(actual).all() or (not job.quantize and difference > TOLERANCE):
         raise KerasTransferError(
             f"The {form} model does not agree with the model: probabilities differ by "
@@ -147,6 +158,8 @@ def calibration_images(run: Run, model: keras.Model) -> Iterator[list[np.ndarray
 def _constant_function(job: Job) -> Any:
     """Converts the model to a `tf.function` with constant weights."""
     network, _ = frozen_network(job.model, job.sample.pixels, job.sample.expected)
+    if job.flip_tta:
+        network = flip_averaged_network(network)
     return tf.function(
         lambda pixels: {"probabilities": network(pixels)["probabilities"]},
         [tf.TensorSpec((None, *job.model.input_shape[1:]), tf.float32, "pixels")],
@@ -155,7 +168,7 @@ def _constant_function(job: Job) -> Any:
 
 
 def _write_keras(job: Job, path: Path) -> None:
-    job.model.save(path)
+    (flip_averaged(job.model) if job.flip_tta else job.model).save(path)
 
 
 def _load_keras(path: Path) -> Predict:

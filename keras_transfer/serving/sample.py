@@ -1,7 +1,7 @@
 """Loads the model to export and the images that the export is verified on."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
@@ -37,6 +37,19 @@ class Sample:
     files: Sequence[bytes]
     pixels: np.ndarray
     expected: Arrays
+
+
+def flip_averaged_sample(sample: Sample, model: keras.Model) -> Sample:
+    """Returns a sample with the outputs expected of a model that averages over flips.
+
+    Args:
+        sample: The sample of the model itself.
+        model: Keras model from [0, 255] RGB pixels to probabilities.
+    """
+    mirrored = np.ascontiguousarray(sample.pixels[:, :, ::-1]).astype(np.float32)
+    other = keras.ops.convert_to_numpy(model(mirrored, training=False))
+    mean = (sample.expected["probabilities"] + other) / 2
+    return replace(sample, expected={**sample.expected, "probabilities": mean})
 
 
 @dataclass(frozen=True)

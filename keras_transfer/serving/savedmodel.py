@@ -102,7 +102,7 @@ def decisions(manifest: Manifest) -> dict[str, Any]:
 
 
 def describe(
-    run: Run, trained: Trained, is_folded: bool, saved: Path
+    run: Run, trained: Trained, is_folded: bool, saved: Path, flip_tta: bool = False
 ) -> dict[str, Any]:
     """Builds the content of `assets.extra/keras_transfer.json`.
 
@@ -111,6 +111,8 @@ def describe(
         trained: Its model and metadata.
         is_folded: Whether BatchNormalization is folded.
         saved: Directory of the SavedModel.
+        flip_tta: Whether probabilities are averaged over each image and its mirror
+            image; the metrics are of the model without.
     """
     manifest = trained.manifest
     graph = (saved / "saved_model.pb").read_bytes()
@@ -126,6 +128,7 @@ def describe(
         "image_size": manifest.image_size,
         "decoder_version": DECODER_VERSION,
         "batch_normalization_folded": is_folded,
+        "flip_tta": flip_tta,
         "metrics": trained.metrics,
         "weights_sha256": weights_digest(trained.model),
         "graph_sha256": hashlib.sha256(graph).hexdigest(),

@@ -109,6 +109,21 @@ def _constants(model: keras.Model) -> Network:
     return lambda pixels: tf.nest.pack_sequence_as(structure, frozen(pixels))
 
 
+def flip_averaged_network(network: Network) -> Network:
+    """Averages a network's probabilities over images and their mirror images.
+
+    Features remain those of the images.
+    """
+
+    def averaged(images: tf.Tensor) -> dict[str, tf.Tensor]:
+        both = network(tf.concat([images, tf.reverse(images, [2])], 0))
+        plain, mirrored = tf.split(both["probabilities"], 2)
+        features, _ = tf.split(both["features"], 2)
+        return {"probabilities": (plain + mirrored) / 2, "features": features}
+
+    return averaged
+
+
 class ServingBundle:
     """A network and the image decoder, as the signatures of a SavedModel.
 
@@ -116,7 +131,8 @@ class ServingBundle:
     accepts. A classification consists of `probabilities` float32 `[N, C]` and, for the
     k = min(5, C) most likely classes, `classes` string `[N, k]`, `scores` float32
     `[N, k]` and `indices` int32 `[N, k]`. If the rule has a threshold for it, there is
-    also `sure` bool `[N]`; for multi-label data, `predicted` bool `[N, C]`.
+    also `sure` bool `[N]`; for multi-label data, `predicted` bool `[N, C]`. With
+    `flip_tta`, probabilities are averaged over each image and its mirror image.
 
     Attributes:
         signatures: Functions of one tensor by signature name.
@@ -128,8 +144,10 @@ class ServingBundle:
         image_size: int,
         class_names: Sequence[str],
         rule: DecisionRule = NO_RULE,
+        flip_tta: bool = False,
     ):
         self._network = network
+        self._classifier = flip_averaged_network(network) if flip_tta else network
         self._rule = rule
         self._image_size = image_size
         self._class_names = list(class_names)
@@ -175,7 +193,7 @@ class ServingBundle:
         )
 
     def _predict_pixels(self, images: tf.Tensor) -> dict[str, tf.Tensor]:
-        probabilities = self._network(images)["probabilities"]
+        probabilities = self._classifier(images)["probabilities"]
         top = min(TOP, len(self._class_names))
         scores, indices = tf.math.top_k(probabilities, top)
         found = {

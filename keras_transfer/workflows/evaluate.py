@@ -1,6 +1,7 @@
 """The workflow of `kt evaluate`: evaluates a run's model on labeled images."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import keras
 import numpy as np
@@ -11,7 +12,7 @@ from keras_transfer.errors import KerasTransferError, UsageError
 from keras_transfer.evaluation.decisions import DecisionRule
 from keras_transfer.evaluation.metrics import Evaluation, evaluate
 from keras_transfer.evaluation.of_run import LabelledImages, labelled_images, load_model
-from keras_transfer.evaluation.prediction import predict_sources
+from keras_transfer.evaluation.prediction import note_flip_tta, predict_sources
 from keras_transfer.evaluation.thresholds import SureEvaluation, evaluate_sure
 from keras_transfer.events import SILENT, Listener
 from keras_transfer.features.image_table import (
@@ -32,6 +33,8 @@ class RunEvaluation(Evaluation):
     """Reason why an image was left out, by source."""
     sure: SureEvaluation | None = None
     """Coverage and accuracy of the sure predictions, if the run has a threshold."""
+    flip_tta: bool = False
+    """Whether probabilities are averaged over each image and its mirror image."""
 
 
 def evaluate_run(
@@ -40,6 +43,7 @@ def evaluate_run(
     options: ListingConfig = ListingConfig(),  # noqa: B008
     phase: Phase | None = None,
     listener: Listener = SILENT,
+    flip_tta: bool = False,
 ) -> RunEvaluation:
     """Implements `api.evaluate`.
 
@@ -50,6 +54,8 @@ def evaluate_run(
         options: How labeled images are listed.
         phase: `fit` or `finetune`; None for the run's current model.
         listener: Receives notes, and progress after each image.
+        flip_tta: Whether to average probabilities over each image and its mirror image,
+            at twice the cost.
 
     Returns:
         The metrics, the name of the data, and the images that were left out.
@@ -72,13 +78,12 @@ def evaluate_run(
     )
     for warning in images.warnings:
         listener.note(warning)
-    by_source, skipped, digests = _predict(model, images, listener)
+    if flip_tta:
+        note_flip_tta(rule, listener)
+    by_source, skipped, digests = _predict(model, images, listener, flip_tta)
     _note_changed_or_trained(known, digests, source is None, listener)
     if lacks_thresholds:
-        listener.note(
-            f"Thresholds are kept for the run's current model only: figures of {phase} "
-            "are without those of its own."
-        )
+        _note_thresholds(phase, listener)
     if not by_source:
         raise KerasTransferError(f"None of the {len(skipped)} images can be read.")
     table = images.table.keep(by_source)
@@ -86,10 +91,23 @@ def evaluate_run(
     found = evaluate(
         table.targets, probabilities, class_names, table.groups, rule.classes
     )
-    sure = None
+    about: dict[str, Any] = {
+        "data": images.name,
+        "skipped": skipped,
+        "flip_tta": flip_tta,
+    }
     if rule.sure is not None:
-        sure = evaluate_sure(probabilities, table.targets, rule.sure, table.groups)
-    return RunEvaluation(**dict(found), data=images.name, skipped=skipped, sure=sure)
+        about["sure"] = evaluate_sure(
+            probabilities, table.targets, rule.sure, table.groups
+        )
+    return RunEvaluation(**dict(found), **about)
+
+
+def _note_thresholds(phase: Phase | None, listener: Listener) -> None:
+    listener.note(
+        f"Thresholds are kept for the run's current model only: figures of {phase} "
+        "are without those of its own."
+    )
 
 
 def _check_options(source: object | None, options: ListingConfig) -> None:
@@ -108,7 +126,7 @@ def _check_options(source: object | None, options: ListingConfig) -> None:
 
 
 def _predict(
-    model: keras.Model, images: LabelledImages, listener: Listener
+    model: keras.Model, images: LabelledImages, listener: Listener, flip_tta: bool
 ) -> tuple[dict[str, np.ndarray], dict[str, str], dict[str, bytes]]:
     """Predicts images.
 
@@ -119,7 +137,8 @@ def _predict(
     by_source, skipped = {}, {}
     digests: dict[str, bytes] = {}
     sources = images.table.sources
-    predictions = predict_sources(model, sources, hashing(images.read, digests))
+    read = hashing(images.read, digests)
+    predictions = predict_sources(model, sources, read, flip_tta=flip_tta)
     for done, prediction in enumerate(predictions, start=1):
         listener.progress("evaluate", done, len(sources))
         if prediction.probabilities is None:

@@ -12,6 +12,7 @@ from keras_transfer.errors import KerasTransferError, explaining_full_disk
 from keras_transfer.evaluation.decisions import DecisionRule
 from keras_transfer.evaluation.metrics import evaluate
 from keras_transfer.evaluation.of_run import held_out_images
+from keras_transfer.evaluation.prediction import note_flip_tta
 from keras_transfer.events import SILENT, Listener
 from keras_transfer.runs.files import temporary_directory, write_atomic
 from keras_transfer.runs.manifest import now, versions
@@ -30,6 +31,7 @@ from keras_transfer.serving.formats import (
 from keras_transfer.serving.sample import (
     Trained,
     check_accuracy,
+    flip_averaged_sample,
     load_trained,
     sample_of_run,
 )
@@ -50,6 +52,7 @@ def export_savedmodel(
     min_accuracy: float | None = None,
     keep: int | None = None,
     listener: Listener = SILENT,
+    flip_tta: bool = False,
 ) -> Path:
     """Implements `api.export` for a SavedModel.
 
@@ -59,6 +62,8 @@ def export_savedmodel(
             limit.
         keep: Number of versions to keep, including the new one; None keeps all.
         listener: Receives notes and the artifact.
+        flip_tta: Whether the SavedModel averages probabilities over each image and its
+            mirror image.
 
     Returns:
         The new version directory.
@@ -68,7 +73,7 @@ def export_savedmodel(
         KerasTransferError: If the accuracy is too low, the SavedModel does not agree
             with the model, or another process changed the run in the meantime.
     """
-    trained = load_trained(run, min_accuracy)
+    trained = _load(run, min_accuracy, flip_tta)
     sample = sample_of_run(run, trained.model, listener)
     network, is_folded = frozen_network(trained.model, sample.pixels, sample.expected)
     if not is_folded:
@@ -77,10 +82,13 @@ def export_savedmodel(
         )
     image_size = trained.manifest.image_size
     rule = DecisionRule.of(trained.manifest, trained.class_names)
-    bundle = ServingBundle(network, image_size, trained.class_names, rule)
+    bundle = ServingBundle(network, image_size, trained.class_names, rule, flip_tta)
+    if flip_tta:
+        note_flip_tta(rule, listener)
+        sample = flip_averaged_sample(sample, trained.model)
     with temporary_directory(run.run_dir) as staging:
         write_savedmodel(staging, bundle, sample)
-        about = describe(run, trained, is_folded, staging)
+        about = describe(run, trained, is_folded, staging, flip_tta)
         write_atomic(staging / ABOUT, json.dumps(about, indent=1, ensure_ascii=False))
         verify(staging, sample, trained.class_names, rule)
         version = publish(staging, run.run_dir, trained.identity)
@@ -88,6 +96,20 @@ def export_savedmodel(
         prune_versions(run.run_dir, keep)
     listener.artifact(version, "savedmodel")
     return version
+
+
+def _load(run: Run, min_accuracy: float | None, flip_tta: bool) -> Trained:
+    """Loads the model to export; see `load_trained`.
+
+    The run's metrics are of the model alone. That of a model that averages over flips
+    is measured.
+    """
+    if not flip_tta or min_accuracy is None:
+        return load_trained(run, min_accuracy)
+    trained = load_trained(run, 0.0)  # any accuracy, but of test images
+    found = evaluate_run(run, flip_tta=True)
+    check_accuracy(found.accuracy, found.images, min_accuracy)
+    return trained
 
 
 @dataclass(frozen=True)
@@ -122,6 +144,7 @@ def export_format(
     quantize: Quantization | None = None,
     min_accuracy: float | None = None,
     listener: Listener = SILENT,
+    flip_tta: bool = False,
 ) -> Exported:
     """Implements `api.export` for the formats of other runtimes.
 
@@ -133,6 +156,8 @@ def export_format(
         min_accuracy: Minimum accuracy on the test images, from 0 to 1, that the model
             (and the quantized model, if any) must reach; None for no limit.
         listener: Receives notes and the artifact.
+        flip_tta: Whether the exported model averages probabilities over each image and
+            its mirror image.
 
     Returns:
         A description of what was written to `exported/FORMAT/` in the run.
@@ -145,10 +170,12 @@ def export_format(
             earlier export is then left as it is.
     """
     check_installed(form)
-    trained = load_trained(run, min_accuracy)
+    trained = _load(run, min_accuracy, flip_tta)
     model = trained.model
     sample = sample_of_run(run, model, listener)
-    job = Job(model, sample, quantize, lambda: calibration_images(run, model))
+    job = Job(model, sample, quantize, lambda: calibration_images(run, model), flip_tta)
+    if flip_tta:
+        note_flip_tta(DecisionRule.of(trained.manifest, trained.class_names), listener)
     place = Path(EXPORTED, form)
     with updating(run.run_dir, trained.identity, removed=[str(place)]) as staging:
         folder = staging / place
@@ -159,8 +186,10 @@ def export_format(
             difference = check_agreement(form, predict, job)
         exported = Exported(run.run_dir / place, difference)
         if quantize:
-            exported = _measured(exported, run, predict, min_accuracy, listener)
-        _describe(folder, trained, exported, quantize)
+            exported = _measured(
+                exported, run, predict, min_accuracy, listener, flip_tta
+            )
+        _describe(folder, trained, exported, job)
     listener.artifact(exported.path, form)
     return exported
 
@@ -171,6 +200,7 @@ def _measured(
     predict: Predict,
     min_accuracy: float | None,
     listener: Listener,
+    flip_tta: bool,
 ) -> Exported:
     """Adds the effect of quantization on the accuracy, if it can be measured.
 
@@ -179,7 +209,7 @@ def _measured(
             cannot be measured.
     """
     try:
-        accuracy, images = _accuracies(run, predict)
+        accuracy, images = _accuracies(run, predict, flip_tta)
     except KerasTransferError as error:
         if min_accuracy is not None:
             raise
@@ -190,9 +220,7 @@ def _measured(
     return replace(exported, accuracy=accuracy, images=images)
 
 
-def _describe(
-    folder: Path, trained: Trained, exported: Exported, quantize: Quantization | None
-) -> None:
+def _describe(folder: Path, trained: Trained, exported: Exported, job: Job) -> None:
     """Writes `labels.txt` and `keras_transfer.json` beside an exported model."""
     manifest = trained.manifest
     write_atomic(folder / LABELS, "".join(f"{x}\n" for x in trained.class_names))
@@ -203,7 +231,8 @@ def _describe(
         "multi_label": manifest.multi_label,
         **decisions(manifest),
         "image_size": manifest.image_size,
-        "quantize": quantize,
+        "quantize": job.quantize,
+        "flip_tta": job.flip_tta,
         "max_difference": exported.max_difference,
         "accuracy": exported.accuracy,
         "versions": versions(),
@@ -211,7 +240,9 @@ def _describe(
     write_atomic(folder / "keras_transfer.json", json.dumps(about, indent=1))
 
 
-def _accuracies(run: Run, predict: Predict) -> tuple[tuple[float, float], int]:
+def _accuracies(
+    run: Run, predict: Predict, flip_tta: bool
+) -> tuple[tuple[float, float], int]:
     """Computes the accuracy of a model and of its quantized form on held-out images.
 
     Returns:
@@ -220,7 +251,7 @@ def _accuracies(run: Run, predict: Predict) -> tuple[tuple[float, float], int]:
     Raises:
         KerasTransferError: If there are no held-out images, or none can be read.
     """
-    before = evaluate_run(run)
+    before = evaluate_run(run, flip_tta=flip_tta)
     images = held_out_images(run)
     table = images.table.keep({*images.table.sources} - before.skipped.keys())
     decode = make_decoder(run.manifest.image_size)
