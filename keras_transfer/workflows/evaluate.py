@@ -1,6 +1,6 @@
 """The workflow of `kt evaluate`: evaluates a run's model on labeled images."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -8,6 +8,7 @@ import numpy as np
 
 from keras_transfer.config import ListingConfig
 from keras_transfer.data.reading import hashing
+from keras_transfer.data.tables import Table
 from keras_transfer.errors import KerasTransferError, UsageError
 from keras_transfer.evaluation.decisions import DecisionRule
 from keras_transfer.evaluation.metrics import Evaluation, evaluate
@@ -88,19 +89,21 @@ def evaluate_run(
         raise KerasTransferError(f"None of the {len(skipped)} images can be read.")
     table = images.table.keep(by_source)
     probabilities = np.stack([by_source[source] for source in table.sources])
-    found = evaluate(
-        table.targets, probabilities, class_names, table.groups, rule.classes
+    figures = _figures(table, probabilities, class_names, rule)
+    return RunEvaluation(
+        **figures, data=images.name, skipped=skipped, flip_tta=flip_tta
     )
-    about: dict[str, Any] = {
-        "data": images.name,
-        "skipped": skipped,
-        "flip_tta": flip_tta,
-    }
+
+
+def _figures(
+    table: Table, probabilities: np.ndarray, names: Sequence[str], rule: DecisionRule
+) -> dict[str, Any]:
+    """Computes the fields of an `Evaluation`, and `sure` with a threshold."""
+    targets, groups = table.targets, table.groups
+    found = dict(evaluate(targets, probabilities, names, groups, rule.classes))
     if rule.sure is not None:
-        about["sure"] = evaluate_sure(
-            probabilities, table.targets, rule.sure, table.groups
-        )
-    return RunEvaluation(**dict(found), **about)
+        found["sure"] = evaluate_sure(probabilities, targets, rule.sure, groups)
+    return found
 
 
 def _note_thresholds(phase: Phase | None, listener: Listener) -> None:
