@@ -107,9 +107,9 @@ def _randaugment(image_size: int) -> list[_Step]:
         keras.layers.RandomCrop(crop, crop),
         keras.layers.Resizing(image_size, image_size),
     ]
-    operations = _randaugment_operations()
-    choices = [_one_of(operations) for _ in range(_OPERATIONS)]
-    return [*(_seeded(layer) for layer in layers), *choices]
+    # As a function of its own, it becomes a graph only once.
+    choice = tf.function(_one_of(_randaugment_operations()), autograph=False)
+    return [*(_seeded(layer) for layer in layers), *[choice] * _OPERATIONS]
 
 
 def _randaugment_operations() -> list[_Step]:

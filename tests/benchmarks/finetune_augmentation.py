@@ -5,8 +5,9 @@
 For each data set and seed, `--images` images are drawn, with as many of each class as
 the data have; the base's last stage is fine-tuned on them in each way, and the model is
 evaluated on the other images (at most 600), whether or not it is better than the head
-alone. Printed are the means over seeds of the accuracy and the log loss without any of
-this, and what each way changes, with the standard error of the mean change.
+alone. Printed are the means over seeds of the accuracy and the log loss of the first
+way (of all: without any), and what each other way changes, with the standard error of
+the mean change.
 """
 
 import argparse
@@ -65,11 +66,11 @@ def measure(table: Path, work: Path, arguments: argparse.Namespace, seed: int) -
         runs_dir=work / "runs",
         cache_dir=work / "cache",
     )
-    for number, (name, options) in enumerate(WAYS.items()):
+    for number, name in enumerate(arguments.ways):
         copy = shutil.copytree(fitted.run_dir, work / f"{table.stem}-{seed}-{number}")
         run, started = keras_transfer.open_run(copy), time.process_time()
         keras_transfer.unfreeze_and_finetune(
-            run, force=True, epochs=arguments.epochs, **options
+            run, force=True, epochs=arguments.epochs, **WAYS[name]
         )
         seconds = time.process_time() - started
         figures = run.metrics["finetune"]["test"]
@@ -81,6 +82,7 @@ def measure(table: Path, work: Path, arguments: argparse.Namespace, seed: int) -
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folders", nargs="+")
+    parser.add_argument("--ways", nargs="+", choices=[*WAYS], default=[*WAYS])
     parser.add_argument("--images", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=10)
@@ -94,10 +96,11 @@ def main() -> None:
                 table = Path(folder, f"{Path(data).stem}.csv")
                 table.write_text(table_of(data, arguments.images, seed))
                 rows.append(measure(table, Path(folder, "work"), arguments, seed))
-            values = {name: np.array([row[name] for row in rows]) for name in WAYS}
-            plain = values["without"]
+            ways = arguments.ways
+            values = {name: np.array([row[name] for row in rows]) for name in ways}
+            plain = values[ways[0]]
             print("{}: {:.4f}; {:.4f}; {:.0f} s".format(data, *plain.mean(0)))
-            for name in list(WAYS)[1:]:
+            for name in ways[1:]:
                 change = values[name] - plain
                 error = change.std(0, ddof=1) / len(rows) ** 0.5
                 print(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import keras
@@ -18,6 +19,7 @@ import pytest
 import tensorflow as tf
 from conftest import CLASSES, Told, draw, encode, without_root_powers
 
+from keras_transfer.config import AugmentPolicy, choices
 from keras_transfer.data import loading, reading
 from keras_transfer.data.augment import make_augmenter
 from keras_transfer.data.decode import (
@@ -753,18 +755,26 @@ def test_features_of_an_earlier_version_are_left_alone_with_a_note(part, photos)
     assert part.cache.prune(unused_days=0)[0] == 2  # also what is old
 
 
+POLICIES = choices(AugmentPolicy)
+
+
+@pytest.fixture(scope="module", params=POLICIES)
+def policy(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def augment():
-    return make_augmenter(SIZE, seed=0)
+def augment(policy):
+    return make_augmenter(SIZE, 0, policy)
 
 
 DIGEST = hashlib.sha256(b"an image").digest()
 
 
-def test_a_view_depends_on_nothing_that_was_done_before(augment, pixels):
+def test_a_view_depends_on_nothing_that_was_done_before(augment, policy, pixels):
     first = [augment(pixels[0], DIGEST, number) for number in (1, 2, 3)]
     keras.utils.set_random_seed(5)
-    other = make_augmenter(SIZE, seed=0)
+    other = make_augmenter(SIZE, 0, policy)
     for i in range(3):
         other(pixels[i], bytes(32), i)
     again = [other(pixels[0], DIGEST, number) for number in (3, 2, 1)]
@@ -782,6 +792,7 @@ def test_views_differ_by_number_digest_and_seed(augment, pixels):
     assert len({view.tobytes() for view in views}) == len(views)
 
 
+@pytest.mark.parametrize("policy", ["standard"], indirect=True)
 def test_a_view_looks_like_the_image(augment, pixels):
     smooth = np.stack(
         [np.kron(image[::16, ::16], np.ones((16, 16, 1), np.uint8)) for image in pixels]
@@ -795,6 +806,30 @@ def test_a_view_looks_like_the_image(augment, pixels):
         assert abs(view.mean() - image.mean()) < 60
 
 
+@pytest.mark.parametrize("policy", ["randaugment"], indirect=True)
+def test_randaugment_does_all_that_it_may_do(augment):
+    image = np.full((SIZE, SIZE, 3), (40, 90, 160), np.uint8)
+    image[24:40, 24:40] = 150, 170, 60
+    views = [augment(image, DIGEST, number).astype(int) for number in range(150)]
+    plain = {tuple(x) for x in image.reshape(-1, 3)}
+    colors = [{tuple(x) for x in view.reshape(-1, 3)} for view in views]
+    assert sum(plain <= found for found in colors) > 5  # moved at most
+    extremes = sum(view.min() == 0 and view.max() == 255 for view in views)
+    assert 10 < extremes < 75  # autocontrast or equalization, 2 of 14 in either step
+    means = np.array([np.median(view, axis=(0, 1)) for view in views])
+    brightness = means.mean(1) - np.mean([40, 90, 160])
+    assert brightness.min() < -30 and brightness.max() > 30
+    areas = [np.sum(abs(view[..., 0] - 150) < 3) for view in views]
+    assert min(areas) == 0 and max(areas) > 250
+
+
+def test_views_of_each_policy_are_cached_apart(part):
+    keys = {replace(part, policy=name).augmented(1).key for name in POLICIES}
+    assert len(keys) == len(POLICIES)
+    assert part.augmented(1).key == "1:0"  # of views that were cached earlier
+
+
+@pytest.mark.parametrize("policy", ["standard"], indirect=True)
 def test_views_are_mirrored_and_turned(augment):
     ramp = np.broadcast_to(np.arange(SIZE, dtype=np.uint8)[:, None] * 3, (64, 64, 3))
     views = [augment(ramp, DIGEST, number).astype(int) for number in range(40)]

@@ -19,7 +19,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import CLASSES, draw, encode, fill
+from conftest import CLASSES, Told, draw, encode, fill
 from PIL import Image
 from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 from tensorflow.python.saved_model.fingerprinting_utils import write_fingerprint
@@ -31,8 +31,9 @@ import keras_transfer
 from keras_transfer.config import HeadConfig
 from keras_transfer.data.decode import make_decoder
 from keras_transfer.errors import KerasTransferError, UsageError, refusal
+from keras_transfer.evaluation.decisions import DecisionRule
 from keras_transfer.evaluation.of_run import load_model
-from keras_transfer.evaluation.prediction import prediction_engine
+from keras_transfer.evaluation.prediction import note_flip_tta, prediction_engine
 from keras_transfer.events import SILENT
 from keras_transfer.features.engine import predict
 from keras_transfer.models.classifier import (
@@ -45,7 +46,12 @@ from keras_transfer.models.fold import convolutions_to_fold, folded_copy
 from keras_transfer.runs.run import Run, building, new_run
 from keras_transfer.runtime.c_api import ABOUT, Request, Session, answer_elsewhere
 from keras_transfer.serving import formats
-from keras_transfer.serving.sample import Sample, load_trained, sample_of_run
+from keras_transfer.serving.sample import (
+    Sample,
+    flip_averaged_sample,
+    load_trained,
+    sample_of_run,
+)
 from keras_transfer.serving.savedmodel import (
     describe,
     difference,
@@ -969,6 +975,122 @@ def test_warm_up_records_are_those_of_the_public_protos(exported, tmp_path):
         assert record.numpy() == log.SerializeToString(deterministic=True)
         assert prediction_log_pb2.PredictionLog.FromString(record.numpy()) == log
     assert (exported / RECORDS).stat().st_size < 100_000
+
+
+# Averaged over flips
+
+
+def averaged(model: keras.Model, pixels: np.ndarray) -> np.ndarray:
+    """What the average has to be; mirroring must make a difference."""
+    one, other = (
+        np.asarray(model(x.astype("f4"), training=False))
+        for x in (pixels, pixels[:, :, ::-1])
+    )
+    assert abs(one - other).max() > 10 * formats.TOLERANCE
+    return (one + other) / 2
+
+
+def one_sided() -> np.ndarray:
+    """uint8 images whose left half is another than the right one."""
+    pixels = np.random.default_rng(0).integers(0, 256, (3, SIZE, SIZE, 3), np.uint8)
+    pixels[:, :, ::5] = 0
+    pixels[:, :, : SIZE // 2] //= 8
+    return pixels
+
+
+def weighed(run_dir: Path) -> keras.Model:
+    """Gives a run's small model a head that tells left from right, and returns it."""
+    model = load_model(Run(run_dir))
+    one, other = (
+        np.log(np.asarray(model(x.astype("f4"), training=False)))
+        for x in (one_sided(), one_sided()[:, :, ::-1])
+    )
+    last, scale = (
+        model.get_layer("head").get_layer("probabilities"),
+        1 / abs(one - other).max(),
+    )
+    last.kernel.assign(scale * last.kernel)
+    last.bias.assign(scale * (last.bias - one.mean(0)))
+    model.save(run_dir / "model.keras")
+    return model
+
+
+def test_a_version_may_average_over_flips(run_dir):
+    model, pixels = weighed(run_dir), one_sided()
+    version = keras_transfer.export(run_dir, flip_tta=True)
+    files = strings(*(encode(image, "PNG") for image in pixels))
+    requests = [
+        Request("serving_default", {"image_bytes": files}),
+        Request("predict_images", {"images": pixels}),
+        Request("predict_tensor", {"images": pixels.astype("f4")}),
+        Request("predict_tensor", {"images": pixels[:1].astype("f4")}),
+        Request("embed", {"image_bytes": files}),
+    ]
+    *answers, alone, embedded = answer_elsewhere(version, requests)
+    expected = averaged(model, pixels)
+    for answer in answers:
+        np.testing.assert_allclose(answer["probabilities"], expected, atol=TOLERANCE)
+        best = np.sort(answer["probabilities"])[:, ::-1]
+        np.testing.assert_array_equal(answer["scores"], best)
+    np.testing.assert_allclose(alone["probabilities"], expected[:1], atol=TOLERANCE)
+    features = with_features(model)(pixels.astype("f4"), training=False)["features"]
+    np.testing.assert_allclose(embedded["features"], features, rtol=1e-4)
+    assert json.loads((version / ABOUT).read_text())["flip_tta"]
+
+
+def test_a_version_that_does_not_average_is_refused_as_one_that_does(run_dir, tmp_path):
+    model = weighed(run_dir)
+    sample = save(Run(run_dir), tmp_path / "saved")
+    verify(tmp_path / "saved", sample, CLASSES)
+    other = flip_averaged_sample(sample, model)
+    with pytest.raises(KerasTransferError, match="differ by"):
+        verify(tmp_path / "saved", other, CLASSES)
+
+
+@pytest.mark.parametrize(
+    "form",
+    ["keras", *(pytest.param(x, marks=pytest.mark.long) for x in ("litert", "onnx"))]
+    + [pytest.param("openvino", marks=pytest.mark.long)],
+)
+def test_other_formats_may_average_over_flips(run_dir, form):
+    expected = averaged(weighed(run_dir), one_sided())
+    folder = keras_transfer.export(run_dir, format=form, flip_tta=True)
+    predict = formats.RUNTIMES[form].load(folder / formats.RUNTIMES[form].file)
+    found = predict(one_sided().astype("f4"))
+    np.testing.assert_allclose(found, expected, atol=formats.TOLERANCE)
+    assert json.loads((folder / "keras_transfer.json").read_text())["flip_tta"]
+
+
+def test_of_a_model_that_averages_the_accuracy_is_measured(run_dir, kt):
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    assert metrics["fit"]["test"]["accuracy"] > 0.9  # of the model that was replaced
+    with pytest.raises(KerasTransferError, match="not good enough: its accuracy"):
+        keras_transfer.export(run_dir, min_accuracy=0.9, flip_tta=True)
+    assert nothing_is_published(run_dir)
+    result = kt("evaluate", run_dir, "--flip-tta", "--json")
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    assert said["flip_tta"] and said["accuracy"] < 0.9
+
+
+def test_where_nothing_can_be_averaged_it_is_not_asked_for(run_dir, kt, photos):
+    for arguments in (
+        ("predict", "--bundle", run_dir / "1", photos, "--flip-tta"),
+        ("evaluate", run_dir, photos, "--drift", "--flip-tta"),
+    ):
+        result = kt(*arguments)
+        assert result.exit_code == 2 and "Received: " in result.stderr
+
+
+def test_thresholds_of_predictions_that_were_not_averaged_are_noted():
+    for rule, count in (
+        (DecisionRule(), 0),
+        (DecisionRule(sure=0.9), 1),
+        (DecisionRule(classes=np.full(3, 0.5, np.float32)), 1),
+    ):
+        told = Told()
+        note_flip_tta(rule, told)
+        assert len(told.notes) == count
 
 
 # Other formats

@@ -11,6 +11,7 @@ import pytest
 from conftest import CLASSES, Told, draw, encode
 
 import keras_transfer
+from keras_transfer.data.decode import make_decoder
 from keras_transfer.errors import KerasTransferError, UsageError
 from keras_transfer.evaluation.of_run import load_model, run_splits
 from keras_transfer.evaluation.out_of_distribution import OutOfDistribution
@@ -94,6 +95,25 @@ def test_probabilities_are_the_same_without_the_flag(run, new):
     for one, other in zip(plain, found, strict=True):
         assert one.far is None
         np.testing.assert_allclose(one.probabilities, other.probabilities, atol=1e-6)
+
+
+def test_averaged_over_flips_an_image_is_as_far_as_it_is(run, new):
+    model, decode = load_model(run), make_decoder(64)
+    paths = sorted(str(path) for path in new.rglob("*[0-9].*"))
+    pixels = np.stack([decode(Path(path).read_bytes()) for path in paths])
+    one, other = (
+        np.asarray(model(x.astype("f4"), training=False))
+        for x in (pixels, pixels[:, :, ::-1])
+    )
+    assert abs(one - other).max() > 1e-3
+    plain = list(keras_transfer.predict(run, paths))
+    found = list(keras_transfer.predict(run, paths, flip_tta=True))
+    assert [x.far for x in found] == [x.far for x in plain]
+    assert {x.far for x in found} == {True, False}
+    alone = list(predict_sources(model, paths, reading, flip_tta=True))
+    for rows in (found, alone):
+        said = np.stack([x.probabilities for x in rows])
+        np.testing.assert_allclose(said, (one + other) / 2, atol=1e-5)
 
 
 def reading(sources):
