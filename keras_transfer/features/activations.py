@@ -9,6 +9,7 @@ epoch.
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import keras
 import numpy as np
@@ -65,6 +66,26 @@ Transform = Callable[[np.ndarray, np.ndarray, int, Change | None], np.ndarray]
 It does the work that is repeated in every epoch."""
 
 
+class ComputedRows:
+    """Rows of images that are computed from their pixels whenever they are read."""
+
+    def __init__(self, pixels: Features, engine: Engine | None):
+        """Keeps what is needed.
+
+        Args:
+            pixels: uint8 `[N, S, S, 3]` pixels.
+            engine: Runs the frozen part; None if the rows are the pixels.
+        """
+        self._pixels, self._engine = pixels, engine
+
+    def __len__(self) -> int:
+        return len(self._pixels)
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        pixels = self._pixels[rows]
+        return predict(self._engine, pixels) if self._engine else pixels
+
+
 @dataclass(frozen=True)
 class Activations:
     """Cached inputs of the tail.
@@ -76,12 +97,14 @@ class Activations:
             tail's input already.
         digests: SHA-256 of the bytes of each image, by source.
         features: Activations of all images; if there is a `transform`, only of the
-            held-out images and the sample.
+            held-out images and the sample; see `rows`.
         parity: Agreement of the tail's predictions from activations with the whole
             model's; see `parity.parity`.
         nbytes: Size of one image's activation in bytes.
         engine: Engine that ran the frozen part: `openvino` or `keras`; `cache` if none
             had to run.
+        compute: Computes the tail's inputs of training images that have no cached
+            ones; None if all have.
     """
 
     splits: Splits
@@ -92,6 +115,14 @@ class Activations:
     parity: Mapping[str, float]
     nbytes: int
     engine: str
+    compute: Callable[[Sequence[str]], ComputedRows] | None = None
+
+    def rows(self, sources: Sequence[str]) -> Features | ComputedRows:
+        """Returns the tail's inputs of plain images in the given order."""
+        known = self.features.extraction.digests
+        if self.compute and not all(source in known for source in sources):
+            return self.compute(sources)
+        return self.features.rows(sources)
 
 
 def frozen_activations(
@@ -129,12 +160,13 @@ def frozen_activations(
         extraction = _both(extraction, pixels.extraction)
     usable = usable_splits(config, splits, extraction)
     tell_of_unusable(extraction, listener)
-    sources, transform = usable.train.sources, None
+    sources, transform, compute = usable.train.sources, None, None
     if work.online:
         train = [pixels.rows(sources)]
         engine = make_engine(part.model) if part.model.weights else None
         digests = [extraction.digests[source] for source in sources]
         transform = _make_transform(part, engine, digests)
+        compute = partial(_computed_rows, pixels, engine)
     else:
         train = [features.rows(sources, view) for view in range(work.views + 1)]
     return Activations(
@@ -146,6 +178,7 @@ def frozen_activations(
         parity=parity,
         nbytes=work.row_bytes(storage),
         engine=engine.name if engine else "cache",
+        compute=compute,
     )
 
 
@@ -322,6 +355,12 @@ class _Work:
                 f"{missing:,} activations take {missing * size / 1e9:.2f} GB, and "
                 f"{cache.directory} has {free / 1e9:.2f} GB left. {_FIX}"
             )
+
+
+def _computed_rows(
+    pixels: FrozenFeatures, engine: Engine | None, sources: Sequence[str]
+) -> ComputedRows:
+    return ComputedRows(pixels.rows(sources), engine)
 
 
 def _both(extraction: Extraction, other: Extraction) -> Extraction:

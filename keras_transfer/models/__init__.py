@@ -1,5 +1,5 @@
 """Pretrained bases, their weights, and the classifiers built from them.
 
 Reading order: bases, efficientnet_lite, alexnet, torch_checkpoint, weights, classifier,
-fold, layer_groups.
+flip, fold, layer_groups.
 """

@@ -28,7 +28,7 @@ import tensorflow as tf
 from keras_transfer.config import FinetuneConfig, Mixing
 from keras_transfer.errors import DivergenceError, UsageError
 from keras_transfer.events import Listener, duration
-from keras_transfer.features.activations import Transform
+from keras_transfer.features.activations import ComputedRows, Transform
 from keras_transfer.features.cache import Features
 from keras_transfer.models.layer_groups import TrainingCopy
 from keras_transfer.runs.files import replacing
@@ -315,7 +315,7 @@ def images_per_second(tail: TrainedTail, images: int) -> float:
 
 
 def predict_rows(
-    function: Callable[[Any], Any], rows: Features | np.ndarray
+    function: Callable[[Any], Any], rows: Features | ComputedRows | np.ndarray
 ) -> np.ndarray:
     """Applies a function to rows in batches.
 

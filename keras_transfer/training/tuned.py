@@ -8,7 +8,11 @@ import numpy as np
 from keras_transfer.config import Config, FinetuneConfig
 from keras_transfer.data.tables import Splits, Table
 from keras_transfer.evaluation.prediction import predict_table, prediction_engine
-from keras_transfer.features.activations import Activations, split_point_id
+from keras_transfer.features.activations import (
+    Activations,
+    ComputedRows,
+    split_point_id,
+)
 from keras_transfer.features.cache import FeatureCache, Features
 from keras_transfer.features.engine import predict
 from keras_transfer.features.frozen_part import FrozenFeatures, FrozenPart
@@ -88,7 +92,7 @@ class CutClassifier:
             config.finetune.augment_policy,
         )
 
-    def predict(self, rows: Features) -> np.ndarray:
+    def predict(self, rows: Features | ComputedRows) -> np.ndarray:
         """Computes float32 `[N, num_classes]` probabilities from activations."""
         return predict_rows(self._of_rows, rows)
 
@@ -96,7 +100,7 @@ class CutClassifier:
         """Computes float32 `[N, num_classes]` probabilities from image files."""
         return predict_table(self.model, table, self.splits.read, self._of_pixels)
 
-    def features(self, rows: Features) -> np.ndarray:
+    def features(self, rows: Features | ComputedRows) -> np.ndarray:
         """Computes float32 `[N, D]` inputs of the head from activations."""
         return predict_rows(self._features_of_rows, rows)
 

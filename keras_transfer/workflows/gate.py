@@ -284,7 +284,7 @@ class HeldOut:
             said.append(PredictedTable(judges, "train", "out of fold", probabilities))
         learned = [splits.train, *([parts.stopping] if len(parts.stopping) else [])]
         for table in learned:
-            rows = self._activations.features.rows(table.sources)
+            rows = self._activations.rows(table.sources)
             fitted = self._mix.classifier.predict(rows)
             said.append(PredictedTable(table, "train", "fitted", fitted))
         if len(splits.test):
@@ -315,7 +315,7 @@ class HeldOut:
         )
 
     def _features(self, table: Table) -> np.ndarray:
-        rows = self._activations.features.rows(table.sources)
+        rows = self._activations.rows(table.sources)
         return self._mix.classifier.features(rows)
 
     def _of_mix(self, alpha: float, table: Table) -> np.ndarray:
