@@ -83,10 +83,13 @@ class Run(runs.Run):
         return drift(self, paths, **options)
 
     def predict(
-        self, paths: str | Path | Iterable[str | Path], **options: Any
+        self,
+        paths: str | Path | Iterable[str | Path],
+        recursive: bool = False,
+        **options: Any,
     ) -> "Iterator[Prediction]":
         """Classifies images; see `keras_transfer.predict`."""
-        return predict(self, paths, **options)
+        return predict(self, paths, recursive, **options)
 
     def export(self, **options: Any) -> Path:
         """Exports the model; see `keras_transfer.export`."""

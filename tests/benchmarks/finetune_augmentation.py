@@ -70,7 +70,12 @@ def measure(table: Path, work: Path, arguments: argparse.Namespace, seed: int) -
         copy = shutil.copytree(fitted.run_dir, work / f"{table.stem}-{seed}-{number}")
         run, started = keras_transfer.open_run(copy), time.process_time()
         keras_transfer.unfreeze_and_finetune(
-            run, force=True, epochs=arguments.epochs, **WAYS[name]
+            run,
+            force=True,
+            epochs=arguments.epochs,
+            precision="f32",
+            report=False,
+            **WAYS[name],
         )
         seconds = time.process_time() - started
         figures = run.metrics["finetune"]["test"]

@@ -1038,6 +1038,7 @@ def test_a_version_may_average_over_flips(run_dir):
     assert json.loads((version / ABOUT).read_text())["flip_tta"]
 
 
+@pytest.mark.long
 def test_a_version_that_does_not_average_is_refused_as_one_that_does(run_dir, tmp_path):
     model = weighed(run_dir)
     sample = save(Run(run_dir), tmp_path / "saved")

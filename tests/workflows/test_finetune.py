@@ -803,6 +803,7 @@ def test_online_augmentation_makes_new_views_every_epoch(
         )
 
     monkeypatch.setattr(finetune_module, "train_tail", recorded)
+    monkeypatch.setattr(finetune_module, "PARITY_IMAGES", 8)  # not all images
     run_dir = copy(guessing)
     configure(run_dir, cache_dir="fresh")
     report = tune(run_dir, "--augment", "online", epochs=3).manifest.finetune
@@ -1039,6 +1040,8 @@ def test_a_loss_that_is_not_finite_leaves_the_run_as_it_was(
         (["--batch-size", "0"], ["batch_size"]),
         (["--augment", "-1"], ["augment", "-1"]),
         (["--augment", "offline"], ["augment", "offline"]),
+        (["--mix", "mixup"], ["--mix mixup and --augment 0", "--augment online"]),
+        (["--label-smoothing", "1"], ["label_smoothing", "below 1"]),
         (["--disk-budget", "0"], ["disk_budget"]),
         (["--resume"], ["nothing to go on with", "--resume"]),
     ],
@@ -1346,6 +1349,41 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(
     assert 2 <= epochs < 6
     tune(run_dir, *DROPOUT, "--resume", epochs=6)
     assert_same_result(run_dir, uninterrupted)
+
+
+class Interrupting(Told):
+    """Ends a fine-tuning after its second epoch."""
+
+    def epoch(self, phase: str, number: int, figures) -> None:
+        if (phase, number) == ("finetune", 2):
+            raise KeyboardInterrupt
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mixing", ["mixup", "cutmix"])
+def test_with_mixtures_too_an_interrupted_run_ends_as_if_it_had_not_been(
+    guessing, copy, mixing
+):
+    options = {
+        "unfreeze": "from:top_conv",
+        "learning_rate": 0.01,
+        "batch_size": 8,
+        "epochs": 4,
+        "augment": "online",
+        "augment_policy": "randaugment",
+        "mix": mixing,
+        "label_smoothing": 0.1,
+    }
+    whole, run_dir = copy(guessing, "whole"), copy(guessing)
+    keras_transfer.unfreeze_and_finetune(whole, **options)
+    assert Run(whole).manifest.finetune.config.mix == mixing
+    with pytest.raises(KeyboardInterrupt):
+        keras_transfer.unfreeze_and_finetune(
+            run_dir, listeners=[Interrupting()], **options
+        )
+    assert not changed(run_dir / "model.keras", guessing / "model.keras")
+    keras_transfer.unfreeze_and_finetune(run_dir, resume=True)
+    assert_same_result(run_dir, whole)
 
 
 def test_resuming_needs_no_options(unfinished, uninterrupted, kt, copy):

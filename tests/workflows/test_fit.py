@@ -302,6 +302,9 @@ def test_augmented_views_are_cached_and_trained_on(kt, photos):
     assert kt(*arguments, "again").exit_code == 0
     again = keras_transfer.open_run("again")
     assert again.manifest.images_forwarded == 0
+    assert kt(*arguments, "others", "--augment-policy", "randaugment").exit_code == 0
+    others = keras_transfer.open_run("others")
+    assert others.manifest.images_forwarded == 2 * 51
     np.testing.assert_array_equal(
         load(run.run_dir).get_layer("head").get_weights()[0],
         load(again.run_dir).get_layer("head").get_weights()[0],
