@@ -190,8 +190,15 @@ def main(debug: bool) -> None:
 @main.command()
 @click.argument("data", required=False)
 @config_options(
-    *("base", "weights", "image_size", "head.kind", "head.epochs", "head.class_weight"),
-    *("head.logit_adjustment", "metric", "augment", "augment_policy", "folds"),
+    *("base", "weights", "image_size", "features", "head.kind", "head.epochs"),
+    *(
+        "head.class_weight",
+        "head.logit_adjustment",
+        "metric",
+        "augment",
+        "augment_policy",
+        "folds",
+    ),
     *(
         "abstain_at_accuracy",
         "precision",

@@ -43,6 +43,7 @@ FLAGS = {
     "base": "--base",
     "weights": "--weights",
     "image_size": "--image-size",
+    "features": "--features",
     "head.kind": "--head",
     "head.epochs": "--epochs",
     "head.class_weight": "--class-weight",

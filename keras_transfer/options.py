@@ -12,6 +12,7 @@ from keras_transfer.config import (
     USUAL_NAMES,
     AugmentPolicy,
     Balance,
+    FeatureKind,
     HeadKind,
     ListingConfig,
     Metric,
@@ -97,7 +98,7 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 _OPTIONS: dict[str, dict[str, Any]] = {
     "base": {
-        "help": "Pretrained base; `kt bases` lists all.",
+        "help": "Pretrained base, or several as A+B; `kt bases` lists all.",
         "metavar": "NAME",
     },
     "weights": {
@@ -108,6 +109,11 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "type": int,
         "metavar": "PIXELS",
         "help": "Side of the square input images.  [default: the base's own size]",
+    },
+    "features": {
+        "type": click.Choice(choices(FeatureKind)),
+        "help": "What the head reads: the output of the base's last stage, also of the "
+        "two below, or what is better out of fold.",
     },
     "head.kind": {"type": click.Choice(choices(HeadKind)), "help": "Kind of head."},
     "head.epochs": {

@@ -205,12 +205,15 @@ class FrozenFeatures:
         """
         each = (self, *self.others)
         rows = [one._all_rows(sources, view) for one in each]
-        return JoinedFeatures(rows, [sum(one.head_widths(stages)) for one in each])
+        return JoinedFeatures(rows, [sum(one._own_widths(stages)) for one in each])
 
     def head_widths(self, stages: bool) -> tuple[int, ...]:
         """Returns the numbers of values of the pooled outputs that a head reads."""
-        own = self.widths if stages else self.widths[-1:]
-        return sum((other.head_widths(stages) for other in self.others), own)
+        each = (self, *self.others)
+        return sum((one._own_widths(stages) for one in each), ())
+
+    def _own_widths(self, stages: bool) -> tuple[int, ...]:
+        return self.widths if stages else self.widths[-1:]
 
     def _all_rows(self, sources: Sequence[str], view: int) -> Features:
         digests = [self.extraction.digests[source] for source in sources]

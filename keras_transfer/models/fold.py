@@ -74,7 +74,7 @@ def copy_layers(
         if not isinstance(operation, keras.layers.Layer):
             return operation  # it has no weights
         if isinstance(operation, keras.Model):
-            return keras.models.clone_model(operation, clone_function=copy_layer)
+            return keras.models.clone_model(operation, clone_function=copy)
         return copy_layer(operation)
 
     return keras.models.clone_model(model, clone_function=copy)

@@ -85,7 +85,7 @@ def features_of_data(inputs: Inputs, listener: Listener) -> ImageFeatures:
         )
     names = images.class_names
     return ImageFeatures(
-        found.rows(table.sources)[:],
+        found.head_inputs(table.sources, config.features == "stages")[:],
         table.targets if images.multi_label else np.array(names)[table.targets],
         np.array(table.sources),
         np.array(table.groups),
