@@ -824,11 +824,22 @@ def audit(
 
 
 @main.command()
-def bases() -> None:
-    """List the pretrained bases and whether their weights are on this machine."""
-    from keras_transfer import terminal
+@config_options("cache_dir")
+@JSON
+def bases(cache_dir: Path | None, as_json: bool) -> None:
+    """List the pretrained bases: accuracy on ImageNet, speed, and their weights.
 
-    terminal.show_bases()
+    \b
+    kt bases --json
+    """
+    from keras_transfer import terminal
+    from keras_transfer.workflows.bases import describe_bases
+
+    rows = describe_bases(cache_dir)
+    if as_json:
+        _write_json({"bases": rows})
+    else:
+        terminal.show_bases(rows)
 
 
 @main.group(invoke_without_command=True)

@@ -21,6 +21,7 @@ from keras_transfer.config import USUAL_NAMES, load_config
 from keras_transfer.evaluation.metrics import evaluate
 from keras_transfer.features.cache import FeatureCache
 from keras_transfer.features.shards import FeatureSpec
+from keras_transfer.features.throughput import Throughput, remember, remembered
 from keras_transfer.markup import printable
 from keras_transfer.models.bases import BASES
 from keras_transfer.terminal import show_evaluation
@@ -506,7 +507,51 @@ def test_prune_deletes_no_source_code(kt):
 
 def test_every_base_is_listed(kt):
     lines = kt("bases").stdout.splitlines()[1:]
-    assert [line.split()[0] for line in lines] == [base.name for base in BASES]
+    listed = [line for line in lines if line and line[0].isalpha()][:-1]
+    assert [line.split()[0] for line in listed] == [base.name for base in BASES]
+    assert listed[0].split()[3:5] == ["75.1", "[1]"]
+    assert "[1] TensorFlow TPU repository, efficientnet/lite" in lines
+
+
+def test_measured_speeds_are_listed_with_their_base(kt, tmp_path, monkeypatch):
+    here = {"engine": "openvino", "precision": "f32", "device": "AVX2"}
+    cache = FeatureCache(tmp_path)
+    for base, size, speed in (("VGG16", 224, 9.0), ("VGG16", 224, 21.4)):
+        remember(
+            cache,
+            Throughput(base=base, image_size=size, images_per_second=speed, **here),
+        )
+    remember(
+        cache,
+        Throughput(base="VGG19", image_size=64, images_per_second=99.0, **here),
+    )
+    listed = kt("bases", "--cache-dir", tmp_path).stdout.splitlines()
+    (vgg16,) = [line.split() for line in listed if line.startswith("VGG16")]
+    (vgg19,) = [line.split() for line in listed if line.startswith("VGG19")]
+    assert vgg16[5] == "21"
+    assert vgg19[5] == "BGR"  # of another image size
+    rows = {
+        row["base"]: row
+        for row in json.loads(kt("bases", "--cache-dir", tmp_path, "--json").stdout)[
+            "bases"
+        ]
+    }
+    assert [one["images_per_second"] for one in rows["VGG16"]["throughput"]] == [21.4]
+    assert [one["image_size"] for one in rows["VGG19"]["throughput"]] == [64]
+    assert rows["VGG16"]["top_1"] == 71.3
+    assert rows["dinov2_small"]["top_1_source"].endswith("on frozen features")
+    monkeypatch.setattr(platform, "node", lambda: "elsewhere")
+    assert remembered(cache) == []
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[1]", b'[{"base": "VGG16"}]', b"\xff"]
+)
+def test_damaged_measurements_are_ignored(kt, tmp_path, content):
+    path = FeatureCache(tmp_path).directory / "throughput.json"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    assert kt("bases", "--cache-dir", tmp_path).exit_code == 0
 
 
 @pytest.mark.parametrize("name", sorted(commands()))

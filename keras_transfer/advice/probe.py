@@ -23,6 +23,7 @@ from keras_transfer.evaluation.metrics import deciding_metric, score
 from keras_transfer.evaluation.thresholds import independent_images
 from keras_transfer.features.engine import make_engine, seconds_per_image
 from keras_transfer.features.frozen_part import FrozenFeatures, FrozenPart
+from keras_transfer.features.throughput import Throughput, remember
 from keras_transfer.features.usable import keep_copies_together
 from keras_transfer.runs.manifest import Estimate
 from keras_transfer.training.head import LINEAR_L2, TrainedHead, train_head
@@ -276,11 +277,26 @@ def images_per_second(
 ) -> float:
     """Measures a base's throughput on this machine, in the precision of its features.
 
+    The result is remembered beside the cached features, for `kt bases`.
+
     Returns:
         Images per second.
     """
     pixels = draw_rows(splits, part.image_size)
-    return 1 / seconds_per_image(make_engine(part.model, features.precision), pixels)
+    engine = make_engine(part.model, features.precision)
+    speed = 1 / seconds_per_image(engine, pixels)
+    remember(
+        part.cache,
+        Throughput(
+            base=part.base,
+            image_size=part.image_size,
+            engine=engine.name,
+            precision=engine.precision,
+            device=engine.device,
+            images_per_second=speed,
+        ),
+    )
+    return speed
 
 
 def draw_rows(splits: Splits, image_size: int) -> np.ndarray:

@@ -31,7 +31,7 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
         with safe_open(path, framework="numpy") as file:
             return {
                 name: np.asarray(file.get_tensor(name), np.float32)
-                for name in file.keys()  # noqa: SIM118: it is no mapping
+                for name in file.keys()
             }
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror}.") from None

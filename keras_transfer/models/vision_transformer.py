@@ -182,7 +182,7 @@ def _attention(
 
 
 def _embeddings(model: keras.Model, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Returns what is added to patches after class token and registers, `[1, T * D]`."""
+    """Returns the kernel of the layer `embeddings`, `[1, T * D]`."""
     _, height, width, _ = model.get_layer("patches").output.shape
     positions = arrays["pos_embed"][0].astype(np.float32)  # [1 + patches, D]
     class_token = arrays["cls_token"][0].astype(np.float32)

@@ -8,12 +8,14 @@ several stages, their maps are added up, each averaged over the places of the la
 
 Otherwise, a place counts by its activations times the gradient of the logit with
 respect to them. Source: Draelos & Carin 2020, "Use HiResCAM instead of Grad-CAM"; after
-global average pooling, both are the same.
+global average pooling, both are the same. In a vision transformer, these are the tokens
+that its last block reads: above it, the class token no longer depends on the patches.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -73,11 +75,12 @@ def heat_maps(model: keras.Model, pixels: np.ndarray, classes: np.ndarray) -> He
             [0, 255]. N is at least 1.
         classes: int64 `[N]` class to explain for each image.
     """
-    layers = _pooling_layers(model)
-    engine, shapes = _engine_below(model, layers)
+    layers = [_pooling(model, layer) for layer in _pooled_layers(model)]
+    engine, shapes = _engine_of([model.input, *(one.places for one in layers)])
     pixels = np.rint(pixels).clip(0, 255).astype(np.uint8)
-    head = _Head(model.get_layer(HEAD), [layer.output.shape[-1] for layer in layers])
-    is_average = all(isinstance(layer, _AVERAGES) for layer in layers)
+    widths = [tensor.shape[-1] for tensor in pooled_outputs(model)]
+    head = _Head(model.get_layer(HEAD), widths)
+    is_average = all(isinstance(one.pool, _AVERAGES) for one in layers)
     parts = []
     for start in range(0, len(pixels), _BATCH):
         some = slice(start, start + _BATCH)
@@ -87,7 +90,8 @@ def heat_maps(model: keras.Model, pixels: np.ndarray, classes: np.ndarray) -> He
             logits = _same_size([head.part(*x) for x in enumerate(places)])
             own, mean = _two_logits(tf.add_n(logits) + head.bias, classes[some])
         else:
-            own, mean = _by_gradients(layers, head, places, classes[some])
+            pools = [one.pool for one in layers]
+            own, mean = _by_gradients(pools, head, places, classes[some])
         heat = own - mean if head.is_single_label else own
         parts.append((own.numpy(), heat.numpy()))
     evidence, heat = (np.concatenate(part) for part in zip(*parts, strict=True))
@@ -127,23 +131,57 @@ def _inner_part(size: int) -> np.ndarray:
     return np.diff(edges) * size
 
 
-def _pooling_layers(model: keras.Model) -> list[keras.layers.Layer]:
-    """Returns the layers whose outputs the head reads, in order.
+class _Pooling(NamedTuple):
+    """What a pooled output is made of: activations, and what makes features of them.
 
-    Those of further bases, which have no places here, pass their input on.
+    Attributes:
+        places: Activations `[N, H, W, D]` or `[N, T, D]` to explain by; the features
+            `[N, D]` themselves if they are not explained.
+        pool: Computes the features of the activations.
     """
+
+    places: keras.KerasTensor
+    pool: Callable[[Any], Any]
+
+
+def _pooled_layers(model: keras.Model) -> list[keras.layers.Layer]:
+    """Returns the layers whose outputs the head reads, in order."""
     layers = {id(layer.output): layer for layer in model.layers}
     return [layers[id(tensor)] for tensor in pooled_outputs(model)]
 
 
-def _engine_below(
-    model: keras.Model, layers: Sequence[keras.layers.Layer]
+def _pooling(model: keras.Model, layer: keras.layers.Layer) -> _Pooling:
+    """Finds what an output that the head reads is made of.
+
+    Outputs of further bases, and class tokens of lower blocks, are not explained.
+    """
+    if isinstance(layer, _AVERAGES):
+        return _Pooling(layer.input, layer)
+    if layer.name != POOL:
+        return _Pooling(layer.output, keras.ops.identity)
+    attention = [
+        layer
+        for layer in model.layers
+        if isinstance(layer, keras.layers.MultiHeadAttention)
+    ]
+    if not attention:
+        return _Pooling(layer.input, layer)
+    normalized = keras.tree.flatten(attention[-1].input)[0]
+    tokens = normalized._keras_history.operation.input
+    return _Pooling(tokens, keras.Model(tokens, layer.output))
+
+
+def _engine_of(
+    tensors: Sequence[keras.KerasTensor],
 ) -> tuple[Engine, list[tuple[int, ...]]]:
-    """Creates an engine for the inputs of layers, joined; returns their shapes too."""
-    inputs = [layer.input for layer in layers]
-    rows = inputs[0] if len(inputs) == 1 else pack(inputs, "places")
-    shapes = [tensor.shape[1:] for tensor in inputs]
-    return prediction_engine(keras.Model(model.input, rows)), shapes
+    """Creates an engine from the first tensor to the others, joined to rows.
+
+    Returns:
+        (the engine, the shapes of the others).
+    """
+    start, *ends = tensors
+    rows = ends[0] if len(ends) == 1 else pack(ends, "places")
+    return prediction_engine(keras.Model(start, rows)), [x.shape[1:] for x in ends]
 
 
 def _same_size(maps: Sequence[tf.Tensor]) -> list[tf.Tensor]:
@@ -205,7 +243,7 @@ def _two_logits(logits: tf.Tensor, classes: np.ndarray) -> tuple[tf.Tensor, tf.T
 
 
 def _by_gradients(
-    layers: Sequence[keras.layers.Layer],
+    pools: Sequence[Callable[[Any], Any]],
     head: _Head,
     places: Sequence[tf.Tensor],
     classes: np.ndarray,
@@ -213,7 +251,7 @@ def _by_gradients(
     """Returns float32 `[n, ...]`: what places contribute to the same two logits."""
     with tf.GradientTape(persistent=True) as tape:
         tape.watch(places)
-        pooled = [layer(x) for layer, x in zip(layers, places, strict=True)]
+        pooled = [pool(x) for pool, x in zip(pools, places, strict=True)]
         logits = _two_logits(head.logits(tf.concat(pooled, -1)), classes)
 
     def contributions(one: tf.Tensor) -> tf.Tensor:

