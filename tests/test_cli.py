@@ -1,7 +1,9 @@
 """`kt` itself: start-up, usage mistakes, and what is documented."""
 
 import contextlib
+import json
 import os
+import platform
 import shutil
 import subprocess
 import sys

