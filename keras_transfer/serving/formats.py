@@ -193,7 +193,27 @@ def _write_onnx(job: Job, path: Path) -> None:
 
     function = _constant_function(job)
     tf2onnx.convert.from_function(
-        function, function.input_signature, opset=_OPSET, output_path=str(path)
+        function,
+        function.input_signature,
+        opset=_OPSET,
+        custom_op_handlers={"Erfc": (_replace_erfc, [])},
+        output_path=str(path),
+    )
+
+
+def _replace_erfc(graph: Any, node: Any, *_: Any) -> None:
+    """Replaces an Erfc node, which ONNX does not have, by 1 - Erf: exact GELU."""
+    (x,), (output,) = node.input, node.output
+    shape, dtype = graph.get_shape(output), graph.get_dtype(output)
+    graph.remove_node(node.name)
+    one = graph.make_const(f"{node.name}_one", np.ones((), np.float32))
+    erf = graph.make_node("Erf", [x], shapes=[shape], dtypes=[dtype])
+    graph.make_node(
+        "Sub",
+        [one.output[0], erf.output[0]],
+        outputs=[output],
+        shapes=[shape],
+        dtypes=[dtype],
     )
 
 

@@ -414,16 +414,21 @@ def test_a_base_of_every_family_is_trained_and_exported(kt, few_photos, base):
     keras.utils.clear_session()
     succeed(kt, "fit", few_photos, "--name", "run", *fit_options(base))
     assert succeed(kt, "export", "saved_models/run").strip() == "saved_models/run/1"
-    if base.parameters < 10_000_000:  # a format takes up to 80 times the weights
-        form = FORMATS[SMALLEST.index(base) % len(FORMATS)]  # each by some family
-        exported = succeed(kt, "export", "saved_models/run", "--format", form)
-        assert exported.startswith(f"saved_models/run/exported/{form}:")
+    form = FORMATS[SMALLEST.index(base) % len(FORMATS)]  # each by some family
+    if base.name in PATCHES:
+        form = "onnx"  # whose operations do not include GELU's
+    elif base.parameters > 10_000_000:  # a format takes up to 80 times the weights
+        return
+    exported = succeed(kt, "export", "saved_models/run", "--format", form)
+    assert exported.startswith(f"saved_models/run/exported/{form}:")
 
 
 def export_every_format(kt, run: Path, base) -> None:
     """Exports a run in each format that can express its base."""
     # Its depthwise convolutions of 7 x 7 become calls of XLA, which these do not know.
     cannot = ("onnx", "openvino") if base.name.startswith("ConvNeXt") else ()
+    if base.name in PATCHES:  # LiteRT cannot prepare their attention
+        cannot = ("litert",)
     for form in FORMATS:
         result = kt("export", run, "--format", form)
         if form in cannot:
