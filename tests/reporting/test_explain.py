@@ -168,14 +168,17 @@ def test_few_images_are_projected_too(shape):
         assert found.shape == (shape[0], 2) and np.isfinite(found).all()
 
 
-@pytest.mark.parametrize(("pooling", "width"), [("class", 384), ("class+mean", 768)])
+@pytest.mark.parametrize(
+    ("pooling", "width"),
+    [("class", 384), pytest.param("class+mean", 768, marks=pytest.mark.long)],
+)
 def test_a_transformer_is_explained_by_what_its_last_block_reads(pooling, width):
     row = replace(get_base("dinov2_small"), pooling=pooling)
     head = build_head(HeadConfig(), width, 3, multi_label=False, seed=1)
-    model = attach_head(build_base(row, "none", 28, 0), head)
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 28, 28, 3), np.uint8)
+    model = attach_head(build_base(row, "none", 42, 0), head)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 42, 42, 3), np.uint8)
     found = heat_maps(model, pixels, np.arange(3))
-    assert found.evidence.shape == (3, 2, 2)
+    assert found.evidence.shape == (3, 3, 3)
     assert not found.is_exact
     assert (np.ptp(found.evidence, axis=(1, 2)) > 0).all()
     moved = np.roll(pixels, 14, axis=1)  # the patches of each image swap places
