@@ -430,14 +430,26 @@ def test_bases_are_ranked_and_drawn(kt, photos, tmp_path, monkeypatch):
     result = kt("rank", photos, "--image-size", 64, "--chart", "chart.png")
     assert result.exit_code == 0, result.output
     assert "efficientnet_lite0" in result.stdout
-    assert "Left out: alexnet, alexnet_fc7," in result.stdout
+    assert "Left out: dinov2_small, dinov2_base, vit_base_patch16, alexnet," in (
+        result.stdout
+    )
     assert "weights are not on this machine" in result.stdout
     with Image.open("chart.png") as image:
         assert image.format == "PNG" and image.size[0] >= 800
     options = ("--image-size", 64, "--chart", "chart.png", "--json")
     document = json.loads(kt("rank", photos, *options).stdout)
-    (one,) = document["ranked"]
-    assert one["base"] == "efficientnet_lite0" and one["is_best"]
+    ranked = {one["base"]: one for one in document["ranked"]}
+    installed = [f"efficientnet_lite{number}" for number in range(3)]
+    assert sorted(ranked) == installed
+    assert document["ranked"][0]["is_best"]
+    listed = {
+        row["base"]: row for row in json.loads(kt("bases", "--json").stdout)["bases"]
+    }
+    for name, one in ranked.items():
+        (measured,) = listed[name]["throughput"]
+        assert measured["images_per_second"] == one["images_per_second"]
+        assert measured["image_size"] == 64
+    one = ranked["efficientnet_lite0"]
     assert one["accuracy"]["low"] <= one["accuracy"]["mean"] <= one["accuracy"]["high"]
     assert document["left_out"]["alexnet"] == "weights are not on this machine"
     assert document["chart"] == "chart.png"
