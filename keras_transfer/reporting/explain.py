@@ -24,7 +24,7 @@ import tensorflow as tf
 from keras_transfer.evaluation.prediction import prediction_engine
 from keras_transfer.features.engine import Engine, predict
 from keras_transfer.findings.borders import BORDER
-from keras_transfer.models.classifier import HEAD, dense_layers, pooled_outputs
+from keras_transfer.models.classifier import HEAD, POOL, dense_layers, pooled_outputs
 from keras_transfer.models.cut import pack, unpack
 
 _BATCH = 32
