@@ -1,24 +1,25 @@
 """Rules that turn measurements into a recommended method.
 
 Each rule is a function of plain numbers that returns one `Advice`; `recommend` combines
-them. The thresholds below have these sources:
+them. A trial of fine-tuning decides if there is one. Otherwise rules of thumb do, whose
+thresholds have these sources:
 
-- FEW_PER_CLASS, FEW_IMAGES, NEARLY_RIGHT and SIMILAR_CONFIDENCE: measurements in the
-  section "What `kt advise` goes by" of tests/benchmarks/RESULTS.md.
+- WORTH_IT, FEW_IMAGES, NEARLY_RIGHT and SEPARATED: measurements in the section "What
+  `kt advise` goes by" of tests/benchmarks/RESULTS.md.
 - MUCH_DATA: from 20,000 images on, BiT-HyperRule trains longer and adds MixUp
   (Kolesnikov et al. 2020, arXiv:1912.11370, section 3.3).
-- Similarity: the usual rule of transfer learning is to begin with feature extraction
-  and to fine-tune if there is much or similar data (see Yosinski et al. 2014,
-  arXiv:1411.1792, for why the distance to the original task matters). According to the
-  measurements, data unlike ImageNet gain more from fine-tuning, so dissimilar data
-  lead to fine-tuning of all layers here.
+- Similarity: the usual rule of transfer learning is to fine-tune if there is much or
+  similar data (see Yosinski et al. 2014, arXiv:1411.1792, for why the distance to the
+  original task matters). According to the measurements, data unlike those that the base
+  was trained on gain more.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from keras_transfer.errors import UsageError
+from keras_transfer.evaluation.names import label
 from keras_transfer.events import duration
 from keras_transfer.runs.manifest import Estimate
 
@@ -31,15 +32,18 @@ METHODS: dict[Method, str] = {
     "more-data": "collect more data; feature extraction until then",
 }
 
-FEW_PER_CLASS = 10
-RARE_CLASSES = 0.1  # fraction of too small classes from which more data are needed
+FEW_PER_CLASS = 10  # of as many images, all found, a recall may still be 0.72
 FEW_IMAGES = 500
 MUCH_DATA = 20_000
 IMBALANCED = 5.0  # size of the largest class over that of the smallest
 NEARLY_RIGHT = 0.98  # probe's `separation` above which little can be gained
-SIMILAR_CONFIDENCE = 0.15  # mean probability of the most likely ImageNet class
 SEPARATED = 0.5  # nearest neighbors' `separation` in a similar task
-RISING = 0.01  # accuracy gained by doubling the data that justifies collecting more
+RISING = 0.01  # figure gained by doubling the data that justifies collecting more
+WORTH_IT = 0.01  # figure gained in a trial that justifies fine-tuning
+TELLING = 0.5  # share of the images on which a trial without a gain is believed
+
+_Z2 = 1.96**2
+_MOST_NAMED = 3  # classes
 
 
 @dataclass(frozen=True)
@@ -48,13 +52,44 @@ class Advice:
 
     Attributes:
         rule: Name of the rule.
-        message: The conclusion as a sentence.
-        evidence: The numbers that it is based on, by description.
+        message: The conclusion as a sentence, with the numbers that it is based on.
+        evidence: These numbers, by description.
     """
 
     rule: str
     message: str
     evidence: Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a short trial of fine-tuning showed.
+
+    Attributes:
+        metric: A name that `metrics.deciding_metric` returns.
+        images: Number of images, each of which was predicted by models that did not
+            learn from it.
+        epochs: Number of epochs that the top stage was trained for.
+        before: Metric of heads on the frozen base, from 0 to 1.
+        after: Metric of the same heads with the top stage fine-tuned.
+        low: Lower end of the 95% interval of the gain, of paired predictions.
+        high: Upper end of it.
+        seconds: Duration of the trial.
+    """
+
+    metric: str
+    images: int
+    epochs: int
+    before: float
+    after: float
+    low: float
+    high: float
+    seconds: float
+
+    @property
+    def gain(self) -> float:
+        """How much better fine-tuning was; negative if it was worse."""
+        return self.after - self.before
 
 
 @dataclass(frozen=True)
@@ -64,8 +99,9 @@ class Evidence:
     Attributes:
         images: Number of training images.
         class_counts: Number of training images that show a class, by class name.
+        metric: `accuracy`, or `mean_average_precision` for multi-label data, which is
+            what accuracy means here and below.
         accuracy: Accuracy of a linear probe, cross-validated on the training images.
-            For multi-label data, accuracy is the mean average precision here and below.
         curve: Accuracy of the probe by fraction of the training images.
         gain: Accuracy with all images minus accuracy with half of them.
         majority: Accuracy of always predicting the most common class; for multi-label
@@ -73,67 +109,87 @@ class Evidence:
         neighbours: Cross-validated accuracy of the 5 nearest neighbors; None for
             multi-label data.
         logme: LogME of the features in nats; see `logme.logme`.
-        imagenet_confidence: Mean probability of the most likely ImageNet class,
-            according to an ImageNet classifier (0 to 1).
-        imagenet_entropy: Mean normalized entropy of the classifier's probabilities,
-            from 0 (certain) to 1.
         images_per_second: Throughput of the base on this machine.
         minutes: Estimated minutes for each method once features are cached.
         gigabytes: Size of each method's cached activations, in units of 10^9 bytes.
         disk: Disk space available for cached activations, in units of 10^9 bytes.
+        trial: What a trial of fine-tuning showed; None without one.
+        not_tried: Why there was no trial; "" with one.
     """
 
     images: int
     class_counts: Mapping[str, int]
+    metric: str
     accuracy: Estimate
     curve: Mapping[float, Estimate]
     gain: Estimate
     majority: float
     neighbours: float | None
     logme: float
-    imagenet_confidence: float
-    imagenet_entropy: float
     images_per_second: float
     minutes: Mapping[Method, float]
     gigabytes: Mapping[Method, float]
     disk: float
+    trial: Trial | None = None
+    not_tried: str = ""
 
 
 def data_size(images: int, class_counts: Mapping[str, int]) -> Advice:
     """Judges the amount of training data."""
-    rare = rare_classes(class_counts)
-    if images < FEW_IMAGES:
-        message = f"{images:,} training images: enough for a head, few for a base"
-    elif images < MUCH_DATA:
-        message = f"{images:,} training images: enough to fine-tune the top of a base"
-    else:
-        message = f"{images:,} training images: enough to fine-tune all of a base"
-    if rare:
-        others = f" and {len(rare) - 1} others" if len(rare) > 1 else ""
-        message += f"; of {rare[0]!r}{others} fewer than {FEW_PER_CLASS}: too few"
+    least, most = min(class_counts.values()), max(class_counts.values())
+    enough = "enough to train a head; whether for more, similarity and a trial tell"
+    if images >= MUCH_DATA:
+        enough = "enough to fine-tune all of a base"
+    elif images >= FEW_IMAGES:
+        enough = "enough to fine-tune the top of a base"
+    message = (
+        f"{images:,} training images of {len(class_counts):,} classes, {least:,} to "
+        f"{most:,} of each: {enough}"
+    )
     evidence = {
         "images": images,
-        "least per class": min(class_counts.values()),
+        "least per class": least,
         "classes": len(class_counts),
     }
     return Advice("data size", message, evidence)
 
 
+def rarity(class_counts: Mapping[str, int]) -> Advice:
+    """Tells which classes have too few images for figures of their own."""
+    rare = rare_classes(class_counts)
+    least = min(class_counts.values())
+    evidence = {"rare classes": len(rare), "least per class": least}
+    if not rare:
+        message = f"none: every class has at least {FEW_PER_CLASS} training images"
+        return Advice("rare classes", message, evidence)
+    shown = [f"{name!r} ({class_counts[name]:,})" for name in rare[:_MOST_NAMED]]
+    if len(rare) > len(shown):
+        shown.append(f"{len(rare) - len(shown):,} more")
+    # Wilson's lower bound of n found images out of n is n / (n + z^2).
+    message = (
+        f"fewer than {FEW_PER_CLASS} training images of {', '.join(shown)}: their own "
+        f"figures say little (of {least:,} images, all found, the recall may still be "
+        f"{least / (least + _Z2):.2f}); collect more of them if they matter"
+    )
+    return Advice("rare classes", message, evidence)
+
+
 def rare_classes(class_counts: Mapping[str, int]) -> list[str]:
-    """Lists the classes with too few images to learn from or to evaluate on."""
-    return [name for name, count in class_counts.items() if count < FEW_PER_CLASS]
+    """Lists the classes with too few images to learn or evaluate them, fewest first."""
+    rare = [name for name, count in class_counts.items() if count < FEW_PER_CLASS]
+    return sorted(rare, key=class_counts.__getitem__)
 
 
 def imbalance(class_counts: Mapping[str, int]) -> Advice:
     """Judges whether class sizes are balanced."""
-    message = (
-        "classes are out of balance: each gets the same weight"
+    ratio = _ratio_of_classes(class_counts)
+    message = f"the largest class has {ratio:,.1f} times the images of the smallest: "
+    message += (
+        "out of balance, so each gets the same weight"
         if is_imbalanced(class_counts)
-        else "classes are in balance"
+        else "in balance"
     )
-    return Advice(
-        "imbalance", message, {"largest over smallest": _ratio_of_classes(class_counts)}
-    )
+    return Advice("balance", message, {"largest over smallest": ratio})
 
 
 def is_imbalanced(class_counts: Mapping[str, int]) -> bool:
@@ -145,16 +201,26 @@ def _ratio_of_classes(class_counts: Mapping[str, int]) -> float:
     return max(class_counts.values()) / max(min(class_counts.values()), 1)
 
 
-def learning_curve(curve: Mapping[float, Estimate], gain: Estimate) -> Advice:
+def learning_curve(
+    metric: str, curve: Mapping[float, Estimate], gain: Estimate
+) -> Advice:
     """Judges whether more images would help."""
+    said = "no longer rises with the number of images"
     if rises(gain):
-        message = "accuracy still rises with the number of images: more would help"
+        said = "still rises with the number of images: more would help"
     elif gain.mean >= RISING:
-        message = "accuracy may still rise with the number of images"
-    else:
-        message = "accuracy no longer rises with the number of images"
+        said = "may still rise with the number of images"
+    points = ", ".join(f"{x.mean:.3f} with {share:.0%}" for share, x in curve.items())
+    message = (
+        f"{label(metric)} of a probe {said} ({points}; gain by the second half "
+        f"{_signed(gain.mean, gain.low, gain.high)})"
+    )
     evidence = {f"accuracy with {share:.0%}": e.mean for share, e in curve.items()}
     return Advice("learning curve", message, {**evidence, "gain": gain.mean})
+
+
+def _signed(gain: float, low: float, high: float) -> str:
+    return f"{gain:+.3f}, 95% interval {low:+.3f} to {high:+.3f}"
 
 
 def rises(gain: Estimate) -> bool:
@@ -162,12 +228,17 @@ def rises(gain: Estimate) -> bool:
     return gain.low > 0 and gain.mean >= RISING
 
 
-def headroom(accuracy: Estimate, majority: float) -> Advice:
+def headroom(metric: str, accuracy: Estimate, majority: float) -> Advice:
     """Judges how much fine-tuning could gain at most."""
-    if is_nearly_right(accuracy, majority):
-        message = "the frozen features are nearly always right: little is left to win"
-    else:
-        message = "the frozen features leave something to win"
+    message = (
+        f"{label(metric)} of a probe on the frozen features is {accuracy}, "
+        f"{majority:.3f} without looking at images: "
+    )
+    message += (
+        "little is left to win"
+        if is_nearly_right(accuracy, majority)
+        else "something is left to win"
+    )
     evidence = {
         "accuracy": accuracy.mean,
         "low": accuracy.low,
@@ -183,48 +254,40 @@ def is_nearly_right(accuracy: Estimate, majority: float) -> bool:
 
 
 def similarity(
-    accuracy: float,
-    majority: float,
-    neighbours: float | None,
-    logme: float,
-    confidence: float,
-    entropy: float,
+    accuracy: float, majority: float, neighbours: float | None, logme: float
 ) -> Advice:
-    """Judges how similar the task is to ImageNet, which the base was trained on.
+    """Judges how similar the task is to the one that the base was trained on.
 
     Args:
         accuracy: Accuracy of a linear probe.
         majority: Accuracy of always predicting the most common class.
         neighbours: Accuracy of the nearest neighbors; None for multi-label data.
         logme: LogME of the features in nats.
-        confidence: Mean probability of the most likely ImageNet class.
-        entropy: Mean normalized entropy of the ImageNet classifier, from 0 to 1.
     """
-    message = (
-        "the task is similar to ImageNet: its features fit"
-        if is_similar(accuracy, majority, neighbours, confidence)
-        else "the task is unlike ImageNet: its features fit only in part"
+    near = accuracy if neighbours is None else neighbours
+    by = "a probe is" if neighbours is None else "the nearest neighbors are"
+    message = f"{by} right for {near:.3f}: the features keep the classes "
+    message += (
+        "apart, as in tasks similar to the base's own"
+        if is_similar(accuracy, majority, neighbours)
+        else "apart only in part, as in tasks unlike the base's own"
     )
     evidence = {
         "probe": accuracy,
         "majority class": majority,
         "nearest neighbours": neighbours,
         "LogME": logme,
-        "ImageNet confidence": confidence,
-        "ImageNet entropy": entropy,
     }
     return Advice("task similarity", message, evidence)
 
 
-def is_similar(
-    accuracy: float, majority: float, neighbours: float | None, confidence: float
-) -> bool:
-    """Returns whether classes are well separated and an ImageNet classifier confident.
+def is_similar(accuracy: float, majority: float, neighbours: float | None) -> bool:
+    """Returns whether the features separate the classes well.
 
     Separation is measured by the nearest neighbors, or by the probe without them.
     """
-    away = separation(accuracy if neighbours is None else neighbours, majority)
-    return away >= SEPARATED and confidence >= SIMILAR_CONFIDENCE
+    near = accuracy if neighbours is None else neighbours
+    return separation(near, majority) >= SEPARATED
 
 
 def separation(accuracy: float, majority: float) -> float:
@@ -260,7 +323,15 @@ def compute(
         )
     possible = feasible(minutes, gigabytes, budget, disk)
     over = "; ".join(METHODS[method] for method in minutes if method not in possible)
-    message = f"takes more time or disk than there is: {over}" if over else "all fits"
+    message = f"more time or disk than there is: {over}" if over else "everything fits"
+    takes = ", ".join(
+        f"{name} {duration(60 * minutes[name])}"
+        + (f" and {gigabytes[name]:,.2f} GB" if gigabytes[name] else "")
+        for name in minutes
+        if name != "more-data"
+    )
+    allowed = "any time" if budget is None else duration(60 * budget)
+    message += f" (takes about: {takes}; allowed: {allowed}, {disk:,.1f} GB)"
     evidence: dict[str, float | None] = {"images/s of the base": images_per_second}
     evidence |= {f"{name} seconds": 60 * needed for name, needed in minutes.items()}
     evidence["budget seconds"] = budget and 60 * budget
@@ -273,7 +344,7 @@ def feasible(
     gigabytes: Mapping[Method, float],
     budget: float | None,
     disk: float,
-) -> Collection[Method]:
+) -> set[Method]:
     """Returns the methods that fit the budget (minutes) and the disk (10^9 bytes)."""
     return {
         method
@@ -282,9 +353,41 @@ def feasible(
     }
 
 
+def trial_of(trial: Trial | None, not_tried: str) -> Advice:
+    """Says what a trial of fine-tuning showed, or why there was none.
+
+    Args:
+        trial: The trial, if any.
+        not_tried: Why there was none.
+    """
+    if trial is None:
+        return Advice("trial", f"fine-tuning was not tried: {not_tried}", {})
+    is_clear = trial.low > 0 or trial.high < 0
+    doubt = "" if is_clear else ", which chance may explain"
+    epochs = "1 epoch" if trial.epochs == 1 else f"{trial.epochs} epochs"
+    message = (
+        f"{epochs} of fine-tuning the top stage took the {label(trial.metric)} from "
+        f"{trial.before:.3f} to {trial.after:.3f} "
+        f"({_signed(trial.gain, trial.low, trial.high)}{doubt}) on {trial.images:,} "
+        "training images, each predicted by models that did not learn from it; took "
+        f"{duration(trial.seconds)}"
+    )
+    evidence = {
+        "before": trial.before,
+        "after": trial.after,
+        "gain": trial.gain,
+        "low": trial.low,
+        "high": trial.high,
+        "images": trial.images,
+        "epochs": trial.epochs,
+        "seconds": trial.seconds,
+    }
+    return Advice("trial", message, evidence)
+
+
 def recommend(
     evidence: Evidence, budget: float | None = None
-) -> tuple[Method, Sequence[Advice]]:
+) -> tuple[Method, str, Sequence[Advice]]:
     """Recommends a method.
 
     Args:
@@ -292,23 +395,22 @@ def recommend(
         budget: Maximum number of minutes that the method may take; None for no limit.
 
     Returns:
-        (recommended method, advice of each rule).
+        (recommended method, the reason for it, advice of each rule).
 
     Raises:
         UsageError: If no method fits the budget.
     """
     advice = [
         data_size(evidence.images, evidence.class_counts),
+        rarity(evidence.class_counts),
         imbalance(evidence.class_counts),
-        learning_curve(evidence.curve, evidence.gain),
-        headroom(evidence.accuracy, evidence.majority),
+        learning_curve(evidence.metric, evidence.curve, evidence.gain),
+        headroom(evidence.metric, evidence.accuracy, evidence.majority),
         similarity(
             evidence.accuracy.mean,
             evidence.majority,
             evidence.neighbours,
             evidence.logme,
-            evidence.imagenet_confidence,
-            evidence.imagenet_entropy,
         ),
         compute(
             evidence.images_per_second,
@@ -317,26 +419,36 @@ def recommend(
             budget,
             evidence.disk,
         ),
+        trial_of(evidence.trial, evidence.not_tried),
     ]
     possible = feasible(evidence.minutes, evidence.gigabytes, budget, evidence.disk)
-    return _choose(evidence, possible), advice
+    method, reason = _choose(evidence, possible)
+    return method, reason, advice
 
 
-def _choose(evidence: Evidence, possible: Collection[Method]) -> Method:
-    counts = evidence.class_counts
-    if len(rare_classes(counts)) >= RARE_CLASSES * len(counts):
-        return "more-data"
+def _choose(evidence: Evidence, possible: set[Method]) -> tuple[Method, str]:
+    """Returns the method and the reason for it."""
+    if not possible & {"finetune-top", "finetune-all"}:
+        return "extract", "fine-tuning takes more time or disk than there is"
     if is_nearly_right(evidence.accuracy, evidence.majority):
-        return "extract"
-    if evidence.images < FEW_IMAGES:
-        return "more-data" if rises(evidence.gain) else "extract"
-    similar = is_similar(
-        evidence.accuracy.mean,
-        evidence.majority,
-        evidence.neighbours,
-        evidence.imagenet_confidence,
+        return "extract", "little is left to win"
+    similar = is_similar(evidence.accuracy.mean, evidence.majority, evidence.neighbours)
+    deep = evidence.images >= MUCH_DATA or (
+        not similar and evidence.images >= FEW_IMAGES
     )
-    deep = evidence.images >= MUCH_DATA or not similar
-    if deep and "finetune-all" in possible:
-        return "finetune-all"
-    return "finetune-top" if "finetune-top" in possible else "extract"
+    tuned: Method = "finetune-all" if deep else "finetune-top"
+    if tuned not in possible:
+        tuned = "finetune-top" if deep else "extract"
+    trial = evidence.trial
+    if trial and trial.gain >= WORTH_IT:
+        return tuned, f"the trial gained {trial.gain:.3f} in {label(trial.metric)}"
+    if trial and trial.images >= TELLING * evidence.images:
+        reason = f"the trial gained less than {WORTH_IT:g} in {label(trial.metric)}"
+        if evidence.images < FEW_IMAGES and rises(evidence.gain):
+            return "more-data", f"{reason}, and more images would help"
+        return "extract", reason
+    if evidence.images < FEW_IMAGES and similar:
+        return "extract", "few images, whose classes the features keep apart"
+    if similar:
+        return tuned, "there are enough images"
+    return tuned, "the features keep the classes apart only in part"

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 
 _MOST_CLASSES = 30
+_ENDING = 6  # lines of `kt advise` below the chart, if the command takes three
 
 _SEVERITY_COLORS = {"high": "bold red", "medium": "yellow", "low": "cyan"}
 
@@ -298,23 +299,27 @@ def show_audit(found: Audit, folder: Path, fix: Path | None) -> None:
 
 
 def show_recommendation(found: "Recommendation") -> None:
-    """Shows the result of `kt advise`; the last line is the command to run."""
+    """Shows the result of `kt advise`; the last line is the command to run.
+
+    The learning curve is drawn only where everything fits on the screen with it.
+    """
     table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for one in found.advice:
-        numbers = ", ".join(
-            f"{key} {value:,.4g}" if value < 1000 else f"{key} {value:,.0f}"
-            for key, value in one.evidence.items()
-            if value is not None
-        )
-        table.add_row(one.rule, one.message)
-        table.add_row("", numbers, style="dim")
+        table.add_row(Text(one.rule, style="bold"), printable(one.message))
     console.print(table)
-    figure = "Accuracy" if found.evidence.neighbours is not None else "mAP"
-    console.print(f"{figure} by share of the training images, with 95% intervals:")
-    curve = [(f"{share:.0%}", one) for share, one in found.evidence.curve.items()]
-    for line in text_chart(curve, console.encoding).splitlines():
-        console.print(line)
-    console.print(f"Recommended: {METHODS[found.method]}")
+    points = [(f"{share:.0%}", one) for share, one in found.evidence.curve.items()]
+    chart = text_chart(points, console.encoding).splitlines()
+    height = len(console.render_lines(table)) + len(chart) + _ENDING
+    if not console.is_terminal or height <= console.height:
+        figure = label(found.evidence.metric)
+        console.print(
+            f"{figure} of a probe by share of the training images, with 95% intervals:"
+        )
+        for line in chart:
+            console.print(line)
+    console.print(f"Recommended: {METHODS[found.method]}. Why: {found.reason}.")
     console.print(found.command, soft_wrap=True)
 
 

@@ -1,0 +1,279 @@
+"""A short trial of fine-tuning, which shows what it gains before it is paid for.
+
+The top stage is trained for a few epochs on cached activations, in folds: every image
+is predicted by a head that did not learn from it, and by the same head after it was
+fine-tuned together with the top stage, on the images that the head had learned from.
+The activations are those that `kt unfreeze-and-finetune` uses.
+"""
+
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from keras_transfer.advice.costs import TuningCosts
+from keras_transfer.advice.probe import deal
+from keras_transfer.advice.rules import Trial
+from keras_transfer.config import Config
+from keras_transfer.data.samples import sample_images
+from keras_transfer.data.tables import Splits, Table
+from keras_transfer.evaluation.comparison import compare
+from keras_transfer.evaluation.crossvalidation import fold_numbers
+from keras_transfer.evaluation.metrics import deciding_metric
+from keras_transfer.events import SILENT, Listener
+from keras_transfer.features.activations import Activations, frozen_activations
+from keras_transfer.features.frozen_part import FrozenFeatures, FrozenPart
+from keras_transfer.features.parity import PARITY_IMAGES
+from keras_transfer.features.usable import keep_copies_together
+from keras_transfer.models.bases import get_base
+from keras_transfer.models.classifier import HEAD, attach_head
+from keras_transfer.models.layer_groups import (
+    trained_layers,
+    training_copy,
+    unfrozen_groups,
+)
+from keras_transfer.training.head import train_on_features
+from keras_transfer.training.labelled import (
+    class_weighting,
+    label_features,
+    relative_weights,
+)
+from keras_transfer.training.optim import layer_patterns
+from keras_transfer.training.tail import TailData, TailRecipe, train_tail
+from keras_transfer.training.tuned import CutClassifier, Mix
+
+FOLDS = 3
+"""Folds: each model learns from two thirds of the images."""
+
+FEWEST_EPOCHS = 5
+"""Epochs below which there is no trial. With few images, these are few steps, after
+which fine-tuning may look worse than it is; so there are more if time allows."""
+
+FEWEST_IMAGES = 1_000
+"""Images that are tried on if there are as many; with fewer, there is no trial."""
+
+SECONDS = 300.0
+"""Time that a trial may take without a budget."""
+
+SHARE = 0.25
+"""Fraction of a budget that a trial may take."""
+
+_OPTIONS: Mapping[str, Any] = {
+    "unfreeze": "top",
+    "augment": 0,
+    "patience": None,
+    "from_scratch_head": False,
+}
+
+
+@dataclass(frozen=True)
+class TrialPlan:
+    """How much a trial tries.
+
+    Attributes:
+        images: Number of training images.
+        epochs: Number of epochs in each fold.
+        seconds: Estimated duration.
+    """
+
+    images: int
+    epochs: int
+    seconds: float
+
+
+def plan_trial(
+    images: int, epochs: int, costs: TuningCosts, head: float, most: float
+) -> tuple[TrialPlan, bool]:
+    """Plans a trial: with fewer epochs, then on fewer images, until it fits.
+
+    Args:
+        images: Number of training images.
+        epochs: Number of epochs that fine-tuning would take.
+        costs: What fine-tuning of the top stage takes.
+        head: Seconds of training a head.
+        most: Seconds that the trial may take.
+
+    Returns:
+        (the plan, whether it fits); the smallest possible one if none fits.
+    """
+    fixed = head + FOLDS * (costs.setup + head)
+    fewest = min(epochs, FEWEST_EPOCHS)
+
+    def seconds(images: int, epochs: int) -> float:
+        learned = epochs * (FOLDS - 1) * images  # each image is learned from in 2 folds
+        return fixed + images * costs.forward + learned * costs.learning
+
+    while epochs > fewest and seconds(images, epochs) > most:
+        epochs -= 1
+    if (needed := seconds(images, epochs)) > most:
+        fitting = int((most - fixed) / (needed - fixed) * images)
+        images = max(fitting, min(images, FEWEST_IMAGES))
+    needed = seconds(images, epochs)
+    return TrialPlan(images, epochs, needed), needed <= most
+
+
+def try_fine_tuning(
+    config: Config,
+    splits: Splits,
+    part: FrozenPart,
+    features: FrozenFeatures,
+    plan: TrialPlan,
+    listener: Listener,
+) -> Trial:
+    """Fine-tunes the top stage in folds and compares it with the head alone.
+
+    Only training images are looked at. Copies of an image, and images of a group, are
+    in the same fold.
+
+    Args:
+        config: The resolved config.
+        splits: The usable images.
+        part: The frozen base.
+        features: The base's features.
+        plan: On how many training images to try, and for how many epochs.
+        listener: Receives notes and progress.
+
+    Raises:
+        UsageError: If there are fewer groups of images than folds.
+        DivergenceError: If training diverges.
+        KerasTransferError: If the activations do not fit on the disk.
+    """
+    started = time.perf_counter()
+    tuning = config.finetune.model_copy(update={**_OPTIONS, "epochs": plan.epochs})
+    config = config.model_copy(update={"finetune": tuning, "augment": 0})
+    table = keep_copies_together(splits.train, features.extraction)
+    if len(table) > plan.images:
+        picked = deal(table.targets, config.seed)[: plan.images]
+        table = table.select(np.sort(picked))
+    numbers = fold_numbers(table, len(splits.class_names), FOLDS, config.seed)
+    only = replace(splits, train=table, val=table.keep(()), test=table.keep(()))
+    work = _Work.prepare(config, only, part, features, listener)
+    before = np.zeros((len(table), len(splits.class_names)), np.float32)
+    after = np.zeros_like(before)
+    for fold in range(FOLDS):
+        inside, held_out = (
+            np.flatnonzero(x) for x in (numbers != fold, numbers == fold)
+        )
+        learned, others = table.select(inside), table.select(held_out)
+        watch = _Progress(listener, fold)
+        before[held_out], after[held_out] = work.predict(learned, others, watch)
+    metric = deciding_metric(table.targets)
+    found = compare(metric, table.targets, before, after, table.groups)
+    low, high = found.interval
+    return Trial(
+        metric=metric,
+        images=len(table),
+        epochs=plan.epochs,
+        before=found.before,
+        after=found.after,
+        low=low,
+        high=high,
+        seconds=time.perf_counter() - started,
+    )
+
+
+class _Progress(Listener):
+    """Reports the training of all folds as one step, without its notes and epochs."""
+
+    def __init__(self, listener: Listener, fold: int):
+        self._listener, self._fold = listener, fold
+
+    def progress(self, step: str, done: int, total: int) -> None:
+        self._listener.progress("trial", self._fold * total + done, FOLDS * total)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A classifier that is trained again and again, and what it learns from.
+
+    Attributes:
+        config: The resolved config.
+        splits: The images that are tried on, as training images.
+        features: Their features.
+        classifier: The classifier, whose head changes from fold to fold.
+        activations: Outputs of its frozen part.
+    """
+
+    config: Config
+    splits: Splits
+    features: FrozenFeatures
+    classifier: CutClassifier
+    activations: Activations
+
+    @classmethod
+    def prepare(
+        cls,
+        config: Config,
+        splits: Splits,
+        part: FrozenPart,
+        features: FrozenFeatures,
+        listener: Listener,
+    ) -> "_Work":
+        """Builds the classifier and runs its frozen part."""
+        head = train_on_features(config, splits, features, SILENT)
+        model = attach_head(part.model, head.model)
+        groups = unfrozen_groups(model, get_base(config.base), config.finetune.unfreeze)
+        sample = sample_images(splits, part.image_size, PARITY_IMAGES)
+        classifier = CutClassifier(model, groups, splits, sample)
+        activations = frozen_activations(
+            classifier.frozen_part(config),
+            splits,
+            config,
+            classifier.sample_sources,
+            classifier.parity,
+            listener,
+        )
+        return cls(config, splits, features, classifier, activations)
+
+    def predict(
+        self, learned: Table, others: Table, listener: Listener
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Trains a head, then the top stage, and predicts images after each.
+
+        Args:
+            learned: Images to learn from.
+            others: Images to predict.
+            listener: Receives progress.
+
+        Returns:
+            float32 `[N, C]` probabilities of the others, before and after fine-tuning.
+        """
+        splits = replace(self.splits, train=learned)
+        head = train_on_features(self.config, splits, self.features, SILENT)
+        classifier = self.classifier
+        classifier.model.get_layer(HEAD).set_weights(head.model.get_weights())
+        rows = self.activations.features.rows(others.sources)
+        before = classifier.predict(rows)
+        with tempfile.TemporaryDirectory() as checkpoint:
+            tail = train_tail(
+                self._recipe(), self._data(splits), Path(checkpoint), listener
+            )
+        mix = Mix(classifier, tail.weights, self.config.finetune)
+        after = classifier.predict(rows)
+        mix.set(0.0)  # for the next fold
+        return before, after
+
+    def _recipe(self) -> TailRecipe:
+        tuning, cut = self.config.finetune, self.classifier
+        return TailRecipe(
+            tuning,
+            partial(training_copy, cut.tail, cut.unfrozen, tuning.train_bn),
+            layer_patterns(
+                trained_layers(cut.groups, tuning.train_bn), cut.multipliers(tuning)
+            ),
+            seed=self.config.seed,
+        )
+
+    def _data(self, splits: Splits) -> TailData:
+        table, head = splits.train, self.config.head
+        weighting = class_weighting(
+            table.targets, splits.class_names, head.class_weight, head.logit_adjustment
+        )
+        rows = self.activations.features.rows(table.sources)
+        weights = relative_weights(table)
+        return TailData(label_features([rows], table.targets, weighting, weights))
