@@ -15,15 +15,18 @@ from PIL import Image
 
 import keras_transfer
 from keras_transfer.advice import probe as probe_module
+from keras_transfer.advice.costs import TuningCosts
 from keras_transfer.advice.logme import logme
 from keras_transfer.advice.probe import Probed, learning_curve
 from keras_transfer.advice.ranking import rank_by_accuracy
-from keras_transfer.advice.rules import Evidence, recommend, separation
+from keras_transfer.advice.rules import Evidence, Trial, recommend, separation
+from keras_transfer.advice.trial import plan_trial
 from keras_transfer.config import load_config
 from keras_transfer.data.tables import Splits, Table
 from keras_transfer.errors import KerasTransferError, UsageError
 from keras_transfer.evaluation.crossvalidation import estimate, fold_numbers
 from keras_transfer.evaluation.intervals import trials_of, wilson
+from keras_transfer.features.cache import FeatureCache
 from keras_transfer.runs.manifest import Estimate
 from keras_transfer.training.head import train_head
 from keras_transfer.workflows.advise import command_line
@@ -238,72 +241,137 @@ def certain(value: float) -> Estimate:
 ORDINARY = Evidence(
     images=1600,
     class_counts={"a": 700, "b": 900},
+    metric="accuracy",
     accuracy=certain(0.8),
     curve={0.25: certain(0.7), 0.5: certain(0.79), 1.0: certain(0.8)},
     gain=Estimate(mean=0.005, low=-0.01, high=0.02, values=()),
     majority=0.56,
     neighbours=0.85,
     logme=0.1,
-    imagenet_confidence=0.6,
-    imagenet_entropy=0.3,
     images_per_second=300,
     minutes={"extract": 1, "more-data": 1, "finetune-top": 5, "finetune-all": 50},
     gigabytes={"extract": 0, "more-data": 0, "finetune-top": 0.1, "finetune-all": 1},
     disk=10,
+    not_tried="a trial takes about 20 min",
 )
 MANY = {f"class {number}": 80 for number in range(20)}
 COMMON = {"accuracy": certain(0.985), "majority": 0.98, "neighbours": 0.995}
 RISES = Estimate(mean=0.05, low=0.02, high=0.08, values=())
+UNLIKE = {"neighbours": 0.6}
+
+
+def tried(gain: float, images: int = 1600) -> dict[str, Trial]:
+    """A trial in which fine-tuning gained this much."""
+    interval = {"low": gain - 0.03, "high": gain + 0.03}
+    return {
+        "trial": Trial("accuracy", images, 5, 0.7, 0.7 + gain, **interval, seconds=9)
+    }
 
 
 @pytest.mark.parametrize(
-    ("changes", "budget", "method"),
+    ("changes", "budget", "method", "why"),
     [
-        ({}, None, "finetune-top"),
-        ({}, 2, "extract"),
-        ({"accuracy": certain(0.995)}, None, "extract"),
-        ({"images": 200}, None, "extract"),
-        ({"images": 200, "gain": RISES}, None, "more-data"),
-        ({"class_counts": {"a": 900, "b": 4}}, None, "more-data"),
-        ({"class_counts": {"a": 4} | MANY, "images": 1604}, None, "finetune-top"),
-        (COMMON, None, "finetune-top"),
-        ({"images": 29_000}, None, "finetune-all"),
-        ({"images": 29_000}, 10, "finetune-top"),
-        ({"images": 29_000, "disk": 0.5}, None, "finetune-top"),
-        ({"disk": 0.01}, None, "extract"),
-        ({"imagenet_confidence": 0.1}, None, "finetune-all"),
-        ({"imagenet_confidence": 0.1}, 10, "finetune-top"),
-        ({"imagenet_confidence": 0.1, "images": 200}, None, "extract"),
+        ({}, None, "finetune-top", "enough images"),
+        ({}, 2, "extract", "more time or disk"),
+        ({"accuracy": certain(0.995)}, None, "extract", "little is left"),
+        ({"images": 200}, None, "extract", "few images"),
+        ({"images": 200, "gain": RISES}, None, "extract", "few images"),
+        ({"images": 200} | UNLIKE, None, "finetune-top", "only in part"),
+        ({"images": 200} | UNLIKE, 2, "extract", "more time or disk"),
+        ({"class_counts": {"a": 900, "b": 4}}, None, "finetune-top", "enough images"),
+        ({"class_counts": MANY | {"a": 4}}, None, "finetune-top", "enough images"),
+        (COMMON, None, "finetune-top", "enough images"),
+        ({"images": 29_000}, None, "finetune-all", "enough images"),
+        ({"images": 29_000}, 10, "finetune-top", "enough images"),
+        ({"images": 29_000, "disk": 0.5}, None, "finetune-top", "enough images"),
+        ({"disk": 0.01}, None, "extract", "more time or disk"),
+        (UNLIKE, None, "finetune-all", "only in part"),
+        (UNLIKE, 10, "finetune-top", "only in part"),
+        (tried(0.04), None, "finetune-top", "gained 0.040 in accuracy"),
+        (tried(0.04) | UNLIKE, None, "finetune-all", "gained 0.040"),
+        (tried(0.04, 200) | {"images": 200}, None, "finetune-top", "gained 0.040"),
+        (tried(-0.04), None, "extract", "less than 0.01"),
+        (tried(-0.04) | UNLIKE, None, "extract", "less than 0.01"),
+        # What few of the images do not show, more of them may.
+        (tried(-0.04, 300), None, "finetune-top", "enough images"),
+        (tried(0.0, 200) | {"images": 200, "gain": RISES}, None, "more-data", "more"),
+        (tried(0.04, 200) | {"images": 200, "gain": RISES}, None, "finetune-top", ""),
+        (tried(0.0) | {"gain": RISES}, None, "extract", "less than 0.01"),
     ],
 )
-def test_the_method_follows_from_the_numbers(changes, budget, method):
-    found, advice = recommend(replace(ORDINARY, **changes), budget)
-    assert found == method
+def test_the_method_follows_from_the_numbers(changes, budget, method, why):
+    found, reason, advice = recommend(replace(ORDINARY, **changes), budget)
+    assert found == method and why in reason
     assert [one.rule for one in advice] == [
         "data size",
-        "imbalance",
+        "rare classes",
+        "balance",
         "learning curve",
         "headroom",
         "task similarity",
         "compute",
+        "trial",
     ]
-    assert all(one.message and one.evidence for one in advice)
+    assert all(one.message for one in advice)
 
 
 def messages(**changes) -> str:
-    return " | ".join(a.message for a in recommend(replace(ORDINARY, **changes))[1])
+    return " | ".join(a.message for a in recommend(replace(ORDINARY, **changes))[2])
 
 
 def test_rules_say_what_they_found():
-    assert "in balance" in messages() and "similar to ImageNet" in messages()
+    ordinary = messages()
+    assert "in balance" in ordinary and "similar to the base's own" in ordinary
+    assert "every class has at least 10" in ordinary
+    assert "1,600 training images" in ordinary  # however many labels they have
+    assert "not tried: a trial takes about 20 min" in ordinary
+    assert "(0.700 with 25%, 0.790 with 50%, 0.800 with 100%;" in ordinary
+    assert "finetune-top 5 min and 0.10 GB" in ordinary
     assert "out of balance" in messages(class_counts={"a": 1000, "b": 100})
-    assert "of 'b' fewer than 10" in messages(class_counts={"a": 1000, "b": 9})
-    assert "unlike ImageNet" in messages(imagenet_confidence=0.1)
-    assert "unlike ImageNet" in messages(neighbours=0.6)
-    assert "1,600 training images" in messages()  # however many labels they have
+    assert "unlike the base's own" in messages(neighbours=0.6)
     assert "more time or disk than there is" in messages(disk=0.5)
     assert "more would help" in messages(gain=RISES)
+    shown = messages(**tried(0.04))
+    assert "from 0.700 to 0.740 (+0.040, 95% interval +0.010 to +0.070)" in shown
+    assert "on 1,600 training images" in shown
+    assert "which chance may explain" in messages(**tried(0.01))
     assert separation(0.75, 0.5) == 0.5
+
+
+def test_rare_classes_are_named_and_decide_nothing():
+    counts = {f"class {n}": 90 for n in range(8)} | {"rare": 9, "rarest": 4}
+    method, _, advice = recommend(
+        replace(ORDINARY, class_counts=counts, **tried(0.077))
+    )
+    assert method == "finetune-top"
+    (said,) = [one.message for one in advice if one.rule == "rare classes"]
+    assert "of 'rarest' (4), 'rare' (9):" in said
+    # Of 4 images, all found, Wilson's interval of the recall starts at 0.51.
+    assert "of 4 images, all found, the recall may still be 0.51" in said
+    assert wilson(1.0, 4)[0] == pytest.approx(0.51, abs=0.005)
+    many = {f"class {n}": n for n in range(1, 9)}
+    assert "'class 3' (3), 5 more:" in messages(class_counts=many)
+
+
+COSTS = TuningCosts(forward=0.01, learning=0.01, setup=5, row_bytes=1)
+
+
+def test_a_trial_is_as_long_as_time_allows():
+    # 3 folds of 5 s, in which heads take 1 s; 300 images are learned from twice.
+    plan, fits = plan_trial(300, 10, COSTS, 1, 300)
+    assert (plan.images, plan.epochs, fits) == (300, 10, True)
+    assert plan.seconds == pytest.approx(1 + 3 * 6 + 3 + 10 * 2 * 3)
+    plan, fits = plan_trial(300, 10, COSTS, 1, 60)
+    assert (plan.images, plan.epochs, fits) == (300, 6, True)
+    plan, fits = plan_trial(300, 10, COSTS, 1, 40)
+    assert (plan.images, plan.epochs, fits) == (300, 5, False)
+    plan, fits = plan_trial(30_000, 10, COSTS, 1, 300)
+    assert 1_000 <= plan.images < 3_000 and plan.epochs == 5 and fits
+    assert plan.seconds == pytest.approx(300, abs=0.2)
+    plan, fits = plan_trial(30_000, 10, COSTS, 1, 100)
+    assert (plan.images, plan.epochs, fits) == (1_000, 5, False)
+    plan, _ = plan_trial(300, 2, COSTS, 1, 300)
+    assert plan.epochs == 2
 
 
 def test_a_budget_that_allows_nothing_is_an_error():
@@ -317,13 +385,12 @@ def test_a_budget_that_allows_nothing_is_an_error():
 
 
 @pytest.mark.long
-@pytest.mark.long
 def test_advice_ends_in_a_command_that_uses_what_it_computed(kt, photos):
     result = kt("advise", photos, "--image-size", 64, "--budget", "2h")
     assert result.exit_code == 0, result.output
     *_, shares, recommended, command = result.stdout.strip().splitlines()
     assert shares.split() == ["25%", "50%", "100%"]  # below the learning curve
-    assert recommended.startswith("Recommended: feature extraction")
+    assert recommended.startswith("Recommended: feature extraction. Why: ")
     program, *arguments = command.split()
     assert program == "kt" and "&&" not in arguments
     fitted = kt(*arguments)
@@ -357,7 +424,7 @@ def test_the_command_leaves_a_run_that_exists(photos):
         inputs.run.run_dir.with_name(name).mkdir()
 
 
-# A base that is quick to measure, and a cache of what ImageNet's classifier is asked
+# A base that is quick to measure, and a cache of its features
 QUICK = {"base": "alexnet", "weights": "none", "image_size": 64}
 QUICKLY = ("--base", "alexnet", "--weights", "none", "--image-size", 64)
 
@@ -377,11 +444,48 @@ def test_advice_as_json(kt, photos, tmp_path, shared_cache):
     assert evidence["class_counts"] == dict.fromkeys(CLASSES, 17)
     assert 0.5 < evidence["accuracy"]["mean"] <= 1
     assert set(evidence["curve"]) == {"0.25", "0.5", "1.0"}
-    assert 0 < evidence["imagenet_confidence"] < 1
     assert [one["rule"] for one in found["advice"]][0] == "data size"
+    trial = evidence["trial"]
+    assert trial["images"] == 51 and trial["epochs"] == 10
+    assert trial["low"] <= trial["after"] - trial["before"] <= trial["high"]
+    assert trial["before"] == pytest.approx(evidence["accuracy"]["mean"], abs=0.2)
+    # Nothing was computed of test images above the split point.
+    rows = FeatureCache(shared_cache).list()
+    images = {row["split_point"].partition("#")[0]: row["images"] for row in rows}
+    assert images == {"": 60, "pool": 60, "pool2": 51}
     assert 0 < evidence["minutes"]["extract"] < evidence["minutes"]["finetune-all"]
     assert evidence["gigabytes"]["finetune-top"] > 0
     assert found["command"].startswith("kt fit ")
+
+
+@pytest.mark.long
+def test_fine_tuning_finds_what_the_trial_computed(photos, tmp_path):
+    options = QUICK | {"cache_dir": tmp_path / "cache"}
+    assert keras_transfer.advise(photos, **options).evidence.trial
+    told = Told()
+    run = keras_transfer.fit(photos, **options)
+    run.unfreeze_and_finetune(epochs=1, listeners=[told])
+    assert any("60 rows of" in x and "up to 51 are there" in x for x in told.notes)
+
+
+def test_copies_of_an_image_are_not_learned_from(tmp_path):
+    rng, rows = np.random.default_rng(0), []
+    for index in range(60):
+        path = tmp_path / f"{index}.png"
+        if index % 2:  # the same image again
+            shutil.copy(tmp_path / f"{index - 1}.png", path)
+        else:
+            Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(path)
+        rows.append(f"{path},{'ab'[index // 2 % 2]},train")
+    rows += [f"{tmp_path / '0.png'},a,test", f"{tmp_path / '2.png'},b,test"]
+    (tmp_path / "data.csv").write_text("\n".join(["path,label,split", *rows]))
+    found = keras_transfer.advise(
+        tmp_path / "data.csv", **QUICK, cache_dir=tmp_path / "cache"
+    )
+    # Classes are drawn at random, so that only copies could tell them.
+    trial = found.evidence.trial
+    assert trial is not None and trial.images == 60
+    assert max(trial.before, trial.after) < 0.8
 
 
 @pytest.mark.parametrize("command", ["advise", "rank"])
@@ -506,11 +610,14 @@ def test_images_of_several_classes_are_advised_on(photos, shared_cache):
     text = "path,label\n" + "".join(f"{path},{label}\n" for path, label in rows)
     Path("data.csv").write_text(text)
     options = QUICK | {"cache_dir": shared_cache}
-    found = keras_transfer.advise("data.csv", **options)
+    full = {"finetune": {"disk_budget_gb": 1e-9}}
+    found = keras_transfer.advise("data.csv", **options, **full)
+    assert found.evidence.trial is None and "disk" in found.evidence.not_tried
     assert found.evidence.neighbours is None
     assert found.evidence.majority == pytest.approx(0.375, abs=0.03)
     assert found.evidence.majority < found.evidence.accuracy.mean <= 1
     assert found.command == (
         f"kt fit {Path('data.csv').resolve()} --base alexnet --weights none "
-        f"--image-size 64 --cache-dir {shared_cache}"
+        f"--image-size 64 --cache-dir {shared_cache} --set 'finetune="
+        '{"disk_budget_gb": 1e-09}\''
     )
