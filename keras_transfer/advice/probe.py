@@ -11,6 +11,7 @@ import threadpoolctl
 from keras_transfer.config import Config, HeadConfig
 from keras_transfer.data.samples import sample_images
 from keras_transfer.data.tables import Splits, Table
+from keras_transfer.errors import UsageError
 from keras_transfer.evaluation.crossvalidation import (
     FOLDS,
     estimate,
@@ -67,6 +68,8 @@ class Probed:
 def probe(config: Config, splits: Splits, features: FrozenFeatures) -> Probed:
     """Samples at most 20,000 training images and assigns them to folds.
 
+    Copies of an image are in the same fold, as far as there are enough others.
+
     Raises:
         UsageError: If there are too few images for the folds.
     """
@@ -74,7 +77,11 @@ def probe(config: Config, splits: Splits, features: FrozenFeatures) -> Probed:
     if len(table) > _MOST_PROBED:
         picked = deal(table.targets, config.seed)[:_MOST_PROBED]
         table = table.select(np.sort(picked))
-    numbers = fold_numbers(table, len(splits.class_names), FOLDS, config.seed)
+    apart = keep_copies_together(table, features.extraction)
+    try:
+        numbers = fold_numbers(apart, len(splits.class_names), FOLDS, config.seed)
+    except UsageError:  # too few are no copies
+        numbers = fold_numbers(table, len(splits.class_names), FOLDS, config.seed)
     return Probed(table, features.rows(table.sources)[:], numbers)
 
 

@@ -468,24 +468,25 @@ def test_fine_tuning_finds_what_the_trial_computed(photos, tmp_path):
     assert any("60 rows of" in x and "up to 51 are there" in x for x in told.notes)
 
 
+@pytest.mark.long
 def test_copies_of_an_image_are_not_learned_from(tmp_path):
     rng, rows = np.random.default_rng(0), []
-    for index in range(60):
+    for index in range(64):
         path = tmp_path / f"{index}.png"
         if index % 2:  # the same image again
             shutil.copy(tmp_path / f"{index - 1}.png", path)
         else:
             Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(path)
-        rows.append(f"{path},{'ab'[index // 2 % 2]},train")
-    rows += [f"{tmp_path / '0.png'},a,test", f"{tmp_path / '2.png'},b,test"]
+        split = "train" if index < 60 else "test"
+        rows.append(f"{path},{'ab'[index // 2 % 2]},{split}")
     (tmp_path / "data.csv").write_text("\n".join(["path,label,split", *rows]))
     found = keras_transfer.advise(
         tmp_path / "data.csv", **QUICK, cache_dir=tmp_path / "cache"
     )
-    # Classes are drawn at random, so that only copies could tell them.
+    # Images are noise whatever their class, so that only copies could tell it.
     trial = found.evidence.trial
     assert trial is not None and trial.images == 60
-    assert max(trial.before, trial.after) < 0.8
+    assert max(trial.before, trial.after, found.evidence.accuracy.mean) < 0.75
 
 
 @pytest.mark.parametrize("command", ["advise", "rank"])

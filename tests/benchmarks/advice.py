@@ -1,81 +1,148 @@
 """Whether `kt advise` is right: its advice beside both methods, carried out.
 
-    python tests/benchmarks/advice.py DATA [DATA ...] --base MobileNetV2
+    python tests/benchmarks/advice.py DATA [DATA ...] --images 100 300 --seeds 3
 
-For each DATA: advice from nothing and again with features cached, then `kt fit` and
-`kt unfreeze-and-finetune` with 30% test images (where DATA names none), and the
-accuracy of both phases on these. What is unfrozen is what the advice says, or else the
-top stage. Fine-tuning counts as better if the
-command's own test says so.
+For each DATA, number of training images and seed, 30% of the images (at most --tested;
+whole groups) become test images, and that number of the others are trained on. These
+get the advice of `kt advise`, with and without its trial, and then `kt fit` and
+`kt unfreeze-and-finetune --unfreeze top`. A row shows the advice beside the gain of
+fine-tuning in accuracy on the test images, whether or not the model was kept. At the
+end: how often fine-tuning was advised if it gained at least a point, or if it did not,
+and the mean gain of following the advice.
 """
 
 import argparse
-import json
-import sys
+import csv
 import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from fit_vs_recipe import run
 
 import keras_transfer
-from keras_transfer.evaluation.comparison import compare
-from keras_transfer.evaluation.metrics import deciding_metric
+from keras_transfer.advice.probe import deal
+from keras_transfer.advice.rules import WORTH_IT, Method, Trial, recommend
+from keras_transfer.config import load_config
+from keras_transfer.evaluation.intervals import Groups
 from keras_transfer.evaluation.of_run import load_model, run_splits
-from keras_transfer.evaluation.prediction import predict_sources
-from keras_transfer.runs.run import Run
+from keras_transfer.evaluation.prediction import predict_table
+from keras_transfer.workflows.inputs import prepare
 
-KT = Path(sys.executable).with_name("kt")
-
-
-def probabilities(trained: Run, phase: str, sources: list[str]) -> np.ndarray:
-    """float32 `[N, num_classes]` of images by a phase's model."""
-    read = run_splits(trained).read
-    found = {
-        prediction.source: prediction.probabilities
-        for prediction in predict_sources(load_model(trained, phase), sources, read)
-    }
-    return np.stack([found[source] for source in sources])
+TEST_SHARE = 0.3
 
 
-def measure(data: str, base: str, work: Path) -> bool:
-    """Prints a line; whether the advice was right."""
-    options = ["--base", base, "--cache-dir", work / "cache"]
-    cold, _, _ = run(KT, "advise", data, *options, "--json")
-    warm, _, text = run(KT, "advise", data, *options, "--json")
-    advice = json.loads(text)
-    run_dir = work / Path(data).name
-    shares = ["--set", "splits.test=0.3"]
-    named = ["--name", run_dir.name, "--runs-dir", work]
-    fit, _, _ = run(KT, "fit", data, *options, *shares, *named)
-    unfreeze = "all" if advice["method"] == "finetune-all" else "top"
-    tune, _, _ = run(KT, "unfreeze-and-finetune", run_dir, "--unfreeze", unfreeze)
-    trained = keras_transfer.open_run(run_dir)
-    splits = run_splits(trained)
-    sources, targets = splits.test.sources, splits.test.targets
+@dataclass(frozen=True)
+class Row:
+    """The advice of one split, and the truth.
+
+    Attributes:
+        advised: The method that is advised.
+        without_trial: The method that is advised without a trial.
+        trial: The trial, if there was one.
+        gain: Accuracy on test images after fine-tuning minus that before.
+    """
+
+    advised: Method
+    without_trial: Method
+    trial: Trial | None
+    gain: float
+
+
+def write_split(data: str, images: int, seed: int, tested: int, path: Path) -> int:
+    """Writes a table of DATA with splits; returns the number of training images."""
+    splits = prepare(load_config(None, {"data": data}), makes_run=False).splits
+    table, *others = (part for _, part in splits.items() if len(part))
+    for other in others:
+        table = table.joined(other)
+    grouped, count = Groups.of(table.groups), len(table)
+    group = np.arange(count) if grouped is None else grouped.index
+    order = np.random.default_rng(seed).permutation(group.max() + 1)[group]
+    order = np.argsort(order, kind="stable")
+    edge = min(tested, round(TEST_SHARE * count))
+    while edge < count and group[order[edge]] == group[order[edge - 1]]:
+        edge += 1
+    test, rest = order[:edge], order[edge:]
+    train = rest[deal(table.targets[rest], seed)[:images]]
+    root = Path(data) if Path(data).is_dir() else Path(data).parent
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "label", "group", "split"])
+        for split, rows in (("train", train), ("test", test)):
+            for i in rows:
+                label = splits.class_names[table.targets[i]]
+                source = root.resolve() / table.sources[i]
+                writer.writerow([source, label, table.groups[i], split])
+    return len(train)
+
+
+def measure(table: Path, options: dict[str, object]) -> Row:
+    """Asks for advice and carries out both methods."""
+    found = keras_transfer.advise(table, **options)
+    method, _, _ = recommend(replace(found.evidence, trial=None))
+    run = keras_transfer.fit(table, **options, runs_dir=table.parent, report=False)
+    run.unfreeze_and_finetune(unfreeze="top", report=False)
+    splits = run_splits(run)
     head, tuned = (
-        probabilities(trained, phase, sources) for phase in ("fit", "finetune")
+        predict_table(load_model(run, phase), splits.test, splits.read).argmax(1)
+        for phase in ("fit", "finetune")
     )
-    found = compare(deciding_metric(targets), targets, head, tuned)
-    advised = advice["method"].startswith("finetune")
-    print(
-        f"{run_dir.name}: {advice['method']}, advised in {cold:.0f} s, with features "
-        f"cached {warm:.0f} s; on {len(sources)} images head {found.before:.4f} "
-        f"({fit:.0f} s), fine-tuned {found.after:.4f} ({tune:.0f} s), p = "
-        f"{found.p_value:.3f}: {'right' if advised == found.is_better else 'wrong'}",
-        flush=True,
-    )
-    return advised == found.is_better
+    right, were_right = (x == splits.test.targets for x in (tuned, head))
+    gain = float(right.mean() - were_right.mean())
+    return Row(found.method, method, found.evidence.trial, gain)
+
+
+def show_summary(rows: list[Row]) -> None:
+    """Prints what following the advice would have gained."""
+    choices = {
+        "never fine-tuned": [False for _ in rows],
+        "always": [True for _ in rows],
+        "as advised without a trial": [
+            x.without_trial.startswith("finetune") for x in rows
+        ],
+        "as advised": [x.advised.startswith("finetune") for x in rows],
+        "best": [x.gain > 0 for x in rows],
+    }
+    worth = [row.gain >= WORTH_IT for row in rows]
+    for name, chosen in choices.items():
+        pairs = list(zip(chosen, worth, rows, strict=True))
+        print(
+            f"{name}: mean gain {np.mean([c * x.gain for c, _, x in pairs]):+.4f}; "
+            f"fine-tuned in {sum(c and w for c, w, _ in pairs)} of {sum(worth)} where "
+            f"it gained a point, {sum(c and not w for c, w, _ in pairs)} of "
+            f"{len(rows) - sum(worth)} others"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", nargs="+")
-    parser.add_argument("--base", default="MobileNetV2")
+    parser.add_argument("--images", nargs="+", type=int, default=[300])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tested", type=int, default=800)
+    parser.add_argument("--base", default="efficientnet_lite0")
+    parser.add_argument("--image-size", type=int)
     arguments = parser.parse_args()
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        right = [measure(x, arguments.base, Path(folder)) for x in arguments.data]
-    print(f"{sum(right)} of {len(right)} right")
+        for data in arguments.data:
+            for images in arguments.images:
+                for seed in range(arguments.seeds):
+                    table = Path(folder) / f"{Path(data).stem}-{images}-{seed}.csv"
+                    count = write_split(data, images, seed, arguments.tested, table)
+                    options = {"base": arguments.base, "seed": seed}
+                    options |= {"image_size": arguments.image_size}
+                    row = measure(table, options)
+                    rows.append(row)
+                    shown = "none"
+                    if (one := row.trial) is not None:
+                        shown = f"{one.gain:+.3f} ({one.low:+.3f} to {one.high:+.3f})"
+                    print(
+                        f"{Path(data).stem}, {count} images, seed {seed}: "
+                        f"{row.advised} (without a trial {row.without_trial}); trial "
+                        f"{shown}, gain on test images {row.gain:+.3f}",
+                        flush=True,
+                    )
+    show_summary(rows)
 
 
 if __name__ == "__main__":
