@@ -39,7 +39,7 @@ IMBALANCED = 5.0  # size of the largest class over that of the smallest
 NEARLY_RIGHT = 0.98  # probe's `separation` above which little can be gained
 SEPARATED = 0.5  # nearest neighbors' `separation` in a similar task
 RISING = 0.01  # figure gained by doubling the data that justifies collecting more
-WORTH_IT = 0.01  # figure gained in a trial that justifies fine-tuning
+WORTH_IT = 0.005  # figure gained in a trial that justifies fine-tuning
 TELLING = 0.5  # share of the images on which a trial without a gain is believed
 
 _Z2 = 1.96**2
@@ -440,10 +440,11 @@ def _choose(evidence: Evidence, possible: set[Method]) -> tuple[Method, str]:
     if tuned not in possible:
         tuned = "finetune-top" if deep else "extract"
     trial = evidence.trial
+    shown = trial and f"fine-tuning changed the {label(trial.metric)} by"
     if trial and trial.gain >= WORTH_IT:
-        return tuned, f"the trial gained {trial.gain:.3f} in {label(trial.metric)}"
+        return tuned, f"in the trial, {shown} {trial.gain:+.3f}"
     if trial and trial.images >= TELLING * evidence.images:
-        reason = f"the trial gained less than {WORTH_IT:g} in {label(trial.metric)}"
+        reason = f"in the trial, {shown} {trial.gain:+.3f}, less than {WORTH_IT:+g}"
         if evidence.images < FEW_IMAGES and rises(evidence.gain):
             return "more-data", f"{reason}, and more images would help"
         return "extract", reason

@@ -3,7 +3,8 @@
 The top stage is trained for a few epochs on cached activations, in folds: every image
 is predicted by a head that did not learn from it, and by the same head after it was
 fine-tuned together with the top stage, on the images that the head had learned from.
-The activations are those that `kt unfreeze-and-finetune` uses.
+As in `kt unfreeze-and-finetune`, which uses the same activations, the weights before
+and after are mixed, and each half of the images chooses the mix for the other.
 """
 
 import tempfile
@@ -25,6 +26,7 @@ from keras_transfer.data.tables import Splits, Table
 from keras_transfer.evaluation.comparison import compare
 from keras_transfer.evaluation.crossvalidation import fold_numbers
 from keras_transfer.evaluation.metrics import deciding_metric
+from keras_transfer.evaluation.validation import cross_fit, halves
 from keras_transfer.events import SILENT, Listener
 from keras_transfer.features.activations import Activations, frozen_activations
 from keras_transfer.features.frozen_part import FrozenFeatures, FrozenPart
@@ -45,7 +47,7 @@ from keras_transfer.training.labelled import (
 )
 from keras_transfer.training.optim import layer_patterns
 from keras_transfer.training.tail import TailData, TailRecipe, train_tail
-from keras_transfer.training.tuned import CutClassifier, Mix
+from keras_transfer.training.tuned import ALPHAS, CutClassifier, Mix
 
 FOLDS = 3
 """Folds: each model learns from two thirds of the images."""
@@ -153,24 +155,27 @@ def try_fine_tuning(
     numbers = fold_numbers(table, len(splits.class_names), FOLDS, config.seed)
     only = replace(splits, train=table, val=table.keep(()), test=table.keep(()))
     work = _Work.prepare(config, only, part, features, listener)
-    before = np.zeros((len(table), len(splits.class_names)), np.float32)
-    after = np.zeros_like(before)
+    shape = len(table), len(splits.class_names)
+    said = {alpha: np.zeros(shape, np.float32) for alpha in (0.0, *ALPHAS)}
     for fold in range(FOLDS):
-        inside, held_out = (
-            np.flatnonzero(x) for x in (numbers != fold, numbers == fold)
-        )
-        learned, others = table.select(inside), table.select(held_out)
-        watch = _Progress(listener, fold)
-        before[held_out], after[held_out] = work.predict(learned, others, watch)
+        held_out = numbers == fold
+        others = table.select(np.flatnonzero(held_out))
+        learned = table.select(np.flatnonzero(~held_out))
+        found = work.predict(learned, others, _Progress(listener, fold))
+        for alpha, probabilities in found.items():
+            said[alpha][held_out] = probabilities
     metric = deciding_metric(table.targets)
-    found = compare(metric, table.targets, before, after, table.groups)
-    low, high = found.interval
+    before = said.pop(0.0)
+    first = halves(table, len(splits.class_names), config.seed)
+    after = cross_fit(metric, table.targets, said, first).uncalibrated
+    compared = compare(metric, table.targets, before, after, table.groups)
+    low, high = compared.interval
     return Trial(
         metric=metric,
         images=len(table),
         epochs=plan.epochs,
-        before=found.before,
-        after=found.after,
+        before=compared.before,
+        after=compared.after,
         low=low,
         high=high,
         seconds=time.perf_counter() - started,
@@ -232,7 +237,7 @@ class _Work:
 
     def predict(
         self, learned: Table, others: Table, listener: Listener
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> dict[float, np.ndarray]:
         """Trains a head, then the top stage, and predicts images after each.
 
         Args:
@@ -241,22 +246,24 @@ class _Work:
             listener: Receives progress.
 
         Returns:
-            float32 `[N, C]` probabilities of the others, before and after fine-tuning.
+            float32 `[N, C]` probabilities of the others by the fraction of the
+            fine-tuned weights in the model; 0 is the head alone.
         """
         splits = replace(self.splits, train=learned)
         head = train_on_features(self.config, splits, self.features, SILENT)
         classifier = self.classifier
         classifier.model.get_layer(HEAD).set_weights(head.model.get_weights())
         rows = self.activations.features.rows(others.sources)
-        before = classifier.predict(rows)
         with tempfile.TemporaryDirectory() as checkpoint:
             tail = train_tail(
                 self._recipe(), self._data(splits), Path(checkpoint), listener
             )
         mix = Mix(classifier, tail.weights, self.config.finetune)
-        after = classifier.predict(rows)
-        mix.set(0.0)  # for the next fold
-        return before, after
+        found = {}
+        for alpha in (*mix.alphas, 0.0):  # the last one restores the weights
+            mix.set(alpha)
+            found[alpha] = classifier.predict(rows)
+        return found
 
     def _recipe(self) -> TailRecipe:
         tuning, cut = self.config.finetune, self.classifier
