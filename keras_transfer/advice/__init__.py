@@ -1,4 +1,4 @@
 """Measurements -> advice, by rules of thumb with documented thresholds.
 
-Reading order: logme, probe, ranking, rules.
+Reading order: evidence, logme, probe, ranking, costs, trial, rules.
 """

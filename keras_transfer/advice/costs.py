@@ -8,8 +8,8 @@ from functools import partial
 import keras
 import numpy as np
 
+from keras_transfer.advice.evidence import Method
 from keras_transfer.advice.probe import draw_rows
-from keras_transfer.advice.rules import Method
 from keras_transfer.config import Config, HeadConfig
 from keras_transfer.data.tables import Splits
 from keras_transfer.features.engine import make_engine, predict, seconds_per_image

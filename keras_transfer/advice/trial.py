@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from keras_transfer.advice.costs import TuningCosts
+from keras_transfer.advice.evidence import Trial
 from keras_transfer.advice.probe import deal
-from keras_transfer.advice.rules import Trial
 from keras_transfer.config import Config
 from keras_transfer.data.samples import sample_images
 from keras_transfer.data.tables import Splits, Table
@@ -164,21 +164,42 @@ def try_fine_tuning(
         found = work.predict(learned, others, _Progress(listener, fold))
         for alpha, probabilities in found.items():
             said[alpha][held_out] = probabilities
+    return _judge(table, said, config, plan, time.perf_counter() - started)
+
+
+def _judge(
+    table: Table,
+    said: dict[float, np.ndarray],
+    config: Config,
+    plan: TrialPlan,
+    seconds: float,
+) -> Trial:
+    """Compares the head with mixes, each half of the images choosing for the other.
+
+    Args:
+        table: The N images.
+        said: float32 `[N, C]` out-of-fold probabilities by the fraction of fine-tuned
+            weights.
+        config: The resolved config.
+        plan: What was tried.
+        seconds: How long it took.
+    """
+    before = said[0.0]
+    mixes = {alpha: found for alpha, found in said.items() if alpha}
     metric = deciding_metric(table.targets)
-    before = said.pop(0.0)
-    first = halves(table, len(splits.class_names), config.seed)
-    after = cross_fit(metric, table.targets, said, first).uncalibrated
-    compared = compare(metric, table.targets, before, after, table.groups)
-    low, high = compared.interval
+    first = halves(table, before.shape[1], config.seed)
+    after = cross_fit(metric, table.targets, mixes, first).uncalibrated
+    found = compare(metric, table.targets, before, after, table.groups)
+    low, high = found.interval
     return Trial(
         metric=metric,
         images=len(table),
         epochs=plan.epochs,
-        before=compared.before,
-        after=compared.after,
+        before=found.before,
+        after=found.after,
         low=low,
         high=high,
-        seconds=time.perf_counter() - started,
+        seconds=seconds,
     )
 
 

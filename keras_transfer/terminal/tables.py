@@ -9,7 +9,7 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-from keras_transfer.advice.rules import METHODS
+from keras_transfer.advice.evidence import METHODS
 from keras_transfer.evaluation.names import label
 from keras_transfer.findings.finding import Audit, counted
 from keras_transfer.markup import printable

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from sklearn.neighbors import KNeighborsClassifier
 
 from keras_transfer.advice.costs import UNFREEZE, Costs, method_costs
+from keras_transfer.advice.evidence import METHODS, Advice, Evidence, Method
 from keras_transfer.advice.logme import logme
 from keras_transfer.advice.probe import (
     SHARES,
@@ -25,10 +26,6 @@ from keras_transfer.advice.probe import (
     probe,
 )
 from keras_transfer.advice.rules import (
-    METHODS,
-    Advice,
-    Evidence,
-    Method,
     feasible,
     is_imbalanced,
     is_nearly_right,

@@ -16,10 +16,11 @@ from PIL import Image
 import keras_transfer
 from keras_transfer.advice import probe as probe_module
 from keras_transfer.advice.costs import TuningCosts
+from keras_transfer.advice.evidence import Evidence, Trial
 from keras_transfer.advice.logme import logme
 from keras_transfer.advice.probe import Probed, learning_curve
 from keras_transfer.advice.ranking import rank_by_accuracy
-from keras_transfer.advice.rules import Evidence, Trial, recommend, separation
+from keras_transfer.advice.rules import recommend, separation
 from keras_transfer.advice.trial import plan_trial
 from keras_transfer.config import load_config
 from keras_transfer.data.tables import Splits, Table

@@ -25,8 +25,9 @@ from pathlib import Path
 import numpy as np
 
 import keras_transfer
+from keras_transfer.advice.evidence import Method, Trial
 from keras_transfer.advice.probe import deal
-from keras_transfer.advice.rules import WORTH_IT, Method, Trial, recommend
+from keras_transfer.advice.rules import WORTH_IT, recommend
 from keras_transfer.config import load_config
 from keras_transfer.evaluation.intervals import Groups
 from keras_transfer.evaluation.of_run import load_model, run_splits
