@@ -27,12 +27,12 @@ FEW_IMAGES = 500
 MUCH_DATA = 20_000
 IMBALANCED = 5.0  # size of the largest class over that of the smallest
 NEARLY_RIGHT = 0.98  # probe's `separation` above which little can be gained
-SEPARATED = 0.5  # nearest neighbors' `separation` in a similar task
+SEPARATED = 0.7  # nearest neighbors' `separation` in a similar task
 RISING = 0.01  # figure gained by doubling the data that justifies collecting more
-WORTH_IT = 0.005  # figure gained in a trial that justifies fine-tuning
+WORTH_IT = 0.005  # expected gain that justifies fine-tuning
 TELLING = 0.5  # share of the images on which a trial without a gain is believed
 
-_Z2 = 1.96**2
+_Z = 1.96
 _MOST_NAMED = 3  # classes
 
 
@@ -71,7 +71,7 @@ def rarity(class_counts: Mapping[str, int]) -> Advice:
     message = (
         f"fewer than {FEW_PER_CLASS} training images of {', '.join(shown)}: their own "
         f"figures say little (of {least:,} images, all found, the recall may still be "
-        f"{least / (least + _Z2):.2f}); collect more of them if they matter"
+        f"{least / (least + _Z**2):.2f}); collect more of them if they matter"
     )
     return Advice("rare classes", message, evidence)
 
@@ -328,30 +328,70 @@ def recommend(
     return method, reason, advice
 
 
+def usual_gain(is_similar: bool, images: int) -> tuple[float, float, str]:
+    """Returns what fine-tuning usually gains before it is tried.
+
+    Args:
+        is_similar: Whether the features separate the classes well.
+        images: Number of training images.
+
+    Returns:
+        (mean of the gain, its standard deviation between data sets, where it is usual).
+    """
+    if not is_similar:
+        return 0.03, 0.04, "the features keep the classes apart only in part"
+    if images >= FEW_IMAGES:
+        return 0.02, 0.03, f"there are at least {FEW_IMAGES} images"
+    return 0.0, 0.03, "the features keep the classes of few images apart"
+
+
+def expected_gain(
+    trial: Trial | None, usual: tuple[float, float], images: int
+) -> float:
+    """Weighs the gain in a trial with the usual one, by their variances.
+
+    Each counts the more the less it varies, as in the mean of a normal distribution
+    after a measurement. If few of the images were tried, the result is at least the
+    usual gain, since fine-tuning gains more from more images.
+
+    Args:
+        trial: The trial, if any.
+        usual: Mean and standard deviation of the usual gain.
+        images: Number of training images.
+    """
+    mean, deviation = usual
+    if trial is None:
+        return mean
+    error = (trial.high - trial.low) / (2 * _Z)
+    weight = deviation**2 / (deviation**2 + error**2)
+    expected = weight * trial.gain + (1 - weight) * mean
+    return max(expected, mean) if trial.images < TELLING * images else expected
+
+
 def _choose(evidence: Evidence, possible: set[Method]) -> tuple[Method, str]:
     """Returns the method and the reason for it."""
     if not possible & {"finetune-top", "finetune-all"}:
         return "extract", "fine-tuning takes more time or disk than there is"
     if is_nearly_right(evidence.accuracy, evidence.majority):
         return "extract", "little is left to win"
+    images, trial, metric = evidence.images, evidence.trial, label(evidence.metric)
     similar = is_similar(evidence.accuracy.mean, evidence.majority, evidence.neighbours)
-    deep = evidence.images >= MUCH_DATA or (
-        not similar and evidence.images >= FEW_IMAGES
+    *usual, where = usual_gain(similar, images)
+    expected = expected_gain(trial, (usual[0], usual[1]), images)
+    reason = (
+        f"fine-tuning usually changes the {metric} by {usual[0]:+.3f} where {where}"
     )
-    tuned: Method = "finetune-all" if deep else "finetune-top"
-    if tuned not in possible:
-        tuned = "finetune-top" if deep else "extract"
-    trial = evidence.trial
-    shown = trial and f"fine-tuning changed the {label(trial.metric)} by"
-    if trial and trial.gain >= WORTH_IT:
-        return tuned, f"in the trial, {shown} {trial.gain:+.3f}"
-    if trial and trial.images >= TELLING * evidence.images:
-        reason = f"in the trial, {shown} {trial.gain:+.3f}, less than {WORTH_IT:+g}"
-        if evidence.images < FEW_IMAGES and rises(evidence.gain):
-            return "more-data", f"{reason}, and more images would help"
-        return "extract", reason
-    if evidence.images < FEW_IMAGES and similar:
-        return "extract", "few images, whose classes the features keep apart"
-    if similar:
-        return tuned, "there are enough images"
-    return tuned, "the features keep the classes apart only in part"
+    if trial:
+        reason = (
+            f"fine-tuning can be expected to change the {metric} by {expected:+.3f}: "
+            f"{trial.gain:+.3f} in the trial, weighed with the {usual[0]:+.3f} that is "
+            f"usual where {where}"
+        )
+    if expected >= WORTH_IT:
+        is_deep = images >= MUCH_DATA or (not similar and images >= FEW_IMAGES)
+        if is_deep and "finetune-all" in possible:
+            return "finetune-all", reason
+        return "finetune-top", reason
+    if trial and images < FEW_IMAGES and rises(evidence.gain):
+        return "more-data", f"more images would help; {reason}"
+    return "extract", reason

@@ -20,7 +20,7 @@ from keras_transfer.advice.evidence import Evidence, Trial
 from keras_transfer.advice.logme import logme
 from keras_transfer.advice.probe import Probed, learning_curve
 from keras_transfer.advice.ranking import rank_by_accuracy
-from keras_transfer.advice.rules import recommend, separation
+from keras_transfer.advice.rules import expected_gain, recommend, separation
 from keras_transfer.advice.trial import plan_trial
 from keras_transfer.config import load_config
 from keras_transfer.data.tables import Splits, Table
@@ -247,7 +247,7 @@ ORDINARY = Evidence(
     curve={0.25: certain(0.7), 0.5: certain(0.79), 1.0: certain(0.8)},
     gain=Estimate(mean=0.005, low=-0.01, high=0.02, values=()),
     majority=0.56,
-    neighbours=0.85,
+    neighbours=0.9,
     logme=0.1,
     images_per_second=300,
     minutes={"extract": 1, "more-data": 1, "finetune-top": 5, "finetune-all": 50},
@@ -272,19 +272,29 @@ def tried(gain: float, images: int = 1600) -> dict[str, Trial]:
 @pytest.mark.parametrize(
     ("changes", "budget", "method", "why"),
     [
-        ({}, None, "finetune-top", "enough images"),
+        ({}, None, "finetune-top", "500 images"),
         ({}, 2, "extract", "more time or disk"),
         ({"accuracy": certain(0.995)}, None, "extract", "little is left"),
-        ({"images": 200}, None, "extract", "few images"),
-        ({"images": 200, "gain": RISES}, None, "extract", "few images"),
+        ({"images": 200}, None, "extract", "of few images apart"),
+        ({"images": 200, "gain": RISES}, None, "extract", "of few images apart"),
         ({"images": 200} | UNLIKE, None, "finetune-top", "only in part"),
         ({"images": 200} | UNLIKE, 2, "extract", "more time or disk"),
-        ({"class_counts": {"a": 900, "b": 4}}, None, "finetune-top", "enough images"),
-        ({"class_counts": MANY | {"a": 4}}, None, "finetune-top", "enough images"),
-        (COMMON, None, "finetune-top", "enough images"),
-        ({"images": 29_000}, None, "finetune-all", "enough images"),
-        ({"images": 29_000}, 10, "finetune-top", "enough images"),
-        ({"images": 29_000, "disk": 0.5}, None, "finetune-top", "enough images"),
+        (
+            {"class_counts": {"a": 900, "b": 4}},
+            None,
+            "finetune-top",
+            "500 images",
+        ),
+        (
+            {"class_counts": MANY | {"a": 4}},
+            None,
+            "finetune-top",
+            "500 images",
+        ),
+        (COMMON, None, "finetune-top", "500 images"),
+        ({"images": 29_000}, None, "finetune-all", "500 images"),
+        ({"images": 29_000}, 10, "finetune-top", "500 images"),
+        ({"images": 29_000, "disk": 0.5}, None, "finetune-top", "500 images"),
         ({"disk": 0.01}, None, "extract", "more time or disk"),
         (UNLIKE, None, "finetune-all", "only in part"),
         (UNLIKE, 10, "finetune-top", "only in part"),
@@ -292,17 +302,27 @@ def tried(gain: float, images: int = 1600) -> dict[str, Trial]:
             tried(0.04),
             None,
             "finetune-top",
-            "in the trial, fine-tuning changed the accuracy by +0.040",
+            "by +0.036: +0.040 in the trial",
         ),
-        (tried(0.04) | UNLIKE, None, "finetune-all", "by +0.040"),
-        (tried(0.04, 200) | {"images": 200}, None, "finetune-top", "by +0.040"),
-        (tried(-0.04), None, "extract", "less than +0.005"),
-        (tried(-0.04) | UNLIKE, None, "extract", "less than +0.005"),
+        (tried(0.04) | UNLIKE, None, "finetune-all", "+0.040"),
+        (
+            tried(0.04, 200) | {"images": 200},
+            None,
+            "finetune-top",
+            "+0.040",
+        ),
+        (tried(-0.04), None, "extract", "in the trial"),
+        (tried(-0.04) | UNLIKE, None, "extract", "in the trial"),
         # What few of the images do not show, more of them may.
-        (tried(-0.04, 300), None, "finetune-top", "enough images"),
-        (tried(0.0, 200) | {"images": 200, "gain": RISES}, None, "more-data", "more"),
+        (tried(-0.04, 300), None, "finetune-top", "500 images"),
+        (
+            tried(0.0, 200) | {"images": 200, "gain": RISES},
+            None,
+            "more-data",
+            "more images",
+        ),
         (tried(0.04, 200) | {"images": 200, "gain": RISES}, None, "finetune-top", ""),
-        (tried(0.0) | {"gain": RISES}, None, "extract", "less than +0.005"),
+        (tried(0.0) | {"gain": RISES}, None, "extract", "in the trial"),
     ],
 )
 def test_the_method_follows_from_the_numbers(changes, budget, method, why):
@@ -319,6 +339,19 @@ def test_the_method_follows_from_the_numbers(changes, budget, method, why):
         "trial",
     ]
     assert all(one.message for one in advice)
+
+
+def test_a_trial_and_what_is_usual_are_weighed_by_their_variances():
+    usual = 0.02, 0.03
+    assert expected_gain(None, usual, 100) == 0.02
+    certain_trial = replace(tried(0.05)["trial"], low=0.0499, high=0.0501)
+    assert expected_gain(certain_trial, usual, 1600) == pytest.approx(0.05, abs=1e-5)
+    # The trial's error is the usual deviation: both count half.
+    alike = replace(certain_trial, low=0.05 - 1.96 * 0.03, high=0.05 + 1.96 * 0.03)
+    assert expected_gain(alike, usual, 1600) == pytest.approx(0.035)
+    worse = replace(alike, before=0.75, after=0.7)
+    assert expected_gain(worse, usual, 1600) == pytest.approx(-0.015)
+    assert expected_gain(worse, usual, 10_000) == 0.02  # few of them were tried
 
 
 def messages(**changes) -> str:
