@@ -40,8 +40,8 @@ class Listener:
         """Called while a step makes progress.
 
         Args:
-            step: `features`, `copies`, `head`, `folds`, `training`, `evaluate`,
-                `predict`, `report`, or the name of the base being measured.
+            step: `features`, `copies`, `head`, `folds`, `trial`, `training`,
+                `evaluate`, `predict`, `report`, or the name of the base being measured.
             done: Number of images, L2 strengths, folds, batches or steps done so far.
             total: Number of them in all; 0 if unknown.
         """

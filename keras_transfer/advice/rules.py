@@ -1,11 +1,11 @@
 """Rules that turn measurements into a recommended method.
 
 Each rule is a function of plain numbers that returns one `Advice`; `recommend` combines
-them. A trial of fine-tuning decides if there is one. Otherwise rules of thumb do, whose
-thresholds have these sources:
+them. What fine-tuning gained in a trial is weighed with what it usually gains on such
+data; without a trial, the latter decides. Sources of the thresholds:
 
-- WORTH_IT, FEW_IMAGES, NEARLY_RIGHT and SEPARATED: measurements in the section "What
-  `kt advise` goes by" of tests/benchmarks/RESULTS.md.
+- WORTH_IT, FEW_IMAGES, NEARLY_RIGHT, SEPARATED and `usual_gain`: measurements in the
+  section "What `kt advise` goes by" of tests/benchmarks/RESULTS.md.
 - MUCH_DATA: from 20,000 images on, BiT-HyperRule trains longer and adds MixUp
   (Kolesnikov et al. 2020, arXiv:1912.11370, section 3.3).
 - Similarity: the usual rule of transfer learning is to fine-tune if there is much or
