@@ -27,7 +27,8 @@ FEW_IMAGES = 500
 MUCH_DATA = 20_000
 IMBALANCED = 5.0  # size of the largest class over that of the smallest
 NEARLY_RIGHT = 0.98  # probe's `separation` above which little can be gained
-SEPARATED = 0.7  # nearest neighbors' `separation` in a similar task
+SEPARATED = 0.85  # `class_separation` from which a task is similar to the base's own
+UNLIKE = 0.5  # the same, below which deeper layers are worth training
 RISING = 0.01  # figure gained by doubling the data that justifies collecting more
 WORTH_IT = 0.005  # expected gain that justifies fine-tuning
 TELLING = 0.5  # share of the images on which a trial without a gain is believed
@@ -166,14 +167,15 @@ def similarity(
         neighbours: Accuracy of the nearest neighbors; None for multi-label data.
         logme: LogME of the features in nats.
     """
+    apart = class_separation(accuracy, majority, neighbours)
     near = accuracy if neighbours is None else neighbours
     by = "a probe is" if neighbours is None else "the nearest neighbors are"
-    message = f"{by} right for {near:.3f}: the features keep the classes "
-    message += (
-        "apart, as in tasks similar to the base's own"
-        if is_similar(accuracy, majority, neighbours)
-        else "apart only in part, as in tasks unlike the base's own"
-    )
+    how = "hardly keep the classes apart, as in tasks unlike the base's own"
+    if apart >= SEPARATED:
+        how = "keep the classes apart, as in tasks similar to the base's own"
+    elif apart >= UNLIKE:
+        how = "keep the classes apart in part"
+    message = f"{by} right for {near:.3f}: the features {how}"
     evidence = {
         "probe": accuracy,
         "majority class": majority,
@@ -183,13 +185,14 @@ def similarity(
     return Advice("task similarity", message, evidence)
 
 
-def is_similar(accuracy: float, majority: float, neighbours: float | None) -> bool:
-    """Returns whether the features separate the classes well.
+def class_separation(
+    accuracy: float, majority: float, neighbours: float | None
+) -> float:
+    """Measures how well features separate the classes; 1 is perfect.
 
-    Separation is measured by the nearest neighbors, or by the probe without them.
+    It is measured by the nearest neighbors, or by the probe without them.
     """
-    near = accuracy if neighbours is None else neighbours
-    return separation(near, majority) >= SEPARATED
+    return separation(accuracy if neighbours is None else neighbours, majority)
 
 
 def separation(accuracy: float, majority: float) -> float:
@@ -328,18 +331,18 @@ def recommend(
     return method, reason, advice
 
 
-def usual_gain(is_similar: bool, images: int) -> tuple[float, float, str]:
+def usual_gain(apart: float, images: int) -> tuple[float, float, str]:
     """Returns what fine-tuning usually gains before it is tried.
 
     Args:
-        is_similar: Whether the features separate the classes well.
+        apart: How well the features separate the classes; see `class_separation`.
         images: Number of training images.
 
     Returns:
         (mean of the gain, its standard deviation between data sets, where it is usual).
     """
-    if not is_similar:
-        return 0.03, 0.04, "the features keep the classes apart only in part"
+    if apart < SEPARATED:
+        return 0.03, 0.04, "the features do not keep the classes well apart"
     if images >= FEW_IMAGES:
         return 0.02, 0.03, f"there are at least {FEW_IMAGES} images"
     return 0.0, 0.03, "the features keep the classes of few images apart"
@@ -375,8 +378,10 @@ def _choose(evidence: Evidence, possible: set[Method]) -> tuple[Method, str]:
     if is_nearly_right(evidence.accuracy, evidence.majority):
         return "extract", "little is left to win"
     images, trial, metric = evidence.images, evidence.trial, label(evidence.metric)
-    similar = is_similar(evidence.accuracy.mean, evidence.majority, evidence.neighbours)
-    *usual, where = usual_gain(similar, images)
+    apart = class_separation(
+        evidence.accuracy.mean, evidence.majority, evidence.neighbours
+    )
+    *usual, where = usual_gain(apart, images)
     expected = expected_gain(trial, (usual[0], usual[1]), images)
     reason = (
         f"fine-tuning usually changes the {metric} by {usual[0]:+.3f} where {where}"
@@ -388,7 +393,7 @@ def _choose(evidence: Evidence, possible: set[Method]) -> tuple[Method, str]:
             f"usual where {where}"
         )
     if expected >= WORTH_IT:
-        is_deep = images >= MUCH_DATA or (not similar and images >= FEW_IMAGES)
+        is_deep = images >= (FEW_IMAGES if apart < UNLIKE else MUCH_DATA)
         if is_deep and "finetune-all" in possible:
             return "finetune-all", reason
         return "finetune-top", reason

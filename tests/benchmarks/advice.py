@@ -99,7 +99,7 @@ def measure(table: Path, options: dict[str, object]) -> Row:
 
 def _expected(seen: np.ndarray, error: np.ndarray) -> np.ndarray:
     """Weighs gains in trials with the usual gain of unlike data."""
-    mean, deviation, _ = usual_gain(False, 0)
+    mean, deviation, _ = usual_gain(0.0, 0)
     weight = deviation**2 / (deviation**2 + error**2)
     return weight * seen + (1 - weight) * mean
 
