@@ -473,7 +473,8 @@ def advise(
     Args:
         data: Images in any form that `fit` accepts.
         budget: Maximum number of minutes that the method may take once features are
-            cached; None for no limit.
+            cached; None for no limit. A trial of fine-tuning takes at most a quarter of
+            it, or five minutes without one.
         listeners: Receive notes and progress.
         **options: Config keys, such as `base="MobileNetV2"`.
 

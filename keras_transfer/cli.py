@@ -692,6 +692,8 @@ def serve(
 def advise(data: str, budget: float | None, as_json: bool, **options: Any) -> None:
     """Recommend a method for DATA, based on measurements on this machine.
 
+    Fine-tuning is tried if that takes at most a quarter of the budget, or 5 minutes.
+
     \b
     kt advise photos/ --budget 30m
     """
