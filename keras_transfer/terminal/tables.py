@@ -319,7 +319,10 @@ def show_recommendation(found: "Recommendation") -> None:
         )
         for line in chart:
             console.print(line)
-    console.print(f"Recommended: {METHODS[found.method]}. Why: {found.reason}.")
+    console.print(
+        f"Recommended: {METHODS[found.method]}. Why: {found.reason}.",
+        soft_wrap=not console.is_terminal,
+    )
     console.print(found.command, soft_wrap=True)
 
 
