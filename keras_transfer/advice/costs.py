@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
-import keras
 import numpy as np
 
 from keras_transfer.advice.evidence import Method
@@ -14,10 +13,10 @@ from keras_transfer.config import Config, HeadConfig
 from keras_transfer.data.tables import Splits
 from keras_transfer.features.engine import make_engine, predict, seconds_per_image
 from keras_transfer.features.frozen_part import FrozenPart
-from keras_transfer.models.bases import get_base
-from keras_transfer.models.classifier import attach_head, build_head, cut
+from keras_transfer.models.bases import get_bases
+from keras_transfer.models.classifier import attach_head, build_head, join_bases
+from keras_transfer.models.cut import cut, pooled_below, split_point
 from keras_transfer.models.layer_groups import (
-    split_point,
     trained_layers,
     training_copy,
     unfrozen_groups,
@@ -84,7 +83,7 @@ def method_costs(
     images = sum(len(table) for _, table in splits.items())
     costs = {}
     for method, unfreeze in UNFREEZE.items():
-        costs[method] = one = _tuning_costs(config, splits, part.model, unfreeze)
+        costs[method] = one = _tuning_costs(config, splits, part, unfreeze)
         learned = config.finetune.epochs * len(splits.train)
         seconds[method] = fit + images * one.forward + learned * one.learning
         nbytes[method] = images * one.row_bytes
@@ -93,15 +92,17 @@ def method_costs(
 
 
 def _tuning_costs(
-    config: Config, splits: Splits, base: keras.Model, unfreeze: str
+    config: Config, splits: Splits, part: FrozenPart, unfreeze: str
 ) -> TuningCosts:
     """Measures what fine-tuning takes, on a batch."""
     tuning, classes = config.finetune, len(splits.class_names)
+    base = join_bases(part.models, config.features == "stages")
     head = build_head(HeadConfig(), base.output_shape[1], classes, splits.multi_label)
     model = attach_head(base, head)
-    groups = unfrozen_groups(model, get_base(config.base), unfreeze)
+    groups = unfrozen_groups(model, get_bases(config.base)[0], unfreeze)
     unfrozen = {layer for layers in groups.values() for layer in layers}
-    frozen, tail = cut(model, split_point(model, unfrozen))
+    point = split_point(model, unfrozen)
+    frozen, tail = cut(model, point, pooled_below(model, point, unfrozen))
     rows, forward, itemsize = draw_rows(splits, model.input_shape[1]), 0.0, 1
     if frozen.weights:
         engine = make_engine(frozen)

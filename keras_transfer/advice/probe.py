@@ -33,6 +33,7 @@ from keras_transfer.training.labelled import (
     LabelledFeatures,
     Weighting,
     relative_weights,
+    scalings,
 )
 
 SHARES = (0.25, 0.5, 1.0)
@@ -82,7 +83,22 @@ def probe(config: Config, splits: Splits, features: FrozenFeatures) -> Probed:
         numbers = fold_numbers(apart, len(splits.class_names), FOLDS, config.seed)
     except UsageError:  # too few are no copies
         numbers = fold_numbers(table, len(splits.class_names), FOLDS, config.seed)
-    return Probed(table, features.rows(table.sources)[:], numbers)
+    return Probed(table, _rows(config, table, features), numbers)
+
+
+def _rows(config: Config, table: Table, features: FrozenFeatures) -> np.ndarray:
+    """Returns float32 `[N, D]`: what a head reads of images, scaled if it is several.
+
+    Where `kt fit` would choose, these are the pooled outputs of the last stage.
+    """
+    stages = config.features == "stages"
+    rows = features.head_inputs(table.sources, stages)[:]
+    widths = features.head_widths(stages)
+    if len(widths) == 1:
+        return rows
+    equal = Weighting.equal(1)
+    data = LabelledFeatures([rows], table.targets, equal, widths=widths)
+    return scalings(data, np.full(len(table), -1))[0].apply(rows)
 
 
 def learning_curve(
@@ -200,7 +216,7 @@ def quick_learning_curve(
     folds = quick_folds(apart, classes, config.seed)
     if folds is None:
         return []
-    rows, ratio = _main_directions(features.rows(table.sources)[:], config.seed)
+    rows, ratio = _main_directions(_rows(config, table, features), config.seed)
     strengths = LINEAR_L2 if l2 is None else [l2 * 10**power for power in (0, 0.75)]
     head = HeadConfig(
         l2=tuple(strength * ratio for strength in strengths), epochs=_QUICK_ITERATIONS

@@ -32,8 +32,8 @@ from keras_transfer.features.activations import Activations, frozen_activations
 from keras_transfer.features.frozen_part import FrozenFeatures, FrozenPart
 from keras_transfer.features.parity import PARITY_IMAGES
 from keras_transfer.features.usable import keep_copies_together
-from keras_transfer.models.bases import get_base
-from keras_transfer.models.classifier import HEAD, attach_head
+from keras_transfer.models.bases import get_bases
+from keras_transfer.models.classifier import HEAD, attach_head, copy_head, join_bases
 from keras_transfer.models.layer_groups import (
     trained_layers,
     training_copy,
@@ -242,8 +242,11 @@ class _Work:
     ) -> "_Work":
         """Builds the classifier and runs its frozen part."""
         head = train_on_features(config, splits, features, SILENT)
-        model = attach_head(part.model, head.model)
-        groups = unfrozen_groups(model, get_base(config.base), config.finetune.unfreeze)
+        kept = "stages" if head.stages else "last"  # in each fold too
+        config = config.model_copy(update={"features": kept})
+        model = attach_head(join_bases(part.models, head.stages), head.model)
+        first = get_bases(config.base)[0]
+        groups = unfrozen_groups(model, first, config.finetune.unfreeze)
         sample = sample_images(splits, part.image_size, PARITY_IMAGES)
         classifier = CutClassifier(model, groups, splits, sample)
         activations = frozen_activations(
@@ -273,7 +276,7 @@ class _Work:
         splits = replace(self.splits, train=learned)
         head = train_on_features(self.config, splits, self.features, SILENT)
         classifier = self.classifier
-        classifier.model.get_layer(HEAD).set_weights(head.model.get_weights())
+        copy_head(head.model, classifier.model.get_layer(HEAD))
         rows = self.activations.features.rows(others.sources)
         with tempfile.TemporaryDirectory() as checkpoint:
             tail = train_tail(

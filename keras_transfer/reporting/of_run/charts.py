@@ -129,7 +129,9 @@ def learning(record: RunRecord, loaded: Loaded) -> Iterator[Drawn]:
     if loaded.splits and loaded.features:
         usable = loaded.splits.keep(loaded.features.extraction.digests)
         l2 = record.manifest.l2 if record.config.head.kind == "linear" else None
-        points = quick_learning_curve(record.config, usable, loaded.features, l2)
+        reads = {"features": record.manifest.features}
+        config = record.config.model_copy(update=reads)
+        points = quick_learning_curve(config, usable, loaded.features, l2)
         if not points:
             return
         metric = deciding_metric(usable.train.targets, record.config.metric)
