@@ -35,7 +35,7 @@ from keras_transfer.errors import KerasTransferError, UsageError, explaining_ful
 from keras_transfer.events import Broadcast
 from keras_transfer.findings.finding import SEVERITIES, Severity
 from keras_transfer.markup import printable
-from keras_transfer.models.bases import get_base
+from keras_transfer.models.bases import get_bases
 from keras_transfer.options import (
     AUDITED,
     CONFIG_FILE,
@@ -735,7 +735,7 @@ def rank(data: str, bases: str, chart: Path, as_json: bool, **options: Any) -> N
     """
     names = None if bases == "available" else [x for x in bases.split(",") if x]
     for name in names or ():
-        get_base(name)
+        get_bases(name)
     if not chart.absolute().parent.is_dir():
         raise UsageError(
             f"--chart names a file in a folder that exists. Received: {chart}."

@@ -155,17 +155,16 @@ def _pooling(model: keras.Model, layer: keras.layers.Layer) -> _Pooling:
 
     Outputs of further bases, and class tokens of lower blocks, are not explained.
     """
-    if isinstance(layer, _AVERAGES):
-        return _Pooling(layer.input, layer)
-    if layer.name != POOL:
-        return _Pooling(layer.output, keras.ops.identity)
     attention = [
         layer
         for layer in model.layers
         if isinstance(layer, keras.layers.MultiHeadAttention)
     ]
-    if not attention:
+    is_own = layer.name == POOL
+    if not attention and (is_own or isinstance(layer, _AVERAGES)):
         return _Pooling(layer.input, layer)
+    if not is_own:
+        return _Pooling(layer.output, keras.ops.identity)
     normalized = keras.tree.flatten(attention[-1].input)[0]
     tokens = normalized._keras_history.operation.input
     return _Pooling(tokens, keras.Model(tokens, layer.output))

@@ -13,7 +13,7 @@ from keras_transfer.events import Listener
 from keras_transfer.features.base import frozen_base
 from keras_transfer.features.frozen_part import FrozenPart, Storage, frozen_features
 from keras_transfer.features.usable import usable_splits
-from keras_transfer.models.bases import BASES, Base, get_base, weights_path
+from keras_transfer.models.bases import BASES, get_base, get_bases, weights_path
 from keras_transfer.workflows.inputs import Inputs, prepare
 
 
@@ -24,7 +24,8 @@ def measure_bases(
 
     Args:
         inputs: Checked inputs.
-        bases: Names of bases; None for all whose weights are on this machine.
+        bases: Names of bases, or of several as one, such as `A+B`; None for all whose
+            weights are on this machine.
         listener: Receives notes and progress.
 
     Returns:
@@ -35,25 +36,27 @@ def measure_bases(
         KerasTransferError: If no base has its weights or can be built.
     """
     splits = inputs.splits
-    rows = list(BASES) if bases is None else [get_base(name) for name in bases]
-    if not rows:
+    names = [row.name for row in BASES]
+    if bases is not None:
+        names = ["+".join(row.name for row in get_bases(name)) for name in bases]
+    if not names:
         raise UsageError("No base to rank. Received: an empty list. Name some.")
     for warning in splits.warnings:
         listener.note(warning)
     found, left_out = [], {}
-    for row in rows:
-        if bases is None and not weights_path(row).is_file():
-            left_out[row.name] = "weights are not on this machine"
+    for name in names:
+        if bases is None and not weights_path(get_base(name)).is_file():
+            left_out[name] = "weights are not on this machine"
             continue
-        listener.note(f"{row.name}: {row.parameters:,} weights")
-        with_base = inputs.config.model_copy(update={"base": row.name})
+        listener.note(f"{name}: {_parameters(name):,} weights")
+        with_base = inputs.config.model_copy(update={"base": name})
         resolved = prepare(with_base, makes_run=False).config
         try:
             part = frozen_base(resolved)
         except KerasTransferError as error:
-            left_out[row.name] = str(error)
+            left_out[name] = str(error)
             continue
-        found.append(_measured(row, resolved, splits, part, listener))
+        found.append(_measured(name, resolved, splits, part, listener))
     if not found:
         name, reason = next(iter(left_out.items()))
         raise KerasTransferError(f"No base can be ranked. The first, {name}: {reason}")
@@ -74,24 +77,28 @@ class _Naming(Listener):
         self._listener.progress(self._name, done, total)
 
 
+def _parameters(name: str) -> int:
+    return sum(row.parameters for row in get_bases(name))
+
+
 def _measured(
-    row: Base,
+    name: str,
     config: Config,
     splits: Splits,
     part: FrozenPart,
     listener: Listener,
 ) -> dict[str, Any]:
     storage = Storage(config.precision)
-    features = frozen_features(part, splits, 0, storage, _Naming(row.name, listener))
+    features = frozen_features(part, splits, 0, storage, _Naming(name, listener))
     splits = usable_splits(config, splits, features.extraction)
     probed = probe(config, splits, features)
     curve, _ = learning_curve(config, splits, probed, shares=(1.0,))
     targets, classes = probed.table.targets, len(splits.class_names)
     return {
-        "base": row.name,
+        "base": name,
         "accuracy": curve[1.0],
         "logme": logme(probed.rows, targets, classes, config.seed),
         "images_per_second": images_per_second(part, splits, features),
-        "parameters": row.parameters,
-        "megabytes": 4 * part.model.count_params() / 1e6,
+        "parameters": _parameters(name),
+        "megabytes": 4 * sum(model.count_params() for model in part.models) / 1e6,
     }
