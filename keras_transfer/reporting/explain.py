@@ -164,7 +164,7 @@ def _pooling(model: keras.Model, layer: keras.layers.Layer) -> _Pooling:
     if not attention and (is_own or isinstance(layer, _AVERAGES)):
         return _Pooling(layer.input, layer)
     if not is_own:
-        return _Pooling(layer.output, keras.ops.identity)
+        return _Pooling(layer.output, keras.layers.Identity())
     normalized = keras.tree.flatten(attention[-1].input)[0]
     tokens = normalized._keras_history.operation.input
     return _Pooling(tokens, keras.Model(tokens, layer.output))

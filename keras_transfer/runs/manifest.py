@@ -15,6 +15,9 @@ from keras_transfer.config import FinetuneConfig
 
 Phase = Literal["fit", "finetune"]
 
+READS = {"last": "the last stage", "stages": "the last three stages"}
+"""What a head reads of a base, in words."""
+
 FEW_IMAGES = 30
 """With fewer test images than this, out-of-fold figures come first. At an accuracy of
 0.9 on 30 images, the 95% confidence interval is 0.74 to 0.97 (Wilson)."""

@@ -7,12 +7,17 @@ import pytest
 from keras_transfer.config import HeadConfig
 from keras_transfer.models.bases import get_base
 from keras_transfer.models.classifier import (
+    FEATURES,
     POOL,
+    STAGE_POOL,
     attach_head,
     build_base,
     build_head,
     dense_layers,
     fold_temperature,
+    join_bases,
+    set_raw_weights,
+    with_stages,
 )
 from keras_transfer.reporting.explain import border_share, heat_maps
 from keras_transfer.reporting.projection import project
@@ -118,6 +123,58 @@ def test_gradients_of_an_mlp_point_to_the_planted_corner():
         assert heat[corner].sum() == pytest.approx(heat.sum()) and heat.max() == 1
 
 
+def staged(kind: str = "linear") -> keras.Model:
+    """Reads colors of patches of 8 pixels, and of finer ones, scaled by the head."""
+    image = keras.Input((SIZE, SIZE, 3), name="image")
+    x = keras.layers.Rescaling(1 / 255)(image)
+    fine = keras.layers.AveragePooling2D(4)(x)
+    below = keras.layers.GlobalAveragePooling2D(name=f"{STAGE_POOL}2")(fine)
+    top = keras.layers.AveragePooling2D(2)(fine)
+    own = keras.layers.GlobalAveragePooling2D(name=POOL)(top)
+    joined = keras.layers.Concatenate(name=FEATURES)([below, own])
+    config = HeadConfig(kind=kind, hidden=(8,))
+    head = build_head(config, 6, 3, False, seed=1, is_scaled=True)
+    first = np.concatenate([np.eye(3), 2 * np.eye(3)]).astype(np.float32)
+    weights = [first, np.full(3, -0.5)]
+    if kind == "mlp":
+        weights = [first @ np.eye(3, 8), np.zeros(8), np.eye(8, 3), np.zeros(3)]
+    set_raw_weights(head, weights, (np.full(6, 0.1), np.full(6, 0.7)))
+    return attach_head(keras.Model(image, joined), head)
+
+
+def test_maps_of_several_stages_add_up_to_the_logit():
+    model = staged()
+    pixels = np.random.default_rng(0).integers(0, 256, (4, SIZE, SIZE, 3), np.uint8)
+    found = heat_maps(model, pixels, np.array([0, 1, 2, 0]))
+    assert found.is_exact and found.maps.shape == (4, 4, 4)
+    colors = pixels.mean((1, 2)) / 255  # both outputs are the mean color
+    expected = (3 * colors - 0.5)[np.arange(4), [0, 1, 2, 0]]
+    np.testing.assert_allclose(found.evidence.mean((1, 2)), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_heat_of_several_stages_is_where_the_evidence_was_planted(kind):
+    found = heat_maps(staged(kind), planted(), np.arange(3))
+    assert found.is_exact is (kind == "linear")
+    for number, corner in enumerate(CORNERS):
+        heat = found.maps[number]
+        assert heat.max() == 1 and heat[corner].sum() == pytest.approx(heat.sum())
+
+
+def test_a_further_base_is_not_explained_but_counts():
+    further = base()
+    further = keras.Model(further.input, further.output, name="further")
+    joined = join_bases([base(), further], stages=False)
+    head = build_head(HeadConfig(), 6, 3, False, seed=1, is_scaled=True)
+    weights = [np.concatenate([5 * np.eye(3), np.eye(3)]), np.full(3, -0.5)]
+    set_raw_weights(head, weights, (np.zeros(6), np.ones(6)))
+    found = heat_maps(attach_head(joined, head), planted(), np.arange(3))
+    assert not found.is_exact and found.maps.shape == (3, 4, 4)
+    for number, corner in enumerate(CORNERS):
+        heat = found.maps[number]
+        assert heat[corner].sum() == pytest.approx(heat.sum())
+
+
 def test_nothing_speaks_for_a_class_that_is_not_there():
     found = heat_maps(classifier(multi_label=True), planted()[:1], np.array([2]))
     assert (found.maps == 0).all() and np.isnan(found.border_share).all()
@@ -175,10 +232,16 @@ def test_few_images_are_projected_too(shape):
 def test_a_transformer_is_explained_by_what_its_last_block_reads(pooling, width):
     row = replace(get_base("dinov2_small"), pooling=pooling)
     head = build_head(HeadConfig(), width, 3, multi_label=False, seed=1)
-    model = attach_head(build_base(row, "none", 42, 0), head)
+    whole = build_base(row, "none", 42, 0)
+    model = attach_head(whole, head)
     pixels = np.random.default_rng(0).integers(0, 256, (3, 42, 42, 3), np.uint8)
     found = heat_maps(model, pixels, np.arange(3))
     assert found.evidence.shape == (3, 3, 3)
+    head = build_head(HeadConfig(), 3 * width, 3, multi_label=False, seed=1)
+    several = heat_maps(
+        attach_head(with_stages(whole, row), head), pixels, np.arange(3)
+    )
+    assert several.evidence.shape == (3, 3, 3) and not several.is_exact
     assert not found.is_exact
     assert (np.ptp(found.evidence, axis=(1, 2)) > 0).all()
     moved = np.roll(pixels, 14, axis=1)  # the patches of each image swap places

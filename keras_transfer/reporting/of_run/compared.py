@@ -16,6 +16,7 @@ from keras_transfer.reporting.of_run.record import Loaded, RunRecord
 from keras_transfer.reporting.page import Compared, Figure, Page, percent
 from keras_transfer.reporting.summary import WithoutPaths, data_name
 from keras_transfer.reporting.thumbnails import SMALL, make_thumbnails
+from keras_transfer.runs.manifest import READS
 
 _NONE = Figure("", None)
 
@@ -170,6 +171,7 @@ def _settings(
                 "phase": manifest.phase,
                 "image size": str(manifest.image_size),
                 "head": config.head.kind,
+                "head reads": READS[manifest.features],
                 "L2 strength": f"{manifest.l2:.3g}",
                 "augmented views": str(config.augment),
                 "how views are made": config.augment_policy,

@@ -39,7 +39,7 @@ from keras_transfer.reporting.summary import (
     stands_out,
 )
 from keras_transfer.reporting.thumbnails import SMALL, Thumbnail, make_thumbnails
-from keras_transfer.runs.manifest import FinetuneReport
+from keras_transfer.runs.manifest import READS, FinetuneReport
 from keras_transfer.runs.run import AUDIT
 
 _MISTAKES, _DOUBTS = 12, 6  # cards of the galleries
@@ -293,8 +293,11 @@ def provenance_of(record: RunRecord, plain: WithoutPaths) -> Provenance:
         "Left out": counted(manifest.skipped, "image"),
         "Base": manifest.base,
         "Weights": os.path.basename(manifest.weights),
-        "Weights digest": manifest.weights_digest[:16],
+        "Weights digest": " + ".join(
+            digest[:16] for digest in manifest.weights_digest.split("+")
+        ),
         "Image size": f"{manifest.image_size} pixels",
+        "Head reads": READS[manifest.features],
         "Head": f"{config.head.kind}, L2 strength {manifest.l2:.3g}",
         "Seed": str(manifest.seed),
         "Arithmetic": f"{manifest.precision} ({manifest.engine})",

@@ -98,7 +98,8 @@ def test_auto_keeps_what_is_better_out_of_fold(photos, workspace):
 
 
 def test_extracted_features_are_those_of_all_bases(photos, workspace):
-    options = {"image_size": SIZE, "weights": "none", "cache_dir": workspace / "cache"}
+    options = {"image_size": SIZE, "weights": "none", "precision": "f32"}
+    options["cache_dir"] = workspace / "cache"
     widths = {}
     for base in ("efficientnet_lite0", "MobileNetV3Small", BASES):
         for kind in ("last", "stages"):
