@@ -27,7 +27,7 @@ from keras_transfer.features.frozen_part import FrozenFeatures, FrozenPart
 from keras_transfer.features.throughput import Throughput, remember
 from keras_transfer.features.usable import keep_copies_together
 from keras_transfer.runs.manifest import Estimate
-from keras_transfer.training.head import LINEAR_L2, TrainedHead, train_head
+from keras_transfer.training.head import KINDS, LINEAR_L2, TrainedHead, train_head
 from keras_transfer.training.labelled import (
     CHUNK_ROWS,
     LabelledFeatures,
@@ -83,15 +83,27 @@ def probe(config: Config, splits: Splits, features: FrozenFeatures) -> Probed:
         numbers = fold_numbers(apart, len(splits.class_names), FOLDS, config.seed)
     except UsageError:  # too few are no copies
         numbers = fold_numbers(table, len(splits.class_names), FOLDS, config.seed)
-    return Probed(table, _rows(config, table, features), numbers)
+    each = [_rows(table, features, stages) for stages in KINDS[config.features]]
+    if len(each) == 1:
+        return Probed(table, each[0], numbers)
+    losses = []
+    for rows in each:  # as `kt fit` will choose
+        probed = Probed(table, rows, numbers)
+        everything = np.arange(len(table))
+        names = splits.class_names
+        head = _head_of_some(HeadConfig(), probed, everything, len(names), config.seed)
+        losses.append(min(row["val_loss"] for row in head.history))
+    return Probed(table, each[int(np.argmin(losses))], numbers)
 
 
-def _rows(config: Config, table: Table, features: FrozenFeatures) -> np.ndarray:
+def _rows(table: Table, features: FrozenFeatures, stages: bool) -> np.ndarray:
     """Returns float32 `[N, D]`: what a head reads of images, scaled if it is several.
 
-    Where `kt fit` would choose, these are the pooled outputs of the last stage.
+    Args:
+        table: The images.
+        features: Their features.
+        stages: Whether outputs of stages below the top are read.
     """
-    stages = config.features == "stages"
     rows = features.head_inputs(table.sources, stages)[:]
     widths = features.head_widths(stages)
     if len(widths) == 1:
@@ -216,7 +228,8 @@ def quick_learning_curve(
     folds = quick_folds(apart, classes, config.seed)
     if folds is None:
         return []
-    rows, ratio = _main_directions(_rows(config, table, features), config.seed)
+    read = _rows(table, features, config.features == "stages")
+    rows, ratio = _main_directions(read, config.seed)
     strengths = LINEAR_L2 if l2 is None else [l2 * 10**power for power in (0, 0.75)]
     head = HeadConfig(
         l2=tuple(strength * ratio for strength in strengths), epochs=_QUICK_ITERATIONS

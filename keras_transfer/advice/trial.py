@@ -33,7 +33,7 @@ from keras_transfer.features.frozen_part import FrozenFeatures, FrozenPart
 from keras_transfer.features.parity import PARITY_IMAGES
 from keras_transfer.features.usable import keep_copies_together
 from keras_transfer.models.bases import get_bases
-from keras_transfer.models.classifier import HEAD, attach_head, copy_head, join_bases
+from keras_transfer.models.classifier import attach_head, join_bases
 from keras_transfer.models.layer_groups import (
     trained_layers,
     training_copy,
@@ -276,7 +276,7 @@ class _Work:
         splits = replace(self.splits, train=learned)
         head = train_on_features(self.config, splits, self.features, SILENT)
         classifier = self.classifier
-        copy_head(head.model, classifier.model.get_layer(HEAD))
+        classifier.set_head(head.model)
         rows = self.activations.features.rows(others.sources)
         with tempfile.TemporaryDirectory() as checkpoint:
             tail = train_tail(

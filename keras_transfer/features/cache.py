@@ -99,6 +99,8 @@ class JoinedFeatures:
         return self.dtype.itemsize * int(np.prod(self.shape))
 
     def __getitem__(self, picked: slice | np.ndarray) -> np.ndarray:
+        if not len(self):
+            return np.zeros(self.shape, self.dtype)
         pairs = zip(self._parts, self._widths, strict=True)
         return np.concatenate([x[picked][:, x.shape[1] - n :] for x, n in pairs], 1)
 

@@ -51,6 +51,7 @@ class Extraction:
 
     def join(self, other: "Extraction") -> None:
         """Adds the work of another extraction, and leaves out what it skipped."""
+        self.engine = self.engine or other.engine
         self.skipped |= other.skipped
         for source in other.skipped:
             self.digests.pop(source, None)

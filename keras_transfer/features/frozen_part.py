@@ -31,6 +31,7 @@ from keras_transfer.features.engine import (
 )
 from keras_transfer.features.extraction import Extraction, Images, extract_features
 from keras_transfer.features.shards import FeatureSpec
+from keras_transfer.models.classifier import POOL
 
 _WAITING_BYTES = 2**26  # of decoded images that wait for the engine
 
@@ -250,6 +251,37 @@ def frozen_features(
     started = time.perf_counter()
     if isinstance(views, int):
         views = part.augmented(views)
+    cached, _ = part.most_cached(storage)
+    try:
+        own = _own_features(part, splits, views, storage, listener, check, engine)
+        plain = replace(storage, precision=own.precision, quality=False)
+        others = tuple(
+            frozen_features(other, splits, views, plain, listener)
+            for other in part.others
+        )
+    except UsageError:
+        if storage.precision != "auto" or cached.precision != "bf16":
+            raise
+        listener.note(
+            "precision f32: what is cached as bfloat16 cannot be added to here"
+        )
+        storage = replace(storage, precision="f32")
+        return frozen_features(part, splits, views, storage, listener, check, engine)
+    for other in others:
+        own.extraction.join(other.extraction)
+    return replace(own, others=others, seconds=time.perf_counter() - started)
+
+
+def _own_features(
+    part: FrozenPart,
+    splits: Splits,
+    views: Views,
+    storage: Storage,
+    listener: Listener,
+    check: Callable[[Engine, np.ndarray], object],
+    engine: Engine | None,
+) -> FrozenFeatures:
+    """Returns the features of one part alone; see `frozen_features`."""
     spec, rows = part.most_cached(storage)
     if not rows:
         _note_old_features(part, storage, listener)
@@ -262,31 +294,15 @@ def frozen_features(
         check(made, sample)
         return made
 
-    try:
-        extraction = extract_features(
-            _images(part, splits, views, storage.quality),
-            views.tables(part.cache, spec),
-            make,
-            lambda made: views.tables(part.cache, part.spec_of(made, storage.dtype)),
-            listener,
-        )
-    except UsageError:
-        if storage.precision != "auto" or spec.precision != "bf16":
-            raise
-        listener.note(
-            "precision f32: what is cached as bfloat16 cannot be added to here"
-        )
-        storage = replace(storage, precision="f32")
-        return frozen_features(part, splits, views, storage, listener, check, engine)
-    precision = (extraction.engine or spec).precision
-    plain = replace(storage, precision=precision, quality=False)
-    others = tuple(
-        frozen_features(other, splits, views, plain, listener) for other in part.others
+    extraction = extract_features(
+        _images(part, splits, views, storage.quality),
+        views.tables(part.cache, spec),
+        make,
+        lambda made: views.tables(part.cache, part.spec_of(made, storage.dtype)),
+        listener,
     )
-    for other in others:
-        extraction.join(other.extraction)
-    seconds = time.perf_counter() - started
-    return FrozenFeatures(extraction, precision, seconds, part.widths, others)
+    precision = (extraction.engine or spec).precision
+    return FrozenFeatures(extraction, precision, 0.0, part.widths)
 
 
 def _make_engine(
@@ -364,9 +380,16 @@ def _read_training_images_first(
 def _note_old_features(part: FrozenPart, storage: Storage, listener: Listener) -> None:
     precisions: tuple[Literal["f32", "bf16"], ...] = ("f32", "bf16")
     specs = [part.spec(p, "", "", storage.dtype) for p in precisions]
+    if part.widths:  # with those of one pooled output
+        devices = [("", ""), *((name, likely_device(name)) for name in likely_names())]
+        specs = [
+            replace(part.spec(p, *device, storage.dtype), split_point=POOL)
+            for p in precisions
+            for device in devices
+        ]
     rows = sum(part.cache.rows(spec) for spec in specs)
     if rows:
         listener.note(
-            f"{rows:,} features that an earlier version cached are not used, for it "
-            "did not note what computed them; kt cache prune deletes them in time"
+            f"{rows:,} features that an earlier version cached are not used, for they "
+            "lack what is needed now; kt cache prune deletes them in time"
         )

@@ -143,7 +143,8 @@ def border_findings(
     some = replace(splits, train=table, val=nothing, test=nothing)
     storage = Storage(config.precision)
     views = hiding(part.image_size)
-    found = frozen_features(part, some, views, storage, listener)
+    alone = replace(part, others=())  # the rows are those of the first base
+    found = frozen_features(alone, some, views, storage, listener)
     figures = tuple(
         _figure(found.rows(table.sources, view)[:], units, config.seed)
         for view in range(views.count + 1)

@@ -606,7 +606,12 @@ def get_bases(names: str) -> tuple[Base, ...]:
     Raises:
         UsageError: If a base is unknown, or the same one is named twice.
     """
-    rows = tuple(get_base(name) for name in names.split("+"))
+    each = names.split("+")
+    if len(each) > 1 and not all(name.strip() for name in each):
+        raise UsageError(
+            f"A name is missing beside a +. Received: {names!r}. Name bases as A+B."
+        )
+    rows = tuple(get_base(name) for name in each)
     if len(set(rows)) < len(rows):
         raise UsageError(
             f"Several bases are different ones. Received: {names!r}. Name each once."

@@ -69,13 +69,20 @@ def unfrozen_groups(model: keras.Model, base: Base, unfreeze: str) -> LayerGroup
             head is always included.
 
     Raises:
-        UsageError: If the base has fewer stages, or the layer does not exist.
+        UsageError: If the base has fewer stages, or the layer does not exist or
+            belongs to a further base.
     """
     groups = layer_groups(model, base)
     if unfreeze == f"from:{HEAD}":
         return {HEAD: groups[HEAD]}
     if unfreeze.startswith("from:"):
         layer = get_layer(model, unfreeze.removeprefix("from:"))
+        for further in further_bases(model):
+            if layer.name in (further.name, f"{POOL}_{further.name}"):
+                raise UsageError(
+                    "Only the first base is fine-tuned, others stay frozen. Received: "
+                    f"unfreeze={unfreeze}. Name a layer of {base.name}."
+                )
         frozen = {*keras.Model(model.input, layer.output).layers} - {layer}
         kept = {
             name: [layer for layer in layers if layer not in frozen]

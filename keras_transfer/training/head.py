@@ -33,7 +33,7 @@ from keras_transfer.training.labelled import (
 from keras_transfer.training.linear import linear_candidates
 from keras_transfer.training.mlp import mlp_candidates
 
-_KINDS = {"last": (False,), "stages": (True,), "auto": (False, True)}
+KINDS = {"last": (False,), "stages": (True,), "auto": (False, True)}
 """Whether heads to choose from read outputs of stages below the top, by the config's
 features."""
 
@@ -130,7 +130,7 @@ def train_on_features(
     table, names = splits.train, splits.class_names
     apart = keep_copies_together(table, features.extraction)
     folds = head_folds(apart, len(names), config.folds, config.seed)
-    kinds = _KINDS[config.features]
+    kinds = KINDS[config.features]
     heads = [
         train_head(
             config.head,

@@ -19,6 +19,7 @@ from keras_transfer.features.frozen_part import FrozenFeatures, FrozenPart
 from keras_transfer.features.parity import parity
 from keras_transfer.models.classifier import (
     HEAD,
+    copy_head,
     fold_temperature,
     weights_digest,
     without_head,
@@ -59,11 +60,19 @@ class CutClassifier:
         beside = pooled_below(model, self.split_point, self.unfrozen)
         self._frozen, self.tail = cut(model, self.split_point, beside)
         self._sample = sample
-        self._of_pixels = prediction_engine(model)
-        self._of_rows = inference_function(self.tail)
+        self._compile()
         own = without_head(model).output
         _, below_head = cut(model, self.split_point, beside, own)
         self._features_of_rows = inference_function(below_head)
+
+    def _compile(self) -> None:
+        self._of_pixels = prediction_engine(self.model)
+        self._of_rows = inference_function(self.tail)
+
+    def set_head(self, head: keras.Model) -> None:
+        """Takes over the weights of a head that was built like the model's."""
+        copy_head(head, self.model.get_layer(HEAD))
+        self._compile()  # functions keep constants that a head derives from its weights
 
     @property
     def unfrozen(self) -> set[keras.layers.Layer]:

@@ -143,6 +143,11 @@ def _resolve(config: Config) -> Config:
     plain_stem = "".join(c if c.isalnum() or c in "_.-" else "_" for c in stem)
     weights = config.weights
     if weights not in ("imagenet", "none"):
+        if "+" in base:
+            raise UsageError(
+                "A file holds the weights of one base. Received: "
+                f"weights={weights} for {base}. Use weights=imagenet."
+            )
         weights = str(_absolute(Path(weights)))
     file = config.splits.file
     splits = config.splits.model_copy(update={"file": file and _absolute(file)})

@@ -513,7 +513,7 @@ def test_fine_tuning_finds_what_the_trial_computed(photos, tmp_path):
     # Nothing was computed of test images above the split point.
     rows = FeatureCache(tmp_path / "cache").list()
     images = {row["split_point"].partition("#")[0]: row["images"] for row in rows}
-    assert images == {"": 60, "pool": 60, "pool2": 51}
+    assert images == {"": 60, "3 pooled outputs": 60, "pool2_packed": 51}
     told = Told()
     run = keras_transfer.fit(photos, **options)
     run.unfreeze_and_finetune(epochs=1, listeners=[told])
@@ -582,6 +582,7 @@ def test_an_impossible_budget_is_one_line(kt, photos, shared_cache):
     assert "The budget is too small" in result.stderr
 
 
+@pytest.mark.long
 def test_bases_are_ranked_and_drawn(kt, photos, tmp_path, monkeypatch):
     monkeypatch.setenv("KERAS_HOME", str(tmp_path / "none"))
     result = kt("rank", photos, "--image-size", 64, "--chart", "chart.png")

@@ -30,6 +30,7 @@ from keras_transfer.models.layer_groups import (
     training_copy,
     unfrozen_groups,
 )
+from keras_transfer.training.tuned import CutClassifier
 
 SIZE = 32
 NAMES = ("MobileNetV2", "efficientnet_lite0")
@@ -163,6 +164,30 @@ def test_a_training_copy_of_rows_changes_what_is_unfrozen_only(bases, pixels, un
         assert len(expected) == len(copy.changed)
 
 
+def test_predictions_follow_a_head_that_is_exchanged(bases, pixels):
+    model = classifier(bases[:1])
+    groups = unfrozen_groups(model, get_base(NAMES[0]), "top")
+    tuned = CutClassifier(model, groups, None, [])
+    beside = pooled_below(model, tuned.split_point, tuned.unfrozen)
+    rows = run(cut(model, tuned.split_point, beside)[0], pixels)
+    before = tuned.predict(rows)
+    np.testing.assert_allclose(before, run(model, pixels), atol=1e-6)
+    width = model.get_layer(HEAD).input_shape[1]
+    other = build_head(HeadConfig(), width, 3, False, 0, is_scaled=True)
+    rng = np.random.default_rng(5)
+    weights = [rng.normal(0, 0.1, (width, 3)), np.zeros(3)]
+    set_raw_weights(other, weights, (rng.random(width), 2 + rng.random(width)))
+    tuned.set_head(other)
+    np.testing.assert_allclose(tuned.predict(rows), run(model, pixels), atol=1e-6)
+    assert np.abs(tuned.predict(rows) - before).max() > 0.01
+
+
+@pytest.mark.parametrize("layer", NAMES[1:] + (f"{POOL}_{NAMES[1]}",))
+def test_a_further_base_cannot_be_unfrozen(bases, layer):
+    with pytest.raises(UsageError, match="others stay frozen. Received: unfreeze=from"):
+        unfrozen_groups(classifier(bases), get_base(NAMES[0]), f"from:{layer}")
+
+
 def test_layers_of_a_further_base_are_in_no_group(bases):
     model = classifier(bases)
     groups = layer_groups(model, get_base(NAMES[0]))
@@ -184,6 +209,12 @@ def test_a_saved_model_and_a_folded_copy_say_the_same(bases, pixels, tmp_path):
     np.testing.assert_allclose(run(folded, pixels), run(model, pixels), atol=1e-5)
     other = folded.get_layer(NAMES[1])
     assert not [x for x in other.layers if "BatchNorm" in type(x).__name__]
+
+
+@pytest.mark.parametrize("names", ["MobileNetV2+", "+MobileNetV2", "A++B"])
+def test_a_name_that_is_missing_is_refused(names):
+    with pytest.raises(UsageError, match="A name is missing beside a [+]. Received"):
+        get_bases(names)
 
 
 def test_the_same_base_twice_is_refused():

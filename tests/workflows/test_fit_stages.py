@@ -77,6 +77,7 @@ def test_two_bases_are_one_model_from_fit_to_export(photos, several, workspace):
     np.testing.assert_allclose(said["probabilities"], expected, atol=1e-4)
 
 
+@pytest.mark.long
 def test_auto_keeps_what_is_better_out_of_fold(photos, workspace):
     told = Told()
     run = fit(photos, workspace, "auto", weights="none", listeners=[told])
@@ -97,6 +98,7 @@ def test_auto_keeps_what_is_better_out_of_fold(photos, workspace):
     assert losses["stages"] == pytest.approx(stages, rel=0.1)
 
 
+@pytest.mark.long
 def test_extracted_features_are_those_of_all_bases(photos, workspace):
     options = {"image_size": SIZE, "weights": "none", "precision": "f32"}
     options["cache_dir"] = workspace / "cache"
