@@ -154,7 +154,11 @@ def scale(image: keras.KerasTensor, scaling: Scaling) -> keras.KerasTensor:
 def further_bases(model: keras.Model) -> list[keras.Model]:
     """Returns the bases beside the first one, each of which is a layer of the model."""
     names = {layer.name for layer in model.layers}
-    return [layer for layer in model.layers if f"{POOL}_{layer.name}" in names]
+    return [
+        layer
+        for layer in model.layers
+        if isinstance(layer, keras.Model) and f"{POOL}_{layer.name}" in names
+    ]
 
 
 def build_head(
