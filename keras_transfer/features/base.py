@@ -19,10 +19,8 @@ from keras_transfer.models.classifier import (
 
 def frozen_base(config: Config) -> FrozenPart:
     """Builds the base of a resolved config, or several, cut after the pooling."""
-    rows, models = get_bases(config.base), []
-    for row in rows:
-        size = image_size_of(config)
-        models.append(build_base(row, config.weights, size, config.seed))
+    rows, size = get_bases(config.base), image_size_of(config)
+    models = [build_base(row, config.weights, size, config.seed) for row in rows]
     digests = [weights_digest(model) for model in models]
     return _frozen(config, rows, models, digests, not config.reread)
 

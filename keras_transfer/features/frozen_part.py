@@ -251,7 +251,6 @@ def frozen_features(
     started = time.perf_counter()
     if isinstance(views, int):
         views = part.augmented(views)
-    cached, _ = part.most_cached(storage)
     try:
         own = _own_features(part, splits, views, storage, listener, check, engine)
         plain = replace(storage, precision=own.precision, quality=False)
@@ -260,6 +259,7 @@ def frozen_features(
             for other in part.others
         )
     except UsageError:
+        cached, _ = part.most_cached(storage)
         if storage.precision != "auto" or cached.precision != "bf16":
             raise
         listener.note(

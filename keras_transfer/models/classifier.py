@@ -130,8 +130,8 @@ def join_bases(bases: Sequence[keras.Model], stages: bool) -> keras.Model:
     features = pooled_outputs(first) if stages else [first.get_layer(POOL).output]
     for other in others:
         if not stages:
-            pool = other.get_layer(POOL).output
-            other = keras.Model(other.input, pool, name=other.name)
+            own = other.get_layer(POOL).output
+            other = keras.Model(other.input, own, name=other.name)
             other.trainable = False
         # A model's own `output` is not what it gives here, but that of this layer is.
         named = keras.layers.Identity(name=f"{POOL}_{other.name}")
@@ -177,7 +177,7 @@ def build_head(
         num_classes: Number of classes.
         multi_label: Whether an image may show several classes, or none.
         seed: Seed of the random weights and of dropout.
-        is_scaled: Whether the first layer scales the features; see `set_spread`.
+        is_scaled: Whether the first layer scales the features; see `set_raw_weights`.
 
     Returns:
         A model from float32 `[N, num_features]` to float32 `[N, num_classes]`

@@ -256,6 +256,13 @@ def _row(candidate: Candidate) -> dict[str, float]:
     }
 
 
+def predict_images(
+    head: TrainedHead, features: FrozenFeatures, sources: Sequence[str]
+) -> np.ndarray:
+    """Computes float32 `[N, num_classes]` probabilities of images from features."""
+    return predict_head(head.model, features.head_inputs(sources, head.stages))
+
+
 def predict_head(
     head: keras.Model, features: Features | np.ndarray, chunk_rows: int = CHUNK_ROWS
 ) -> np.ndarray:

@@ -61,7 +61,7 @@ from keras_transfer.runs.run import (
     Run,
     building,
 )
-from keras_transfer.training.head import TrainedHead, predict_head, train_on_features
+from keras_transfer.training.head import TrainedHead, predict_images, train_on_features
 from keras_transfer.workflows.audit import quick_audit
 from keras_transfer.workflows.export import export_savedmodel
 from keras_transfer.workflows.inputs import Inputs
@@ -273,8 +273,7 @@ def _compare(
     sample = sample_images(splits, size, PARITY_IMAGES)
     actual = predict(prediction_engine(model), np.stack([x for *_, x in sample]))
     sources = [source for source, _, _ in sample]
-    rows = features.head_inputs(sources, head.stages)
-    expected = predict_head(head.model, rows)
+    expected = predict_images(head, features, sources)
     return parity(expected, actual, PARITY_TOLERANCE[features.precision])
 
 

@@ -31,7 +31,7 @@ from keras_transfer.reporting.predictions import PredictedTable, predictions_csv
 from keras_transfer.runs.files import write_atomic
 from keras_transfer.runs.manifest import FEW_IMAGES, Abstention, CoveragePoint, Estimate
 from keras_transfer.runs.run import FAR, PREDICTIONS
-from keras_transfer.training.head import TrainedHead, predict_head
+from keras_transfer.training.head import TrainedHead, predict_images
 
 _ROWS = 4096  # whose features are in memory together
 
@@ -135,8 +135,7 @@ def judge_head(
     train, test, names = splits.train, splits.test, splits.class_names
 
     def predict(table: Table) -> np.ndarray:
-        rows = features.head_inputs(table.sources, head.stages)
-        return predict_head(head.model, rows)
+        return predict_images(head, features, table.sources)
 
     evaluations, choices, folds, sure = {}, Choices(), None, None
     parts = []

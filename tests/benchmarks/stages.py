@@ -23,7 +23,7 @@ from keras_transfer.events import SILENT
 from keras_transfer.features.base import frozen_base
 from keras_transfer.features.frozen_part import FrozenFeatures, frozen_features
 from keras_transfer.features.usable import usable_splits
-from keras_transfer.training.head import predict_head, train_on_features
+from keras_transfer.training.head import predict_images, train_on_features
 from keras_transfer.workflows.inputs import prepare
 
 TRAINED = 0.7
@@ -50,8 +50,8 @@ def figures(
 ) -> tuple[float, float, str]:
     """Accuracy and log loss on test images, and what the head reads."""
     head = train_on_features(config, splits, features, SILENT)
-    rows = features.head_inputs(splits.test.sources, head.stages)
-    said, targets = predict_head(head.model, rows), splits.test.targets
+    said = predict_images(head, features, splits.test.sources)
+    targets = splits.test.targets
     kind = "stages" if head.stages else "last"
     return score("accuracy", targets, said), -score("log_loss", targets, said), kind
 
