@@ -83,7 +83,7 @@ def method_costs(
     images = sum(len(table) for _, table in splits.items())
     costs = {}
     for method, unfreeze in UNFREEZE.items():
-        costs[method] = one = _tuning_costs(config, splits, part, unfreeze)
+        costs[method] = one = tuning_costs(config, splits, part, unfreeze)
         learned = config.finetune.epochs * len(splits.train)
         seconds[method] = fit + images * one.forward + learned * one.learning
         nbytes[method] = images * one.row_bytes
@@ -91,7 +91,7 @@ def method_costs(
     return Costs(seconds, nbytes, free, head, costs["finetune-top"])
 
 
-def _tuning_costs(
+def tuning_costs(
     config: Config, splits: Splits, part: FrozenPart, unfreeze: str
 ) -> TuningCosts:
     """Measures what fine-tuning takes, on a batch."""

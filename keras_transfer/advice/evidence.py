@@ -40,7 +40,8 @@ class Trial:
         images: Number of images, each of which was predicted by models that did not
             learn from it.
         epochs: Number of epochs that the top stage was trained for.
-        before: Metric of heads on the frozen base, from 0 to 1.
+        before: Metric of heads on the frozen base: the log loss in nats, others from 0
+            to 1.
         after: Metric of the same heads with the top stage fine-tuned.
         low: Lower end of the 95% interval of the gain, of paired predictions.
         high: Upper end of it.
@@ -59,7 +60,8 @@ class Trial:
     @property
     def gain(self) -> float:
         """How much better fine-tuning was; negative if it was worse."""
-        return self.after - self.before
+        difference = self.after - self.before
+        return -difference if self.metric == "log_loss" else difference
 
 
 @dataclass(frozen=True)

@@ -351,24 +351,37 @@ def usual_gain(apart: float, images: int) -> tuple[float, float, str]:
 def expected_gain(
     trial: Trial | None, usual: tuple[float, float], images: int
 ) -> float:
-    """Weighs the gain in a trial with the usual one, by their variances.
+    """Returns what fine-tuning can be expected to gain; see `weighed_gain`.
 
-    Each counts the more the less it varies, as in the mean of a normal distribution
-    after a measurement. If few of the images were tried, the result is at least the
-    usual gain, since fine-tuning gains more from more images.
+    If few of the images were tried, the result is at least the usual gain, since
+    fine-tuning gains more from more images.
 
     Args:
         trial: The trial, if any.
         usual: Mean and standard deviation of the usual gain.
         images: Number of training images.
     """
-    mean, deviation = usual
+    mean, _ = usual
     if trial is None:
         return mean
+    expected = weighed_gain(trial, usual)
+    return max(expected, mean) if trial.images < TELLING * images else expected
+
+
+def weighed_gain(trial: Trial, usual: tuple[float, float]) -> float:
+    """Weighs the gain in a trial with the usual one, by their variances.
+
+    Each counts the more the less it varies, as in the mean of a normal distribution
+    after a measurement.
+
+    Args:
+        trial: The trial.
+        usual: Mean and standard deviation of the usual gain.
+    """
+    mean, deviation = usual
     error = (trial.high - trial.low) / (2 * _Z)
     weight = deviation**2 / (deviation**2 + error**2)
-    expected = weight * trial.gain + (1 - weight) * mean
-    return max(expected, mean) if trial.images < TELLING * images else expected
+    return weight * trial.gain + (1 - weight) * mean
 
 
 def _choose(evidence: Evidence, possible: set[Method]) -> tuple[Method, str]:

@@ -9,7 +9,7 @@ and after are mixed, and each half of the images chooses the mix for the other.
 
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -148,9 +148,58 @@ def try_fine_tuning(
     started = time.perf_counter()
     tuning = config.finetune.model_copy(update={**_OPTIONS, "epochs": plan.epochs})
     config = config.model_copy(update={"finetune": tuning, "augment": 0})
+    found = tune_in_folds(config, splits, part, features, plan.images, listener)
+    return judge(found, config, plan.epochs, time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class Folded:
+    """Predictions of images by models that did not learn from them.
+
+    Attributes:
+        table: The N images.
+        before: float32 `[N, C]` probabilities by the head alone.
+        mixes: float32 `[N, C]` by the fraction of the fine-tuned weights in the model.
+        folds: Number of folds that these are; all are `FOLDS`.
+    """
+
+    table: Table
+    before: np.ndarray
+    mixes: Mapping[float, np.ndarray]
+    folds: int
+
+
+def tune_in_folds(
+    config: Config,
+    splits: Splits,
+    part: FrozenPart,
+    features: FrozenFeatures,
+    images: int,
+    listener: Listener,
+    is_worth_more: Callable[[Folded], bool] = lambda _: True,
+) -> Folded:
+    """Fine-tunes in folds of the training images; test images are not looked at.
+
+    Copies of an image, and images of a group, are in the same fold.
+
+    Args:
+        config: The resolved config, whose `finetune` section says how.
+        splits: The usable images.
+        part: The frozen base.
+        features: The base's features.
+        images: Number of training images to use, at most.
+        listener: Receives notes and progress.
+        is_worth_more: Called after each fold but the last with what is known so far; if
+            it returns False, that is returned.
+
+    Raises:
+        UsageError: If there are fewer groups of images than folds.
+        DivergenceError: If training diverges.
+        KerasTransferError: If the activations do not fit on the disk.
+    """
     table = keep_copies_together(splits.train, features.extraction)
-    if len(table) > plan.images:
-        picked = deal(table.targets, config.seed)[: plan.images]
+    if len(table) > images:
+        picked = deal(table.targets, config.seed)[:images]
         table = table.select(np.sort(picked))
     numbers = fold_numbers(table, len(splits.class_names), FOLDS, config.seed)
     only = replace(splits, train=table, val=table.keep(()), test=table.keep(()))
@@ -161,42 +210,38 @@ def try_fine_tuning(
         held_out = numbers == fold
         others = table.select(np.flatnonzero(held_out))
         learned = table.select(np.flatnonzero(~held_out))
-        found = work.predict(learned, others, _Progress(listener, fold))
-        for alpha, probabilities in found.items():
+        made = work.predict(learned, others, _Progress(listener, fold))
+        for alpha, probabilities in made.items():
             said[alpha][held_out] = probabilities
-    return _judge(table, said, config, plan, time.perf_counter() - started)
+        rows = np.flatnonzero(numbers <= fold)
+        mixes = {alpha: said[alpha][rows] for alpha in ALPHAS}
+        found = Folded(table.select(rows), said[0.0][rows], mixes, fold + 1)
+        if fold < FOLDS - 1 and not is_worth_more(found):
+            break
+    return found
 
 
-def _judge(
-    table: Table,
-    said: dict[float, np.ndarray],
-    config: Config,
-    plan: TrialPlan,
-    seconds: float,
-) -> Trial:
+def judge(found: Folded, config: Config, epochs: int, seconds: float) -> Trial:
     """Compares the head with mixes, each half of the images choosing for the other.
 
     Args:
-        table: The N images.
-        said: float32 `[N, C]` out-of-fold probabilities by the fraction of fine-tuned
-            weights.
+        found: The predictions.
         config: The resolved config.
-        plan: What was tried.
+        epochs: Number of epochs that were trained for.
         seconds: How long it took.
     """
-    before = said[0.0]
-    mixes = {alpha: found for alpha, found in said.items() if alpha}
-    metric = deciding_metric(table.targets)
+    table, before = found.table, found.before
+    metric = deciding_metric(table.targets, config.metric)
     first = halves(table, before.shape[1], config.seed)
-    after = cross_fit(metric, table.targets, mixes, first).uncalibrated
-    found = compare(metric, table.targets, before, after, table.groups)
-    low, high = found.interval
+    after = cross_fit(metric, table.targets, found.mixes, first).uncalibrated
+    compared = compare(metric, table.targets, before, after, table.groups)
+    low, high = compared.interval
     return Trial(
         metric=metric,
         images=len(table),
-        epochs=plan.epochs,
-        before=found.before,
-        after=found.after,
+        epochs=epochs,
+        before=compared.before,
+        after=compared.after,
         low=low,
         high=high,
         seconds=seconds,
@@ -305,6 +350,13 @@ class _Work:
         weighting = class_weighting(
             table.targets, splits.class_names, head.class_weight, head.logit_adjustment
         )
-        rows = self.activations.features.rows(table.sources)
+        features, tuning = self.activations.features, self.config.finetune
+        views = [
+            features.rows(table.sources, view)
+            for view in range(len(self.activations.train))
+        ]
         weights = relative_weights(table)
-        return TailData(label_features([rows], table.targets, weighting, weights))
+        return TailData(
+            label_features(views, table.targets, weighting, weights),
+            label_smoothing=tuning.label_smoothing,
+        )

@@ -65,7 +65,7 @@ class Comparison:
 
     @property
     def interval(self) -> Interval:
-        """95% confidence interval of the gain, of metrics from 0 to 1.
+        """95% confidence interval of the gain.
 
         A normal one, to whose variance an image (or group) is added that only the first
         model gets right, and one that only the second does: without them, models that
@@ -77,7 +77,8 @@ class Comparison:
         units = max(self.units, 1)
         variance = max(self.spread**2 - self.gain**2 / units, 0) + 2 / units**2
         half = Z * math.sqrt(variance)
-        return max(-1.0, self.gain - half), min(1.0, self.gain + half)
+        most = math.inf if self.metric == "log_loss" else 1.0
+        return max(-most, self.gain - half), min(most, self.gain + half)
 
     @property
     def level(self) -> float:
