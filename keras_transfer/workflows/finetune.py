@@ -25,6 +25,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_transfer.advice.evidence import Trial
 from keras_transfer.config import (
     Config,
     FinetuneConfig,
@@ -151,6 +152,7 @@ def run_finetuning(
     listener: Listener,
     in_memory: object | None = None,
     report: bool | None = None,
+    trial: Trial | None = None,
 ) -> FinetuneResult:
     """Implements `api.unfreeze_and_finetune`.
 
@@ -162,6 +164,8 @@ def run_finetuning(
         listener: Receives notes, progress, epochs and artifacts.
         in_memory: The images that the run was made from, if they were given in Python.
         report: Whether to make the report page; None does what the run's config says.
+        trial: What the same options gained in folds of the run's training images, which
+            then has a say in whether the new model is kept; None if that is unknown.
 
     Returns:
         The result, which describes the new model even if it was not kept and the run
@@ -182,7 +186,7 @@ def run_finetuning(
         parameters = config.model_dump(mode="json")
         with announcing(listener, "finetune", run.run_dir, parameters):
             with _checkpoint_removed(run):
-                result, known = _finetune(run, config, listener, in_memory)
+                result, known = _finetune(run, config, listener, in_memory, trial)
             listener.note(result.report.reason)
             listener.artifact(run.run_dir, "run")
             if config.report if report is None else report:
@@ -205,7 +209,11 @@ def _checkpoint_removed(run: Run) -> Iterator[None]:
 
 
 def _finetune(
-    run: Run, config: Config, listener: Listener, in_memory: object | None
+    run: Run,
+    config: Config,
+    listener: Listener,
+    in_memory: object | None,
+    trial: Trial | None,
 ) -> tuple[FinetuneResult, Loaded]:
     """Returns the result, and what of the run is in memory."""
     clock = _Clock()
@@ -237,7 +245,7 @@ def _finetune(
             mix.finish(verdict.chosen.key, verdict.chosen.temperature)
         judgement = held_out.describe(config, parts, verdict, told)
     phase, force = run.manifest.phase, config.finetune.force
-    decision = decide(metric, verdict, phase, parts.rival, force)
+    decision = decide(metric, verdict, phase, parts.rival, force, trial)
     report = _report(config.finetune, decision, mix, activations, trained, clock, told)
     _commit(run, classifier.model, report, trained, judgement, metrics)
     known = Loaded(splits, features, classifier.model if report.kept else None)

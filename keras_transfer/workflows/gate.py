@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from keras_transfer.advice.evidence import Trial
 from keras_transfer.config import Config, FinetuneConfig
 from keras_transfer.data.tables import Splits, Table
 from keras_transfer.data.text_cells import read_table
@@ -347,7 +348,12 @@ class Decision:
 
 
 def decide(
-    metric: str, verdict: Verdict | None, phase: Phase, rival: Phase, force: bool
+    metric: str,
+    verdict: Verdict | None,
+    phase: Phase,
+    rival: Phase,
+    force: bool,
+    trial: Trial | None = None,
 ) -> Decision:
     """Decides whether the new model becomes the run's model, and gives the reason.
 
@@ -357,13 +363,24 @@ def decide(
         phase: Phase of the run's model.
         rival: Phase of the model that the new one was compared with.
         force: Whether to keep the new model even if it is not better.
+        trial: What the same options gained in folds of the training images; with it,
+            both together have to show a gain, the judging images alone need not.
     """
     if verdict is None:
         reason = "the fine-tuned model was kept by force, compared with nothing"
         return Decision(metric, True, reason)
     found = verdict.comparison
-    figures = _figures(found)
-    if found.is_better:
+    figures, is_better = _figures(found), found.is_better
+    if trial:
+        gain = _gain_of_both(found, trial)
+        figures, is_better = (
+            (
+                f"{_change(found)}; together with {trial.gain:+.3f} in a trial on "
+                f"{trial.images:,} training images, {gain:+.3f}"
+            ),
+            gain > 0,
+        )
+    if is_better:
         reason = f"the fine-tuned model was kept: {figures}"
     elif force:
         reason = f"the fine-tuned model was kept by force: {figures}"
@@ -376,7 +393,7 @@ def decide(
         )
     return Decision(
         metric=metric,
-        kept=found.is_better or force,
+        kept=is_better or force,
         reason=reason,
         before=found.before,
         after=found.after,
@@ -387,6 +404,13 @@ def decide(
         alphas=verdict.scores,
         calibration=_calibration(verdict),
     )
+
+
+def _gain_of_both(found: Comparison, trial: Trial) -> float:
+    """Returns the mean gain of judging images and a trial, weighted by precision."""
+    intervals = [found.interval, (trial.low, trial.high)]
+    weights = [1 / max(high - low, 1e-9) ** 2 for low, high in intervals]
+    return float(np.average([found.gain, trial.gain], weights=weights))
 
 
 def _figures(found: Comparison) -> str:
@@ -402,9 +426,13 @@ def _figures(found: Comparison) -> str:
             f"; the models differ for {found.informative} images or groups, and at "
             f"least {FEWEST_INFORMATIVE} are needed"
         )
+    return f"{_change(found)} ({level})"
+
+
+def _change(found: Comparison) -> str:
     return (
         f"{label(found.metric)} on {found.images:,} training images set aside to "
-        f"decide {found.before:.3g} -> {found.after:.3g} ({level})"
+        f"decide {found.before:.3g} -> {found.after:.3g}"
     )
 
 

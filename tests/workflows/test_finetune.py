@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import keras
@@ -23,6 +24,7 @@ import yaml
 from conftest import CLASSES, RUN_FILES, Told, draw, encode, fill
 
 import keras_transfer
+from keras_transfer.advice.evidence import Trial
 from keras_transfer.config import FinetuneConfig
 from keras_transfer.data.tables import Table
 from keras_transfer.errors import KerasTransferError
@@ -512,6 +514,23 @@ def test_a_decision_speaks_the_language_of_its_metric():
     assert f"about {decision.images_needed:,} would" in told.notes[1]
     gate_module.note_few(replace(figures, images=100), told)
     assert len(told.notes) == 2
+
+
+def test_a_trial_has_a_say_in_what_is_kept():
+    def decided(gain: float, low: float, high: float) -> gate_module.Decision:
+        trial = Trial("accuracy", 400, 10, 0.8, 0.8 + gain, low, high, seconds=1)
+        found = Comparison("accuracy", 0.8, 0.8, 0.5, 1, 50, 0.04, 9, 50)
+        of = verdict(found)
+        return gate_module.decide("accuracy", of, "fit", "fit", False, trial)
+
+    kept = decided(0.04, 0.02, 0.06)
+    assert kept.kept and "together with +0.040 in a trial on 400" in kept.reason
+    assert not decided(-0.01, -0.03, 0.01).kept
+    # Judging images that say the contrary count by how much they can tell.
+    worse = Comparison("accuracy", 0.8, 0.6, 0.9, 1, 50, 0.04, 9, 50)
+    trial = Trial("accuracy", 400, 10, 0.8, 0.81, -0.03, 0.05, seconds=1)
+    decide = partial(gate_module.decide, "accuracy", verdict(worse), "fit", "fit")
+    assert not decide(False, trial).kept and decide(True, trial).kept
 
 
 def test_calibration_is_that_of_the_tables():
