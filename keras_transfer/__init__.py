@@ -55,6 +55,7 @@ __all__ = [
     "predict",
     "rank",
     "report",
+    "search",
     "to_png",
     "unfreeze_and_finetune",
 ]
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
         predict,
         rank,
         report,
+        search,
         unfreeze_and_finetune,
     )
     from keras_transfer.config import Config

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from keras_transfer.workflows.evaluate import RunEvaluation
     from keras_transfer.workflows.extract import ImageFeatures
     from keras_transfer.workflows.inputs import Inputs
+    from keras_transfer.workflows.search import SearchResult
 
 
 class Run(runs.Run):
@@ -491,6 +492,61 @@ def advise(
     from keras_transfer.workflows.advise import measure
 
     return measure(inputs, options, budget, told(listeners))
+
+
+def search(
+    data: object,
+    *,
+    budget: float | None = None,
+    trials: int | None = None,
+    bases: str | Iterable[str] | None = None,
+    max_size: float | None = None,
+    max_latency: float | None = None,
+    listeners: Iterable[Listener] = (),
+    **options: Any,
+) -> "SearchResult":
+    """Spends a budget on the best classifier that can be found, and makes a run of it.
+
+    Bases, several of them as one, heads, augmented views and fine-tuning are tried,
+    what promises most per second first. All are judged out of fold on the training
+    images; test images are looked at in the end. Ctrl-C ends the search early; a
+    search that was killed goes on where it was if it is started again.
+
+    Args:
+        data: Images in any form that `fit` accepts.
+        budget: Maximum number of minutes, the final training included; None for 30, or
+            for no limit with `trials`. Then nothing depends on the clock (unless
+            `max_latency` is given), and the same seed gives the same result.
+        trials: Maximum number of ways to try; None for no limit.
+        bases: Name of a base to use, or several; None for all whose weights are on
+            this machine.
+        max_size: Largest size of the model's weights in units of 10^6 bytes.
+        max_latency: Longest time for one image on this machine, in milliseconds.
+        listeners: Receive notes, progress, epochs and artifacts.
+        **options: Config keys that all ways share, such as `metric="macro_f1"`, but
+            not those that the search chooses: base, augment, head.kind and what of
+            finetune says how to train.
+
+    Returns:
+        The run, and what was tried, the best first.
+
+    Raises:
+        UsageError: If an option, the data or the run's name is not valid, or nothing
+            fits the limits.
+        KerasTransferError: If the data or the weights cannot be used.
+    """
+    name, in_memory = _named(data)
+    from keras_transfer.workflows.inputs import prepare
+
+    config = load_config(None, {**options, "data": name})
+    inputs = prepare(config, in_memory=in_memory, ending="search")
+    if not inputs.need_tensorflow:
+        _ = inputs.splits
+    from keras_transfer.workflows.search import Limits, search_best
+
+    limits = Limits(budget, trials, max_size, max_latency)
+    names = [bases] if isinstance(bases, str) else None if bases is None else [*bases]
+    return search_best(inputs, limits, names, config.image_size, told(listeners))
 
 
 def rank(

@@ -35,7 +35,7 @@ from keras_transfer.errors import KerasTransferError, UsageError, explaining_ful
 from keras_transfer.events import Broadcast
 from keras_transfer.findings.finding import SEVERITIES, Severity
 from keras_transfer.markup import printable
-from keras_transfer.models.bases import get_bases
+from keras_transfer.models.bases import get_base, get_bases
 from keras_transfer.options import (
     AUDITED,
     CONFIG_FILE,
@@ -712,6 +712,83 @@ def advise(data: str, budget: float | None, as_json: bool, **options: Any) -> No
 @main.command()
 @click.argument("data")
 @click.option(
+    "--budget",
+    type=Minutes(),
+    metavar="TIME",
+    help="Time to spend, such as 30m or 2h, the final training included.  [default: "
+    "30m, or no limit with --trials]",
+)
+@click.option(
+    "--trials",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Number of ways to try.  [default: no limit]",
+)
+@click.option(
+    "--bases",
+    default="available",
+    metavar="NAME,...",
+    help="Bases to use.  [default: all whose weights are on this machine]",
+)
+@click.option(
+    "--max-size",
+    type=click.FloatRange(0, min_open=True),
+    metavar="MB",
+    help="Largest size of the model's weights.",
+)
+@click.option(
+    "--max-latency",
+    type=click.FloatRange(0, min_open=True),
+    metavar="MS",
+    help="Longest time for one image on this machine, in milliseconds.",
+)
+@config_options("metric")
+@click.option("--name", metavar="NAME", help="Name of the run.  [default: DATA-search]")
+@config_options("runs_dir", *MEASURED)
+@click.option(
+    "--overwrite/--no-overwrite",
+    default=None,
+    help="Replace an existing run of this name.  [default: no]",
+)
+@JSON
+def search(
+    data: str,
+    budget: float | None,
+    trials: int | None,
+    bases: str,
+    max_size: float | None,
+    max_latency: float | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Spend a budget on the best classifier of DATA and make a run of it.
+
+    Bases, several as one, heads, views and fine-tuning are tried and judged out of
+    fold. Ctrl-C keeps the best so far.
+
+    \b
+    kt search photos/ --budget 30m
+    """
+    names = None if bases == "available" else bases.split(",")
+    for name in names or ():
+        get_base(name)
+    config = load_config(None, {**options, "data": data})
+    inputs = _prepare(config, ending="search")
+    from keras_transfer import terminal
+    from keras_transfer.workflows.search import Limits, search_best
+
+    limits = Limits(budget, trials, max_size, max_latency)
+    with terminal.listening() as listener:
+        found = search_best(inputs, limits, names, config.image_size, listener)
+    if as_json:
+        _write_json(found.to_json())
+    else:
+        terminal.show_search(found)
+
+
+@main.command()
+@click.argument("data")
+@click.option(
     "--bases",
     default="available",
     metavar="NAME,...",
@@ -996,12 +1073,12 @@ def cache_path(cache_dir: Path | None) -> None:
 
 
 def _prepare(
-    config: Config, makes_run: bool = True, fewest_classes: int = 2
+    config: Config, makes_run: bool = True, fewest_classes: int = 2, ending: str = ""
 ) -> "Inputs":
     """Checks the inputs and lists the images before importing TensorFlow."""
     from keras_transfer.workflows.inputs import prepare
 
-    inputs = prepare(config, makes_run, fewest_classes=fewest_classes)
+    inputs = prepare(config, makes_run, None, fewest_classes, ending)
     if not inputs.need_tensorflow:
         _ = inputs.splits
     _import_tensorflow()

@@ -45,6 +45,7 @@ MANIFEST = "manifest.json"
 METRICS = "metrics.json"
 MODEL = "model.keras"
 REPORT = "report.html"
+SEARCH = "search.json"
 SKIPPED = "skipped.csv"
 SPLITS = "splits.csv"
 

@@ -24,6 +24,7 @@ from keras_transfer.terminal.tables import (
     show_recommendation,
     show_run,
     show_runs,
+    show_search,
     show_sorted,
     show_sure,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "show_line",
     "show_note",
     "show_ranking",
+    "show_search",
     "show_recommendation",
     "show_run",
     "show_runs",

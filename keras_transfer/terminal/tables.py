@@ -11,6 +11,7 @@ from rich.text import Text
 
 from keras_transfer.advice.evidence import METHODS
 from keras_transfer.evaluation.names import label
+from keras_transfer.events import duration
 from keras_transfer.findings.finding import Audit, counted
 from keras_transfer.markup import printable
 from keras_transfer.reporting.text_chart import text_chart
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from keras_transfer.workflows.finetune import FinetuneResult
     from keras_transfer.workflows.fit import FitResult
     from keras_transfer.workflows.leaderboard import ListedRun
+    from keras_transfer.workflows.search import SearchResult
 
 
 _MOST_CLASSES = 30
@@ -430,6 +432,46 @@ def show_ranking(result: "RankResult") -> None:
     for reason in dict.fromkeys(left_out.values()):
         names = ", ".join(name for name in left_out if left_out[name] == reason)
         console.print(f"Left out: {names}: {reason}")
+
+
+def show_search(result: "SearchResult") -> None:
+    """Shows the leaderboard of `kt search`, and the run that was made."""
+    outcomes = result.outcomes
+    table = Table(box=None, pad_edge=False)
+    table.add_column("way", overflow="fold")
+    name, listed = label(outcomes[0].metric), result.listed
+    table.add_column(f"{name} out of fold (95% interval)", overflow="fold")
+    for column in ("time", "MB", "ms an image"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("")
+    for one in outcomes:
+        table.add_row(
+            printable(str(one.way)),
+            printable(one.problem) or one.figure,
+            duration(one.seconds),
+            f"{one.megabytes:,.1f}" if one.megabytes else "",
+            f"{one.milliseconds:,.1f}" if one.milliseconds else "",
+            "<- none is both faster and better" if one in result.front else "",
+        )
+    console.print(table)
+    if any(one.way.tuning is not None for one in outcomes):
+        console.print(
+            "With fine-tuning: the figure of the head, and what it is expected to add."
+        )
+    usable, tuning = (
+        [x for x in outcomes if not x.problem],
+        result.run.manifest.finetune,
+    )
+    if usable[1:]:
+        console.print(f"The best of {len(usable)} ways flatters itself a little.")
+    if outcomes[0].trial and tuning:
+        console.print(f"In the run, {tuning.reason}")
+    if listed.value is not None:
+        figure = f"{label(listed.metric)} {listed.figure}"
+        note = ", looked at in the end only" if listed.split == "test" else ""
+        console.print(f"{label(listed.split).capitalize()}{note}: {figure}")
+    console.print(f"Run: {result.run.run_dir}")
+    _show_page(result.run)
 
 
 def show_bases(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -5,7 +5,7 @@ missing data are therefore reported immediately.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from keras_transfer.config import Config
@@ -62,6 +62,12 @@ class Inputs:
             _check_fit(config, splits)
         return splits
 
+    def with_config(self, config: Config) -> "Inputs":
+        """Returns the same images, as they were listed, with another config."""
+        found = replace(self, config=config)
+        vars(found)["splits"] = self.splits
+        return found
+
     @property
     def need_tensorflow(self) -> bool:
         """Whether TensorFlow is needed to list the images (`digits` and `tfds:`)."""
@@ -73,6 +79,7 @@ def prepare(
     makes_run: bool = True,
     in_memory: object | None = None,
     fewest_classes: int = 2,
+    ending: str = "",
 ) -> Inputs:
     """Resolves a config and checks that results can be written.
 
@@ -81,6 +88,7 @@ def prepare(
         makes_run: Whether a run directory will be created.
         in_memory: The images if they are given in Python.
         fewest_classes: As in `loading.load`.
+        ending: What the run's name ends with if none is given; "" for the base.
 
     Raises:
         UsageError: If the base is unknown, DATA is a run, the run's name is not valid
@@ -88,7 +96,7 @@ def prepare(
         KerasTransferError: If another process is changing the run to be overwritten.
     """
     runs_dir = config.runs_dir.expanduser()  # messages show it as it was given
-    config = _resolve(config)
+    config = _resolve(config, ending)
     assert config.name is not None
     run = NewRun(runs_dir / config.name)
     if makes_run:
@@ -124,7 +132,7 @@ def _check_fit(config: Config, splits: Splits) -> None:
     head_folds(table, len(names), config.folds, config.seed)
 
 
-def _resolve(config: Config) -> Config:
+def _resolve(config: Config, ending: str) -> Config:
     """Fills in defaults that depend on other keys and makes all paths absolute."""
     base = "+".join(row.name for row in get_bases(config.base))
     if is_on_disk(config.data):
@@ -161,7 +169,8 @@ def _resolve(config: Config) -> Config:
             "weights": weights,
             "base": base,
             "image_size": config.image_size or own_image_size(base),
-            "name": config.name or f"{plain_stem.strip('.-') or 'run'}-{base}",
+            "name": config.name
+            or f"{plain_stem.strip('.-') or 'run'}-{ending or base}",
         }
     )
 
