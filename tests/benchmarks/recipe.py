@@ -29,6 +29,7 @@ parser.add_argument("--weights", default="imagenet")
 parser.add_argument("--finetune-epochs", type=int, default=0)
 parser.add_argument("--finetune-from", help="the last layer that stays frozen")
 parser.add_argument("--no-augmentation", action="store_true")
+parser.add_argument("--predictions", type=Path, help="NPZ file of test predictions")
 arguments = parser.parse_args()
 
 keras.utils.set_random_seed(0)
@@ -99,9 +100,14 @@ class EpochTimes(keras.callbacks.Callback):
         self.whole.append(time.perf_counter() - self._start)
 
 
-def test_accuracy() -> float:
+def on_test_images() -> tuple[np.ndarray, np.ndarray]:
+    """Logits `[N, C]` and labels `[N]`."""
     logits = np.concatenate([model.predict_on_batch(images) for images, _ in test])
-    labels = np.concatenate([labels for _, labels in test])
+    return logits, np.concatenate([labels for _, labels in test])
+
+
+def test_accuracy() -> float:
+    logits, labels = on_test_images()
     return float((logits.argmax(1) == labels).mean())
 
 
@@ -138,4 +144,8 @@ if arguments.finetune_epochs:
         result["finetune_accuracy"].append(test_accuracy())
     result["finetune_train_seconds"] = times.training
     result["finetune_epoch_seconds"] = times.whole
+if arguments.predictions:
+    logits, labels = on_test_images()
+    probabilities = keras.ops.convert_to_numpy(keras.ops.softmax(logits))
+    np.savez(arguments.predictions, probabilities=probabilities, labels=labels)
 print(json.dumps(result))
