@@ -428,7 +428,7 @@ def test_a_budget_that_allows_nothing_is_an_error():
 
 @pytest.mark.long
 def test_advice_ends_in_a_command_that_uses_what_it_computed(kt, photos):
-    result = kt("advise", photos, "--image-size", 64, "--budget", "2h")
+    result = kt("advise", photos, "--image-size", 64, "--budget", "1m")
     assert result.exit_code == 0, result.output
     *_, shares, recommended, command = result.stdout.strip().splitlines()
     assert shares.split() == ["25%", "50%", "100%"]  # below the learning curve
