@@ -208,22 +208,25 @@ def search_best(
 
 def _check_free(config: Config) -> None:
     """Checks that nothing is given that a search chooses."""
-    plain, tuning = Config(data=config.data), config.finetune
-    given = {
-        "base": (config.base != plain.base, "Use bases"),
-        "head.kind": (config.head.kind != plain.head.kind, "Leave it out"),
-        "augment": (config.augment != plain.augment, "Leave it out"),
-        "export": (config.export != plain.export, "Export the run that it makes"),
-    } | {
-        f"finetune.{key}": (
-            getattr(tuning, key) != getattr(plain.finetune, key),
-            "Leave it out",
-        )
-        for key in _CHOSEN
+    plain = Config(data=config.data)
+    chosen: dict[str, tuple[object, object]] = {
+        "base": (config.base, plain.base),
+        "head.kind": (config.head.kind, plain.head.kind),
+        "augment": (config.augment, plain.augment),
     }
-    for key, (is_given, hint) in given.items():
-        if is_given:
-            raise UsageError(f"A search does without {key}. Received: {key}. {hint}.")
+    for key in _CHOSEN:
+        values = getattr(config.finetune, key), getattr(plain.finetune, key)
+        chosen[f"finetune.{key}"] = values
+    for key, (value, default) in chosen.items():
+        if value != default:
+            hint = "Use bases" if key == "base" else "Leave it out"
+            raise UsageError(
+                f"A search chooses {key} itself. Received: {key}={value}. {hint}."
+            )
+    if config.export:
+        raise UsageError(
+            "A search makes a run only. Received: export=True. Export the run."
+        )
 
 
 def _usable_bases(

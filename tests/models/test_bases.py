@@ -417,7 +417,7 @@ def test_a_base_of_every_family_is_trained_and_exported(kt, few_photos, base):
     form = FORMATS[SMALLEST.index(base) % len(FORMATS)]  # each by some family
     if base.name in PATCHES:
         form = "onnx"  # whose operations do not include GELU's
-    elif base.parameters > 10_000_000:  # a format takes up to 80 times the weights
+    elif base.parameters > 6_000_000:  # a format takes up to 80 times the weights
         return
     exported = succeed(kt, "export", "saved_models/run", "--format", form)
     assert exported.startswith(f"saved_models/run/exported/{form}:")

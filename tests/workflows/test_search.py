@@ -184,9 +184,10 @@ def test_trials_use_the_options_of_fine_tuning_and_end_early(photos, tmp_path):
     [
         ({"trials": 0}, "trials=0"),
         ({"budget": -1}, "budget=-1"),
-        ({"base": "MobileNetV2"}, "does without base.* Use bases."),
-        ({"head": {"kind": "mlp"}}, "does without head.kind"),
-        ({"finetune": {"learning_rate": 0.1}}, "without finetune.learning_rate"),
+        ({"base": "MobileNetV2"}, "chooses base itself.* Use bases."),
+        ({"head": {"kind": "mlp"}}, "chooses head.kind itself"),
+        ({"finetune": {"learning_rate": 0.1}}, "chooses finetune.learning_rate itself"),
+        ({"export": True}, "Received: export=True. Export the run"),
         ({"weights": "some.h5"}, "weights=.*some.h5 for 2 bases"),
         ({"bases": []}, "needs bases"),
         ({"bases": ["efficientnet_lite0+MobileNetV2"]}, "no such base"),
