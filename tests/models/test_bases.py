@@ -408,8 +408,20 @@ def fit_options(base) -> tuple:
     return ("--base", base.name, "--weights", "none", "--image-size", size)
 
 
-@pytest.mark.families
-@pytest.mark.parametrize("base", SMALLEST, ids=lambda base: base.name)
+@pytest.mark.parametrize(
+    "base",
+    [
+        # Two consist of the same layers as another.
+        pytest.param(
+            base,
+            marks=pytest.mark.slow
+            if base.name in ("InceptionResNetV2", "VGG19")
+            else pytest.mark.families,
+            id=base.name,
+        )
+        for base in SMALLEST
+    ],
+)
 def test_a_base_of_every_family_is_trained_and_exported(kt, few_photos, base):
     keras.utils.clear_session()
     succeed(kt, "fit", few_photos, "--name", "run", *fit_options(base))
