@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from keras_transfer.advice.space import Way
 from keras_transfer.advice.trial import FOLDS
-from keras_transfer.models.bases import get_bases, own_image_size
+from keras_transfer.models.bases import own_image_size, parameters_of
 
 _HEAD = {"linear": 0.5, "mlp": 1.0}
 """What training a head takes for an image, in forward passes of its bases."""
@@ -71,7 +71,7 @@ class Effort:
 
     def _pass(self, base: str, side: int) -> float:
         """What an image takes in a base."""
-        return sum(row.parameters for row in get_bases(base)) * side**2
+        return parameters_of(base) * side**2
 
     def _head(self, way: Way) -> float:
         """What an image takes while a head is trained."""

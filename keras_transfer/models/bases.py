@@ -619,6 +619,11 @@ def get_bases(names: str) -> tuple[Base, ...]:
     return rows
 
 
+def parameters_of(name: str) -> int:
+    """Returns the number of weights of a base without a head, or of all of several."""
+    return sum(row.parameters for row in get_bases(name))
+
+
 def own_image_size(names: str) -> int:
     """Returns the size of images in pixels that one or several bases are used at."""
     return max(row.image_size for row in get_bases(names))

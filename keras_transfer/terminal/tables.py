@@ -458,10 +458,8 @@ def show_search(result: "SearchResult") -> None:
         console.print(
             "With fine-tuning: the figure of the head, and what it is expected to add."
         )
-    usable, tuning = (
-        [x for x in outcomes if not x.problem],
-        result.run.manifest.finetune,
-    )
+    usable = [one for one in outcomes if not one.problem]
+    tuning = result.run.manifest.finetune
     if usable[1:]:
         console.print(f"The best of {len(usable)} ways flatters itself a little.")
     if outcomes[0].trial and tuning:

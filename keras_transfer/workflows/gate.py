@@ -373,12 +373,10 @@ def decide(
     figures, is_better = _figures(found), found.is_better
     if trial:
         gain = _gain_of_both(found, trial)
-        figures, is_better = (
-            (
-                f"{_change(found)}; together with {trial.gain:+.3f} in a trial on "
-                f"{trial.images:,} training images, {gain:+.3f}"
-            ),
-            gain > 0,
+        is_better = gain > 0
+        figures = (
+            f"{_change(found)}; together with {trial.gain:+.3f} in a trial on "
+            f"{trial.images:,} training images, {gain:+.3f}"
         )
     if is_better:
         reason = f"the fine-tuned model was kept: {figures}"

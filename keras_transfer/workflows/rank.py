@@ -13,7 +13,13 @@ from keras_transfer.events import Listener
 from keras_transfer.features.base import frozen_base
 from keras_transfer.features.frozen_part import FrozenPart, Storage, frozen_features
 from keras_transfer.features.usable import usable_splits
-from keras_transfer.models.bases import BASES, get_base, get_bases, weights_path
+from keras_transfer.models.bases import (
+    BASES,
+    get_base,
+    get_bases,
+    parameters_of,
+    weights_path,
+)
 from keras_transfer.workflows.inputs import Inputs, prepare
 
 
@@ -48,7 +54,7 @@ def measure_bases(
         if bases is None and not weights_path(get_base(name)).is_file():
             left_out[name] = "weights are not on this machine"
             continue
-        listener.note(f"{name}: {_parameters(name):,} weights")
+        listener.note(f"{name}: {parameters_of(name):,} weights")
         with_base = inputs.config.model_copy(update={"base": name})
         resolved = prepare(with_base, makes_run=False).config
         try:
@@ -77,10 +83,6 @@ class _Naming(Listener):
         self._listener.progress(self._name, done, total)
 
 
-def _parameters(name: str) -> int:
-    return sum(row.parameters for row in get_bases(name))
-
-
 def _measured(
     name: str,
     config: Config,
@@ -99,6 +101,6 @@ def _measured(
         "accuracy": curve[1.0],
         "logme": logme(probed.rows, targets, classes, config.seed),
         "images_per_second": images_per_second(part, splits, features),
-        "parameters": _parameters(name),
+        "parameters": parameters_of(name),
         "megabytes": 4 * sum(model.count_params() for model in part.models) / 1e6,
     }

@@ -27,7 +27,7 @@ from keras_transfer.errors import (
 from keras_transfer.evaluation.names import FIELDS, label
 from keras_transfer.events import Listener
 from keras_transfer.markup import html_table
-from keras_transfer.models.bases import BASES, get_base, get_bases, weights_path
+from keras_transfer.models.bases import BASES, get_base, parameters_of, weights_path
 from keras_transfer.runs.files import write_atomic
 from keras_transfer.runs.manifest import versions
 from keras_transfer.runs.run import SEARCH, Run
@@ -91,8 +91,8 @@ class Limits:
 
     def allow(self, way: Way) -> bool:
         """Whether the bases of a way alone are small enough."""
-        weights = sum(row.parameters for row in get_bases(way.base))
-        return self.megabytes is None or 4 * weights / 1e6 <= self.megabytes
+        least = 4 * parameters_of(way.base) / 1e6
+        return self.megabytes is None or least <= self.megabytes
 
     def check(self, outcome: Outcome) -> Outcome:
         """Adds to an outcome which of the limits it exceeds, if any."""

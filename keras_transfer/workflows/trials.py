@@ -187,7 +187,7 @@ class Trials:
         made, config = self.prepare(way.head_alone), self.config(way)
         images, tuning = min(len(made.splits.train), TRIED_IMAGES), config.finetune
         if left < math.inf:
-            images, epochs = self._plan(made, config, parent.head_seconds, left)
+            images, epochs = self._plan(made, config, images, parent.head_seconds, left)
             tuning = tuning.model_copy(update={"epochs": epochs})
             config = config.model_copy(update={"finetune": tuning})
         found = tune_in_folds(
@@ -228,14 +228,18 @@ class Trials:
         return min(mean, most), max(min(deviation, most), 1e-3)
 
     def _plan(
-        self, made: Prepared, config: Config, head_seconds: float, left: float
+        self,
+        made: Prepared,
+        config: Config,
+        images: int,
+        head_seconds: float,
+        left: float,
     ) -> tuple[int, int]:
-        """Returns (images, epochs) that fit a share of the time left."""
+        """Returns (images, at most as many; epochs) that fit a share of the time."""
         tuning, count = config.finetune, len(made.splits.train)
         costs = tuning_costs(config, made.splits, made.part, tuning.unfreeze)
         views = 1 + tuning.augment if isinstance(tuning.augment, int) else 1
         costs = replace(costs, forward=views * costs.forward)
-        images = min(count, TRIED_IMAGES)
         plan, fits = plan_trial(
             images, tuning.epochs, costs, head_seconds, _SHARE * left
         )
