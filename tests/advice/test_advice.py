@@ -613,6 +613,7 @@ def test_bases_are_ranked_and_drawn(kt, photos, tmp_path, monkeypatch):
     assert document["chart"] == "chart.png"
 
 
+@pytest.mark.long
 def test_named_bases_are_measured_side_by_side(photos):
     names = ["alexnet", "efficientnet_lite0"]
     told = Told()

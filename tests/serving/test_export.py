@@ -1015,6 +1015,7 @@ def weighed(run_dir: Path) -> keras.Model:
     return model
 
 
+@pytest.mark.long
 def test_a_version_may_average_over_flips(run_dir):
     model, pixels = weighed(run_dir), one_sided()
     version = keras_transfer.export(run_dir, flip_tta=True)

@@ -158,6 +158,7 @@ def test_after_a_bundle_was_loaded_hashlib_is_imported(exported):
 IMPORT = "import tensorflow as tf; assert tf.reduce_sum(tf.range(4)) == 6\n"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "code",
     [

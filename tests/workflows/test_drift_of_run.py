@@ -97,6 +97,7 @@ def test_probabilities_are_the_same_without_the_flag(run, new):
         np.testing.assert_allclose(one.probabilities, other.probabilities, atol=1e-6)
 
 
+@pytest.mark.long
 def test_averaged_over_flips_an_image_is_as_far_as_it_is(run, new):
     model, decode = load_model(run), make_decoder(64)
     paths = sorted(str(path) for path in new.rglob("*[0-9].*"))

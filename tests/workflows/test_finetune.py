@@ -340,7 +340,6 @@ def test_stages_are_unfrozen_from_the_top(guessing, tune, copy):
 
 
 @pytest.mark.long
-@pytest.mark.long
 def test_everything_can_be_unfrozen(guessing, tune, copy):
     run_dir = copy(guessing)
     configure(run_dir, cache_dir="fresh")
@@ -388,6 +387,7 @@ def test_a_model_that_is_not_better_is_put_aside(kt, copy, request, start, rates
     assert of_fit["confusion"] == run.metrics["fit"]["test"]["confusion"]
 
 
+@pytest.mark.long
 def test_force_keeps_a_model_that_is_worse(perfect, tune, kt, copy):
     run_dir = copy(perfect)
     aside = run_dir / "model.finetune.keras"
@@ -758,7 +758,6 @@ def test_only_a_clear_change_of_class_is_a_disagreement():
     assert is_close(parity(several, several[:, ::-1], 1e-3))
 
 
-@pytest.mark.long
 @pytest.mark.long
 def test_free_space_is_needed_for_what_is_not_cached_yet(
     guessing, kt, tune, copy, monkeypatch
@@ -1176,7 +1175,6 @@ def test_with_patience_further_images_choose_the_epoch(guessing, tune, copy):
 
 
 @pytest.mark.long
-@pytest.mark.long
 def test_the_default_patience_of_old_runs_was_not_asked_for(guessing, tune, copy):
     """Version 0.1.0 wrote it out into every config.yaml."""
     manifest = json.loads((guessing / "manifest.json").read_text())
@@ -1483,6 +1481,7 @@ def test_on_a_full_disk_a_run_stays_as_it_was(guessing, kt, small_disk, left):
     assert {path.name for path in run_dir.iterdir()} == {*before}
 
 
+@pytest.mark.long
 def test_where_the_disk_is_full_after_an_epoch_it_is_gone_on_with(
     unfinished, kt, small_disk
 ):

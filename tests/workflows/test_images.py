@@ -174,6 +174,7 @@ def test_a_damaged_table_is_named_and_a_missing_one_is_not(tmp_path):
     assert note.startswith(f"{path} is damaged")
 
 
+@pytest.mark.long
 def test_paths_need_not_be_utf8(photos, tmp_path):
     folder = tmp_path / os.fsdecode(b"\xff")
     options = {"runs_dir": folder / "runs", "cache_dir": folder / "cache", **SMALL}

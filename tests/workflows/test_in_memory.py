@@ -156,6 +156,7 @@ def test_a_dataset_may_come_in_another_order(arrays):
         run.unfreeze_and_finetune(data=noisy, **FINETUNE)
 
 
+@pytest.mark.long
 def test_lists_of_labels_stay_lists(tmp_path):
     rng = np.random.default_rng(0)
     paths = [tmp_path / f"{index}.png" for index in range(24)]
